@@ -1,0 +1,100 @@
+"""The one quantiser: FP8 e4m3 weights with one fp32 scale per 128 x 128 block (the format of the GLM-5 FP8 releases).
+
+    scale[i, j] = max |W| over block (i, j) / 448          q = e4m3(W / scale)          W' = q * scale
+
+Training (QAT), conversion and the engine all call these functions, so that a weight has one quantised form. A further
+format is a further pair of functions here, with the same shape: `quantize_x(weight) -> (stored, scale)` and
+`dequantize_x(stored, scale, dtype)`. Left out on purpose: activation scales (they belong to the kernel that needs them)
+and any rounding other than to nearest even.
+
+Two dequantisers stand side by side. `dequantize_fp8_reference` is the definition. `dequantize_fp8` gives the same bits
+about nine times faster on a CPU, where the cast from e4m3 is scalar code: it moves the bits of e4m3 into an fp32 word and
+lets the multiplication by the scale repair the exponent.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+FP8_BLOCK = (128, 128)
+
+# An e4m3 byte s.eeee.mmm shifted left by 20 lies on the sign (after sign extension), exponent and mantissa bits of fp32.
+# Its exponent bias is then 127 where e4m3 has 7, so the word reads 2^-120 times too small, subnormals included.
+_FP32_BITS_OF_E4M3 = 0x87F0_0000 - 2**32  # as a signed 32-bit number
+_BIAS_REPAIR = 2.0**120
+_LARGEST_FOLDED_SCALE = 2.0**7  # beyond it, scale * 2^120 leaves fp32
+
+
+def fp8_scale_shape(shape: torch.Size | tuple[int, ...], block: tuple[int, int] = FP8_BLOCK) -> tuple[int, ...]:
+    """Shape of the scales of a weight [..., rows, columns]: [..., ceil(rows / block), ceil(columns / block)]."""
+    *lead, rows, columns = shape
+    return (*lead, -(-rows // block[0]), -(-columns // block[1]))
+
+
+def expand_block_scale(
+    scale: Tensor, shape: torch.Size | tuple[int, ...], block: tuple[int, int] = FP8_BLOCK
+) -> Tensor:
+    """One scale per block -> one per element of a weight of `shape` [..., rows, columns]."""
+    rows, columns = shape[-2:]
+    return scale.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
+
+
+def fp8_block_scales(weight: Tensor, block: tuple[int, int] = FP8_BLOCK) -> Tensor:
+    """fp32 scales of `weight` [..., rows, columns]; a block of zeros gets 1, so that no scale is ever 0."""
+    *lead, rows, columns = weight.shape
+    *_, block_rows, block_columns = fp8_scale_shape(weight.shape, block)
+    padding = (0, block_columns * block[1] - columns, 0, block_rows * block[0] - rows)
+    magnitude = torch.nn.functional.pad(weight.abs(), padding)
+    blocks = magnitude.view(*lead, block_rows, block[0], block_columns, block[1])
+    scale = blocks.amax(dim=(-3, -1)).float() / FP8_MAX
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def quantize_fp8(weight: Tensor, block: tuple[int, int] = FP8_BLOCK) -> tuple[Tensor, Tensor]:
+    """`weight` [..., rows, columns] in any float dtype -> (e4m3 of the same shape, fp32 scales per block).
+
+    The division may round past 448 by one unit in the last place, and e4m3 has no infinity to hold it: hence the clamp.
+    """
+    scale = fp8_block_scales(weight, block)
+    scaled = weight.float() / expand_block_scale(scale, weight.shape, block)
+    return scaled.clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def dequantize_fp8_reference(
+    quantized: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[int, int] = FP8_BLOCK
+) -> Tensor:
+    """The definition: multiply in fp32, round once to `dtype`."""
+    return (quantized.float() * expand_block_scale(scale.float(), quantized.shape, block)).to(dtype)
+
+
+def dequantize_fp8(quantized: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[int, int] = FP8_BLOCK) -> Tensor:
+    """Equal to `dequantize_fp8_reference` to the bit; chooses the fast form where it is faster and exact.
+
+    The fast form needs scales below 128 (all real ones are far below 1), reads subnormal numbers (so not under
+    `torch.set_flush_denormal(True)`) and must see no NaN code, which it would read as 480.
+    """
+    exact = quantized.device.type == "cpu" and quantized.ndim == 2 and bool((scale < _LARGEST_FOLDED_SCALE).all())
+    if exact:
+        result = _dequantize_by_bits(quantized, scale.float(), dtype, block)
+        if result is not None:
+            return result
+    return dequantize_fp8_reference(quantized, scale, dtype, block)
+
+
+def _dequantize_by_bits(quantized: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[int, int]) -> Tensor | None:
+    """The bit form for one matrix, a row of blocks at a time (it stays in cache); None when it meets a NaN code."""
+    result = torch.empty(quantized.shape, dtype=dtype)
+    codes = quantized.view(torch.int8)
+    column_scale = (scale * _BIAS_REPAIR).repeat_interleave(block[1], -1)[:, : quantized.shape[1]]
+    largest = FP8_MAX / _BIAS_REPAIR
+    for i, start in enumerate(range(0, quantized.shape[0], block[0])):
+        words = codes[start : start + block[0]].to(torch.int32).bitwise_left_shift_(20).bitwise_and_(_FP32_BITS_OF_E4M3)
+        values = words.view(torch.float32)
+        low, high = torch.aminmax(values)
+        if low < -largest or high > largest:
+            return None
+        result[start : start + block[0]] = values.mul_(column_scale[i])
+    return result
