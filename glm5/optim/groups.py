@@ -1,0 +1,88 @@
+"""Which optimiser owns which parameter, and how Muon cuts it.
+
+GLM-5 report, appendix A: Muon for everything but embeddings, biases and norms; those go to AdamW. The output head
+counts as an embedding. Weight decay touches matrices only: neither embeddings, nor biases, nor norms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from glm5.config import ModelConfig
+from glm5.errors import ConfigError
+from glm5.optim.muon import Muon, Split, experts, heads, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Hyper-parameters of one stage; the rate is the peak of the schedule, shared by both optimisers."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """`muon`: Muon for the matrices, AdamW for the rest. `adamw`: AdamW for everything."""
+    lr: float = 2e-4
+    momentum: float = 0.95
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    embedding_lr_scale: float = 1.0
+    """Factor on `lr` for embeddings, biases and norms."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("muon", "adamw"):
+            raise ConfigError(f"optimizer is {self.name!r}; use 'muon' or 'adamw'.")
+        if self.lr <= 0:
+            raise ConfigError(f"lr is {self.lr}; it must be above 0.")
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """True for the weights of linear maps inside the layers: what Muon may orthogonalise."""
+    return parameter.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name
+
+
+def split_of(name: str, config: ModelConfig) -> Split:
+    """How Muon cuts the matrix called `name` (a dotted parameter name of `GLM5`)."""
+    owner = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if owner == "q_b_proj":  # W^UQ
+        return heads(config.num_attention_heads, config.qk_head_dim)
+    if owner == "kv_b_proj":  # W^UK on top of W^UV in every head
+        return heads(config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim)
+    if ".experts." in name:
+        return experts(2 if owner == "gate_up_proj" else 1)
+    return whole
+
+
+def build_optimizers(
+    model: nn.Module, model_config: ModelConfig, config: OptimizerConfig
+) -> list[torch.optim.Optimizer]:
+    """The optimisers of all parameters of `model` that require a gradient; each is stepped once per step."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ConfigError("nothing is left to train: every parameter of the model is frozen.")
+    matrices = [(name, p) for name, p in trainable if is_matrix(name, p)]
+    others = [p for name, p in trainable if not is_matrix(name, p)]
+    plain_groups: list[dict[str, object]] = []
+    if others:
+        plain_groups.append({"params": others, "weight_decay": 0.0, "lr": config.lr * config.embedding_lr_scale})
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.name == "muon" and matrices:
+        pairs = [(p, split_of(name, model_config)) for name, p in matrices]
+        optimizers.append(Muon(pairs, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay))
+    elif matrices:
+        plain_groups.append({"params": [p for _, p in matrices], "weight_decay": config.weight_decay, "lr": config.lr})
+    if plain_groups:
+        optimizers.append(torch.optim.AdamW(plain_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:
+    """Sets every learning rate to `fraction` of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * fraction
