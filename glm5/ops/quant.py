@@ -7,9 +7,9 @@ format is a further pair of functions here, with the same shape: `quantize_x(wei
 `dequantize_x(stored, scale, dtype)`. Left out on purpose: activation scales (they belong to the kernel that needs them)
 and any rounding other than to nearest even.
 
-Two dequantisers stand side by side. `dequantize_fp8_reference` is the definition. `dequantize_fp8` gives the same bits
-about nine times faster on a CPU, where the cast from e4m3 is scalar code: it moves the bits of e4m3 into an fp32 word and
-lets the multiplication by the scale repair the exponent.
+Two dequantisers stand side by side. `dequantize_fp8_reference` is the definition. `dequantize_fp8` gives the same
+bits several times faster on a CPU, where the cast from e4m3 is scalar code: it moves the bits of e4m3 into an fp32 word
+and lets the multiplication by the scale repair the exponent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 FP8_BLOCK = (128, 128)
 
-# An e4m3 byte s.eeee.mmm shifted left by 20 lies on the sign (after sign extension), exponent and mantissa bits of fp32.
+# An e4m3 byte s.eeee.mmm shifted left by 20 lies on the sign (by sign extension), exponent and mantissa bits of fp32.
 # Its exponent bias is then 127 where e4m3 has 7, so the word reads 2^-120 times too small, subnormals included.
 _FP32_BITS_OF_E4M3 = 0x87F0_0000 - 2**32  # as a signed 32-bit number
 _BIAS_REPAIR = 2.0**120

@@ -1,4 +1,4 @@
-"""FP8 blocks: against plain loops and Python arithmetic, and the fast dequantiser against the definition, to the bit."""
+"""FP8 blocks against plain loops and Python arithmetic; the fast dequantiser against the definition, to the bit."""
 
 import math
 
