@@ -1,0 +1,341 @@
+"""`AssistantStream`: what GLM-5 writes, split into reasoning, content and tool calls while it is written.
+
+A state machine over characters. What it reports does not depend on how the text was cut into pieces, and
+`parse_assistant` is one `feed`, so whole and streamed parsing cannot differ.
+
+    REASONING </think> CONTENT <tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>...</tool_call> ...
+
+What models really write, and what becomes of it:
+
+* `<tool_call>` inside the reasoning ends the reasoning. A second `</think>` and an echoed first `<think>` are dropped.
+* A missing `</tool_call>` or `</arg_value>` is supplied at the next call or at the end; a key without a value is
+  dropped, and so is the second value of a key. A call without a name is content.
+* A value may contain the tags themselves (an agent that edits this file): a closing tag counts when what follows it
+  can follow it, and a doubtful one is settled by the next that counts.
+* Unknown tools are kept. String arguments stream as they come; others are typed by the schema when complete.
+* Blank lines around the content and terminators at the end are dropped; content that is only blank is None.
+
+Reasoning is exact, so that sending it back gives the same tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from glm5.text.specials import TERMINATORS
+from glm5.text.values import STRING, argument_types, to_json, typed
+
+Delta = dict[str, Any]
+Message = dict[str, Any]
+
+_MAY_FOLLOW_VALUE: tuple[str, ...] = ("<arg_key>", "</tool_call>", "<tool_call>")
+_MAY_FOLLOW_CALL: tuple[str, ...] = ("<tool_call>",)
+_VALUE_END = re.compile(r"</arg_value>|</tool_call>")
+_SEPARATOR = re.compile(r"\A(?:\\n|\s)+")  # some checkpoints write the newline as two characters
+
+
+def _prefixes(tags: Sequence[str]) -> list[str]:
+    """Every proper beginning of a tag, the longest first."""
+    return sorted({tag[:n] for tag in tags for n in range(1, len(tag))}, key=len, reverse=True)
+
+
+def _any(texts: Sequence[str]) -> str:
+    return "(?:" + "|".join(map(re.escape, texts)) + ")"
+
+
+_TERMINATED = re.compile(rf"(?:{_any(TERMINATORS)}\s*)+")
+_MAYBE_TERMINATED = re.compile(rf"(?:{_any(TERMINATORS)}\s*)*{_any(_prefixes(TERMINATORS))}?\Z")
+
+
+def parse_assistant(
+    text: str, tools: Sequence[Mapping[str, Any]] | None = None, thinking: bool = True, seed: str = ""
+) -> Message:
+    """The message in a whole assistant text: `role`, `reasoning_content`, `content`, `tool_calls` (OpenAI's shape).
+
+    `thinking`: the prompt already ended in `<think>`. `reasoning_content` is None without reasoning and "" when it was
+    closed at once; `content` is None if blank; `tool_calls` may be empty; arguments are a JSON string.
+    """
+    stream = AssistantStream(tools, thinking, seed)
+    stream.feed(text)
+    return stream.finish()
+
+
+class AssistantStream:
+    """Parses one assistant turn. `feed` pieces, `close` for the rest at the end, `finish` for the whole message."""
+
+    def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None, thinking: bool = True, seed: str = "") -> None:
+        """`seed` goes into the identities of the calls: give the response's own, and they differ between turns."""
+        functions = [tool.get("function", tool) for tool in tools or []]
+        self._parameters = {f["name"]: f.get("parameters") or {} for f in functions}
+        self._thinking, self._seed = thinking, seed
+        self._tail = ""  # what may turn out to be the terminators
+        self._buffer = ""  # what no state has consumed yet
+        self._ended = False
+        self._state: Callable[[], bool] = self._start
+        self._deltas: list[Delta] = []
+        self._reasoning: list[str] | None = None
+        self._content: list[str] = []
+        self._blank = ""  # white space that is content only if more content follows
+        self._calls: list[dict[str, Any]] = []
+        self._fragments: list[str] = []  # the arguments of the open call, as JSON text
+        self._open = False  # a call is open
+        self._keys: set[str] = set()
+        self._key = ""
+        self._types: frozenset[str] = frozenset()
+        self._value: list[str] = []  # text of a value that is typed when complete
+        self._doubt = ""  # the closing tag at the head of the buffer that may be part of the value
+        self._seen = 0  # how far the buffer has been searched behind a doubt
+
+    def feed(self, piece: str) -> list[Delta]:
+        """Deltas that this piece completes, each in OpenAI's shape: reasoning_content, content or tool_calls."""
+        if self._ended:
+            raise RuntimeError("this stream has ended; make a new AssistantStream for the next turn")
+        self._tail += piece
+        held = _MAYBE_TERMINATED.search(self._tail)
+        cut = held.start() if held else len(self._tail)
+        self._buffer, self._tail = self._buffer + self._tail[:cut], self._tail[cut:]
+        return self._run()
+
+    def close(self) -> list[Delta]:
+        """Ends the text: the deltas of everything that was held back. Calling it again gives nothing."""
+        if self._ended:
+            return []
+        if not _TERMINATED.match(self._tail):
+            self._buffer += self._tail
+        self._ended = True
+        deltas = self._run()
+        if self._open:
+            self._close_call()
+            deltas += self._take_deltas()
+        return deltas
+
+    def finish(self) -> Message:
+        """The whole message; everything in it was in the deltas of `feed` and `close`."""
+        self.close()
+        return {
+            "role": "assistant",
+            "reasoning_content": None if self._reasoning is None else "".join(self._reasoning),
+            "content": "".join(self._content) or None,
+            "tool_calls": self._calls,
+        }
+
+    # --- the states: each consumes what it can and says whether the next one should go on at once
+
+    def _run(self) -> list[Delta]:
+        while self._state():
+            pass
+        return self._take_deltas()
+
+    def _start(self) -> bool:
+        text = self._buffer.lstrip()
+        if not self._ended and (not text or text in _prefixes(("<think>", "</think>"))):
+            return False
+        if text.startswith("<think>"):
+            self._thinking, self._buffer = True, text.removeprefix("<think>")
+        elif not self._thinking:
+            self._buffer = text.removeprefix("</think>") if text.startswith("</think>") else self._buffer
+        if self._thinking:
+            self._reasoning = []
+        self._state = self._in_reasoning if self._thinking else self._in_content
+        return True
+
+    def _in_reasoning(self) -> bool:
+        text, tag = self._take("</think>", "<tool_call>")
+        if text and self._reasoning is not None:
+            self._reasoning.append(text)
+            self._emit_text("reasoning_content", text)
+        if tag:
+            self._state = self._in_content if tag == "</think>" else self._in_name
+        return bool(tag)
+
+    def _in_content(self) -> bool:
+        text, tag = self._take("<tool_call>", "</think>")
+        self._say(text)
+        if tag == "<tool_call>":
+            self._state = self._in_name
+        return bool(tag)
+
+    def _in_name(self) -> bool:
+        taken = self._take_whole("<arg_key>", "</tool_call>", "<tool_call>")
+        if taken is None:
+            return False
+        text, tag = taken
+        name = (text if tag else text.partition("<")[0]).strip()
+        if name:
+            self._open_call(name)
+            self._after(tag)
+        else:
+            self._say("<tool_call>" + text if tag else "")
+            self._buffer = tag + self._buffer
+            self._state = self._in_content
+        return bool(tag)
+
+    def _between(self) -> bool:
+        _, tag = self._take("<arg_key>", "</tool_call>", "<tool_call>")
+        self._after(tag)
+        return bool(tag)
+
+    def _in_key(self) -> bool:
+        taken = self._take_whole("</arg_key>", "<arg_value>", "</tool_call>")
+        if taken is None:
+            return False
+        text, tag = taken
+        self._key = text.strip()
+        if tag == "<arg_value>":
+            self._open_value()
+        elif tag == "</arg_key>":
+            self._state = self._before_value
+        else:
+            self._after(tag)
+        return bool(tag)
+
+    def _before_value(self) -> bool:
+        _, tag = self._take("<arg_value>", "<arg_key>", "</tool_call>", "<tool_call>")
+        if tag == "<arg_value>":
+            self._open_value()
+        else:
+            self._after(tag)
+        return bool(tag)
+
+    def _in_value(self) -> bool:
+        while found := _VALUE_END.search(self._buffer, self._seen):
+            closes = self._closes(found)
+            if closes is None:
+                self._release(found.start())
+                return False
+            if closes:
+                doubtful = self._doubt and found.group() == "</tool_call>"
+                self._cut_value(0 if doubtful else found.start(), self._doubt if doubtful else found.group())
+                return True
+            if self._doubt:
+                self._seen = found.end()
+            else:
+                self._release(found.start())
+                self._doubt, self._seen = found.group(), len(found.group())
+        if self._ended:
+            self._cut_value(0 if self._doubt else len(self._buffer), self._doubt)
+            return bool(self._buffer)
+        self._release(len(self._buffer) - self._held("</arg_value>", "</tool_call>"))
+        return False
+
+    def _closes(self, found: re.Match[str]) -> bool | None:
+        """Whether what follows a closing tag inside a value makes it one; None if more text must decide."""
+        rest = self._buffer[found.end() :]
+        if found.group() == "</arg_value>":
+            follows, openers = _SEPARATOR.sub("", rest), _MAY_FOLLOW_VALUE
+        else:
+            follows, openers = rest.lstrip(), _MAY_FOLLOW_CALL
+        if follows.startswith(openers):
+            return True
+        if self._ended:
+            return not follows
+        return None if not follows or follows == "\\" or follows in _prefixes(openers) else False
+
+    # --- moves between states
+
+    def _after(self, tag: str) -> None:
+        """Goes where a tag leads that stands between arguments; no tag leads nowhere."""
+        if tag == "<arg_key>":
+            self._state = self._in_key
+        elif tag:
+            self._close_call()
+            self._state = self._in_name if tag == "<tool_call>" else self._in_content
+        else:
+            self._state = self._between
+
+    def _open_call(self, name: str) -> None:
+        index = len(self._calls)
+        digest = hashlib.sha256(f"{self._seed}/{index}".encode()).hexdigest()[:24]
+        head = {"id": f"call_{digest}", "type": "function"}
+        self._calls.append({**head, "function": {"name": name, "arguments": ""}})
+        self._deltas.append({"tool_calls": [{"index": index, **head, "function": {"name": name, "arguments": ""}}]})
+        self._open, self._keys, self._fragments = True, set(), []
+
+    def _close_call(self) -> None:
+        self._emit_arguments("}" if self._keys else "{}")
+        self._calls[-1]["function"]["arguments"] = "".join(self._fragments)
+        self._open = False
+
+    def _open_value(self) -> None:
+        self._types = argument_types(self._parameters.get(self._calls[-1]["function"]["name"], {}), self._key)
+        self._value, self._doubt, self._seen = [], "", 0
+        self._state = self._in_value
+        if self._key not in self._keys:
+            self._emit_arguments(("{" if not self._keys else ", ") + to_json(self._key) + ": ")
+            if self._types == STRING:
+                self._emit_arguments('"')
+
+    def _release(self, end: int) -> None:
+        """Moves the buffer up to `end` into the value, unless a doubt holds it back."""
+        if self._doubt:
+            # Tags at the very end may still grow: look at them again.
+            self._seen = max(self._seen, min(end, len(self._buffer) - len("</arg_value>") + 1))
+            return
+        text, self._buffer = self._buffer[:end], self._buffer[end:]
+        if self._types == STRING and self._key not in self._keys:
+            self._emit_arguments(to_json(text)[1:-1])
+        else:
+            self._value.append(text)
+
+    def _cut_value(self, end: int, tag: str) -> None:
+        """Ends the value at `end`, where `tag` stands."""
+        self._doubt = ""
+        self._release(end)
+        self._buffer = self._buffer[len(tag) :]
+        if self._key not in self._keys:
+            self._emit_arguments('"' if self._types == STRING else to_json(typed("".join(self._value), self._types)))
+            self._keys.add(self._key)
+        self._after("" if tag == "</arg_value>" else tag)
+
+    # --- text in and deltas out
+
+    def _take(self, *tags: str) -> tuple[str, str]:
+        """Consumes the text before the first of the tags, and the tag; "" for the tag while there is none."""
+        found = min(((at, tag) for tag in tags if (at := self._buffer.find(tag)) >= 0), default=None)
+        end, tag = found or (len(self._buffer) - self._held(*tags), "")
+        text, self._buffer = self._buffer[:end], self._buffer[end + len(tag) :]
+        return text, tag
+
+    def _take_whole(self, *tags: str) -> tuple[str, str] | None:
+        """The same, but consumes nothing until the tag, or the end of the text, is there."""
+        if self._ended or any(tag in self._buffer for tag in tags):
+            return self._take(*tags)
+        return None
+
+    def _held(self, *tags: str) -> int:
+        """How many characters at the end of the buffer may be the beginning of one of the tags."""
+        if self._ended:
+            return 0
+        return next((len(prefix) for prefix in _prefixes(tags) if self._buffer.endswith(prefix)), 0)
+
+    def _say(self, text: str) -> None:
+        text = self._blank + text
+        said = text.rstrip()
+        self._blank = text[len(said) :]
+        if said and not self._content:  # drop blank lines at the start, keep the first line's indentation
+            body = said.lstrip()
+            said = said[: len(said) - len(body)].rpartition("\n")[2] + body
+        if said:
+            self._content.append(said)
+            self._emit_text("content", said)
+
+    def _emit_text(self, kind: str, text: str) -> None:
+        if self._deltas and kind in self._deltas[-1]:
+            self._deltas[-1][kind] += text
+        else:
+            self._deltas.append({kind: text})
+
+    def _emit_arguments(self, fragment: str) -> None:
+        index = len(self._calls) - 1
+        self._fragments.append(fragment)
+        if self._deltas and self._deltas[-1].get("tool_calls", [{}])[0].get("index") == index:
+            self._deltas[-1]["tool_calls"][0]["function"]["arguments"] += fragment
+        else:
+            self._deltas.append({"tool_calls": [{"index": index, "function": {"arguments": fragment}}]})
+
+    def _take_deltas(self) -> list[Delta]:
+        deltas, self._deltas = self._deltas, []
+        return deltas

@@ -1,0 +1,115 @@
+"""Typing a tool-call argument: the model writes text, the tool's JSON schema says what it means.
+
+A string argument is raw text, so that code needs no escaping. Any other type is read as JSON, then as JSON that was
+escaped once too often, then as a Python literal (models write `True` and `None`), and the first reading that the schema
+allows wins. A value that fits no reading stays a string: a tool's own complaint teaches a model more than a lost call.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+JSON_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
+_LONGEST_LITERAL = 100_000  # characters; Python's parser is slow and fragile beyond
+
+STRING = frozenset({"string"})
+
+
+def argument_types(parameters: Mapping[str, Any], name: str) -> frozenset[str]:
+    """The JSON types that a tool's schema allows for the argument; empty when it says nothing.
+
+    Follows `type` (also a list), `enum`, `const`, `anyOf`, `oneOf`, `allOf`, and `$ref` inside the same schema.
+    """
+    properties = parameters.get("properties")
+    schema = properties.get(name) if isinstance(properties, Mapping) else None
+    return _types(parameters.get("additionalProperties") if schema is None else schema, parameters, depth=0)
+
+
+def typed(text: str, types: frozenset[str]) -> Any:
+    """The value of an argument's text. With no known type: JSON if it is that, else the text."""
+    if types == STRING:
+        return text
+    for value in _readings(text):
+        if isinstance(value, float) and value.is_integer() and "integer" in types and "number" not in types:
+            value = int(value)
+        if not types and not isinstance(value, str):
+            return value
+        if not types.isdisjoint(_types_of(value)) and (not isinstance(value, str) or types == STRING):
+            return value
+    return text
+
+
+def to_json(value: Any) -> str:
+    """JSON on one line with Unicode kept, as the chat template writes it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _types(schema: Any, root: Mapping[str, Any], depth: int) -> frozenset[str]:
+    if not isinstance(schema, Mapping) or depth > 16:  # a reference may point at itself
+        return frozenset()
+    found: set[str] = set()
+    declared = schema.get("type")
+    found.update([declared] if isinstance(declared, str) else declared if isinstance(declared, list) else [])
+    if not found:
+        values = [*schema.get("enum", []), *([schema["const"]] if "const" in schema else [])]
+        found.update(*map(_types_of, values))
+        for branch in ("anyOf", "oneOf", "allOf"):
+            found.update(*(_types(option, root, depth + 1) for option in schema.get(branch, [])))
+        found.update(_types(_resolve(schema.get("$ref"), root), root, depth + 1))
+    return frozenset(found & JSON_TYPES)
+
+
+def _resolve(reference: Any, root: Mapping[str, Any]) -> Any:
+    if not isinstance(reference, str) or not reference.startswith("#/"):
+        return None
+    node: Any = root
+    for part in reference[2:].split("/"):
+        node = node.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(node, Mapping) else None
+    return node
+
+
+def _types_of(value: Any) -> frozenset[str]:
+    match value:
+        case None:
+            return frozenset({"null"})
+        case bool():
+            return frozenset({"boolean"})
+        case int():
+            return frozenset({"integer", "number"})
+        case float():
+            return frozenset({"number"})
+        case str():
+            return STRING
+        case list() | tuple():
+            return frozenset({"array"})
+        case dict():
+            return frozenset({"object"})
+    return frozenset()
+
+
+def _readings(text: str) -> Iterator[Any]:
+    """Values that the text may mean, the likeliest first, each one expressible in JSON."""
+    for read in (_strict_json, _escaped_json, _literal):
+        try:
+            value = read(text.strip())
+            yield json.loads(json.dumps(value, allow_nan=False))
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            continue
+
+
+def _strict_json(text: str) -> Any:
+    return json.loads(text)
+
+
+def _escaped_json(text: str) -> Any:
+    inner = json.loads(text if text.startswith('"') else f'"{text}"')
+    return json.loads(inner)
+
+
+def _literal(text: str) -> Any:
+    if len(text) > _LONGEST_LITERAL:
+        raise ValueError("too long to read as a Python literal")
+    return ast.literal_eval(text)
