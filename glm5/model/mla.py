@@ -1,0 +1,180 @@
+"""Multi-head latent attention with DeepSeek sparse attention (GLM-5 report, section 2.1; DeepSeek-V3.2, section 2.1).
+
+A token is kept as one latent of `kv_lora_rank` values and one rotated key of `qk_rope_head_dim` values that all heads
+share. Which form runs (`ops/attention.py`):
+
+- sparse attention over more than `index_topk` keys: absorbed, over the selected latents only;
+- up to `index_topk` keys every visible key is selected, so sparse attention *is* dense attention;
+- dense attention: expanded or absorbed, whichever needs fewer multiplications for the shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glm5.config import ModelConfig
+from glm5.model.cache import Cache
+from glm5.model.indexer import Indexer
+from glm5.model.output import Replay
+from glm5.ops import attention, selection
+from glm5.ops.indexer_loss import Index, indexer_kl
+from glm5.ops.linear import Linear
+from glm5.ops.norm import RMSNorm
+from glm5.ops.rotary import Rotation, rotate
+from glm5.ops.spans import Spans
+
+
+@dataclass
+class Pass:
+    """What one forward pass carries from layer to layer."""
+
+    spans: Spans
+    rotation: Rotation
+    sparse: bool
+    collect: frozenset[str]
+    replay: Replay
+    cache: Cache | None
+    # Of the last full-indexer layer; layers that share its indexer read them
+    full_layer: int = 0
+    index: Index | None = None
+    selected_BTK: Tensor | None = None
+    # What `collect` asked for
+    selection: dict[int, Tensor] = field(default_factory=dict)
+    kl_terms: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+class MLA(nn.Module):
+    """One attention layer; `indexer` is None where an earlier layer's selection is shared."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, indexer_type: str, *, dtype: torch.dtype, device: torch.device | None
+    ) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        c = config
+        place: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, **place)
+        self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.latent_norm_eps, **place)
+        self.q_b_proj = Linear(c.q_lora_rank, c.num_attention_heads * c.qk_head_dim, **place)
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, **place)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.latent_norm_eps, **place)
+        self.kv_b_proj = Linear(c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), **place)
+        self.o_proj = Linear(c.num_attention_heads * c.v_head_dim, c.hidden_size, **place)
+        self.indexer = Indexer(c, **place) if indexer_type == "full" else None
+        self.scale = c.qk_head_dim**-0.5
+
+    def forward(self, x_BTD: Tensor, run: Pass) -> Tensor:
+        """Attention output [B, T, D]; updates `run` with this layer's selection and what it collects."""
+        c = self.config
+        c_q_BTC = self.q_a_layernorm(self.q_a_proj(x_BTD))
+        q_BTHN = self.q_b_proj(c_q_BTC).unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
+        q_nope_BTHN, q_rope_BTHR = q_BTHN.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        q_rope_BTHR = rotate(q_rope_BTHR, run.rotation, interleaved=c.rope_interleave)
+
+        latents_BSC = self._latents(x_BTD, run)
+        if self.indexer is not None:
+            self._index(x_BTD, c_q_BTC, run)
+        selected_BTK = self._selected(run, latents_BSC.shape[1])
+        self._collect(q_nope_BTHN, q_rope_BTHR, latents_BSC, selected_BTK, run)
+
+        if selected_BTK is not None:
+            q_BTHC = self._absorb(q_nope_BTHN, q_rope_BTHR)
+            o_BTHC = attention.sparse_attention(q_BTHC, latents_BSC, selected_BTK, c.kv_lora_rank, self.scale)
+            o_BTHV = self._unabsorb(o_BTHC)
+        elif self._absorbed_is_cheaper(x_BTD.shape[1], latents_BSC.shape[1]):
+            q_BTHC = self._absorb(q_nope_BTHN, q_rope_BTHR)
+            o_BTHC = attention.absorbed_attention(q_BTHC, latents_BSC, run.spans, c.kv_lora_rank, self.scale)
+            o_BTHV = self._unabsorb(o_BTHC)
+        else:
+            k_BSHN, v_BSHV = self._expand(latents_BSC)
+            q_BTHN = torch.cat((q_nope_BTHN, q_rope_BTHR), dim=-1)
+            o_BTHV = attention.expanded_attention(q_BTHN, k_BSHN, v_BSHV, run.spans, self.scale)
+        return self.o_proj(o_BTHV.flatten(-2))
+
+    # ---- keys ---------------------------------------------------------------------------------------------------
+    def _latents(self, x_BTD: Tensor, run: Pass) -> Tensor:
+        """Latent and rotated key of every visible token, [B, S, C + R]."""
+        c = self.config
+        c_kv_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), run.rotation, interleaved=c.rope_interleave).squeeze(2)
+        latents_BTC = torch.cat((self.kv_a_layernorm(c_kv_BTC), k_rope_BTR), dim=-1)
+        return latents_BTC if run.cache is None else run.cache.append_latents(self.layer, latents_BTC)
+
+    def _index(self, x_BTD: Tensor, c_q_BTC: Tensor, run: Pass) -> None:
+        """Runs the indexer and chooses, for this layer and for those that share it."""
+        assert self.indexer is not None
+        q_BTHI, k_BSI, w_BTH = self.indexer(x_BTD, c_q_BTC, run.rotation)
+        if run.cache is not None:
+            k_BSI = run.cache.append_keys(self.layer, k_BSI)
+        run.full_layer, run.index, run.selected_BTK = self.layer, (q_BTHI, k_BSI, w_BTH), None
+        if run.sparse:
+            topk = self.config.index_topk
+            if self.layer in run.replay.positions:
+                run.selected_BTK = run.replay.positions[self.layer]
+            elif k_BSI.shape[1] > topk:
+                run.selected_BTK = selection.select(q_BTHI, k_BSI, w_BTH, run.spans, topk)
+
+    def _selected(self, run: Pass, keys: int) -> Tensor | None:
+        """Positions to attend to, or None for all that is visible."""
+        if "selection" in run.collect and run.sparse:
+            chosen = run.selected_BTK
+            if chosen is None:
+                chosen = selection.everything(run.spans, min(keys, self.config.index_topk))
+            run.selection[self.layer] = chosen
+        return run.selected_BTK
+
+    def _collect(
+        self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, latents_BSC: Tensor, selected_BTK: Tensor | None, run: Pass
+    ) -> None:
+        if "indexer_kl" in run.collect:
+            assert run.index is not None
+            with torch.no_grad():
+                q_BTHC = self._absorb(q_nope_BTHN, q_rope_BTHR)
+            term = indexer_kl(q_BTHC, latents_BSC, self.scale, run.index, run.spans, selected_BTK)
+            run.kl_terms.setdefault(run.full_layer, []).append(term)
+
+    # ---- the two forms ------------------------------------------------------------------------------------------
+    def _split_kv_b(self) -> tuple[Tensor, Tensor]:
+        """W_UK [H, N, C] and W_UV [H, V, C]."""
+        c = self.config
+        weight = self.kv_b_proj.effective_weight().view(c.num_attention_heads, -1, c.kv_lora_rank)
+        w_uk_HNC, w_uv_HVC = weight.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        return w_uk_HNC, w_uv_HVC
+
+    def _absorb(self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor) -> Tensor:
+        """Queries that score latents directly, [B, T, H, C + R]."""
+        w_uk_HNC, _ = self._split_kv_b()
+        return torch.cat((_per_head(q_nope_BTHN, w_uk_HNC), q_rope_BTHR), dim=-1)
+
+    def _unabsorb(self, o_BTHC: Tensor) -> Tensor:
+        """Values per head from weighted latents, [B, T, H, V]."""
+        _, w_uv_HVC = self._split_kv_b()
+        return _per_head(o_BTHC, w_uv_HVC.transpose(1, 2))
+
+    def _expand(self, latents_BSC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, S, H, N + R] and values [B, S, H, V]."""
+        c = self.config
+        c_kv_BSC, k_rope_BSR = latents_BSC.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        kv_BSHN = self.kv_b_proj(c_kv_BSC).unflatten(-1, (c.num_attention_heads, -1))
+        k_nope_BSHN, v_BSHV = kv_BSHN.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
+        k_rope_BSHR = k_rope_BSR.unsqueeze(2).expand(-1, -1, c.num_attention_heads, -1)
+        return torch.cat((k_nope_BSHN, k_rope_BSHR), dim=-1), v_BSHV
+
+    def _absorbed_is_cheaper(self, tokens: int, keys: int) -> bool:
+        """Multiplications per head: absorbed pays per query, expanded pays once per key."""
+        c = self.config
+        both = c.qk_nope_head_dim + c.v_head_dim
+        absorbed = tokens * (c.kv_lora_rank * both + keys * (2 * c.kv_lora_rank + c.qk_rope_head_dim))
+        expanded = keys * (c.kv_lora_rank * both + tokens * (both + c.qk_rope_head_dim))
+        return absorbed < expanded
+
+
+def _per_head(x_BTHN: Tensor, weight_HNC: Tensor) -> Tensor:
+    """x[..., h, :] @ weight[h] for every head, [B, T, H, C]."""
+    batch, tokens = x_BTHN.shape[:2]
+    y_HXC = torch.bmm(x_BTHN.flatten(0, 1).transpose(0, 1), weight_HNC)
+    return y_HXC.transpose(0, 1).unflatten(0, (batch, tokens))

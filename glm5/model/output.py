@@ -1,0 +1,50 @@
+"""What a forward pass returns, and what it can be asked to replay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+COLLECTABLE = frozenset({"hidden", "mtp", "router", "selection", "indexer_kl"})
+"""Names that `collect` accepts."""
+
+
+@dataclass(frozen=True)
+class RouterRecord:
+    """What the router of one sparse layer did. Padding tokens count nowhere."""
+
+    layer: int
+    experts_BTK: Tensor
+    """int64, chosen experts."""
+    load_E: Tensor
+    """How many tokens each expert received."""
+    balance: Tensor
+    """Sequence-level balance loss without its weight (DeepSeek-V3 report, equations 17-20); 1.0 is perfect balance."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Recorded choices that a forward pass uses instead of its own; layers that are not named choose freely."""
+
+    experts: dict[int, Tensor] = field(default_factory=dict)
+    """layer -> [B, T, K] int64; their weights are computed anew from the router's scores."""
+    positions: dict[int, Tensor] = field(default_factory=dict)
+    """full-indexer layer -> [B, T, K] int64, padded with -1; the layers that share it follow."""
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """`logits` always; the other fields when `collect` names them. MTP modules count as layers after the trunk."""
+
+    logits: Tensor
+    """[B, T or logits_to_keep, V]."""
+    hidden: Tensor | None = None
+    """[B, T, D], the trunk state that multi-token prediction reads (`config.mtp_hidden`)."""
+    mtp_logits: tuple[Tensor, ...] = ()
+    """Per draft step j: [B, T, V]; position i predicts token i + 2 + j."""
+    router: tuple[RouterRecord, ...] = ()
+    selection: dict[int, Tensor] = field(default_factory=dict)
+    """layer -> positions [B, T, K] that its attention saw, ascending, -1 padded."""
+    indexer_kl: dict[int, Tensor] = field(default_factory=dict)
+    """full-indexer layer -> mean KL over the real tokens and over the layers that share the indexer."""

@@ -1,0 +1,210 @@
+"""`GLM5`: embedding, decoder layers, output head and MTP modules, with the forward pass that everything else calls.
+
+Single-device code on tensors only; parallelism, training and serving are laid over it elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glm5.config import ModelConfig
+from glm5.errors import InputError, did_you_mean
+from glm5.model.cache import Cache
+from glm5.model.initialization import initialize_
+from glm5.model.layer import DecoderLayer, MTPModule
+from glm5.model.mla import Pass
+from glm5.model.output import COLLECTABLE, ModelOutput, Replay, RouterRecord
+from glm5.ops.linear import Linear
+from glm5.ops.norm import RMSNorm
+from glm5.ops.rotary import rotation
+from glm5.ops.spans import Spans, plain_spans, segment_spans
+
+ATTENTION = ("sparse", "dense")
+
+
+def keeps_fp32(name: str) -> bool:
+    """Whether a tensor stays in fp32 when the model is stored in bf16."""
+    return name.endswith(("e_score_correction_bias", "indexer.weights_proj.weight"))
+
+
+class Trunk(nn.Module):
+    """Embedding, layers and final norm, named as in the published checkpoints."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | None) -> None:
+        super().__init__()
+        place: dict[str, Any] = {"dtype": dtype, "device": device}
+        # Built from an empty weight: nn.Embedding would otherwise draw random numbers that are thrown away.
+        weight = torch.empty(config.vocab_size, config.hidden_size, **place)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, mlp_type=mlp_type, indexer_type=indexer_type, **place)
+            for i, (mlp_type, indexer_type) in enumerate(zip(config.mlp_layer_types, config.indexer_types, strict=True))
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **place)
+
+
+class GLM5(nn.Module):
+    """The model. On the meta device nothing is allocated or initialised."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        where = None if device is None else torch.device(device)
+        self.model = Trunk(config, dtype=dtype, device=where)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=where)
+        layers = config.num_hidden_layers
+        self.mtp = nn.ModuleList(
+            MTPModule(config, layers + i, dtype=dtype, device=where) for i in range(config.num_nextn_predict_layers)
+        )
+        self.mtp_steps = len(self.mtp)
+        """Draft steps that `collect={"mtp"}` runs; the last module serves every further step."""
+        if not self.lm_head.weight.is_meta:
+            initialize_(self, config.initializer_range)
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        segment_ids_BT: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        attention: str = "sparse",
+        collect: frozenset[str] | set[str] = frozenset(),
+        replay: Replay | None = None,
+        logits_to_keep: int = 0,
+    ) -> ModelOutput:
+        """Next-token logits of every token, or of the last `logits_to_keep`.
+
+        input_ids_BT: int64 [B, T]. positions_BT: rotary positions; by default each token's index in its segment.
+        segment_ids_BT: int64; tokens attend within their own contiguous segment; negative ids are padding (its outputs
+        mean nothing). cache: earlier tokens; the new ones are appended. attention: "sparse" (top-k of the indexer) or
+        "dense". collect: names of `ModelOutput` fields to fill ("hidden", "mtp", "router", "selection", "indexer_kl").
+        replay: recorded experts and positions to use. Raises InputError for inputs that cannot be run.
+        """
+        self._check(input_ids_BT, positions_BT, segment_ids_BT, attention, frozenset(collect), cache, logits_to_keep)
+        spans = _spans(input_ids_BT, positions_BT, segment_ids_BT, cache)
+        run = self._pass(spans, cache, attention == "sparse", frozenset(collect), replay or Replay())
+        records: list[RouterRecord | None] = []
+
+        h_BTD = self.model.embed_tokens(input_ids_BT)
+        for layer in self.model.layers:
+            h_BTD, record = layer(h_BTD, run)
+            records.append(record)
+        normed_BTD = self.model.norm(h_BTD)
+        state_BTD = normed_BTD if self.config.mtp_hidden == "after_norm" else h_BTD
+
+        mtp_logits: list[Tensor] = []
+        if "mtp" in run.collect:
+            draft_BTD = state_BTD
+            for step in range(self.mtp_steps):
+                next_BT = F.pad(input_ids_BT[:, step + 1 :], (0, min(step + 1, input_ids_BT.shape[1])))
+                draft_BTD, record = self._module(step).draft(draft_BTD, self.model.embed_tokens(next_BT), run)
+                records.append(record)
+                mtp_logits.append(self.lm_head(draft_BTD))
+        if cache is not None:
+            cache.commit()
+        return ModelOutput(
+            logits=self.lm_head(normed_BTD[:, -logits_to_keep:]),
+            hidden=state_BTD if "hidden" in run.collect else None,
+            mtp_logits=tuple(mtp_logits),
+            router=tuple(record for record in records if record is not None),
+            selection=run.selection,
+            indexer_kl={layer: torch.stack(terms).mean() for layer, terms in run.kl_terms.items()},
+        )
+
+    def draft(
+        self,
+        hidden_BTD: Tensor,
+        next_ids_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        *,
+        step: int = 0,
+        cache: Cache | None = None,
+        attention: str = "sparse",
+    ) -> tuple[Tensor, Tensor]:
+        """One draft step: state of token i and token i + 1 give state [B, T, D] and logits [B, T, V] of token i + 2.
+
+        The state goes into the next step. `cache` holds the rows of the MTP module only, not those of the trunk.
+        """
+        if not self.mtp:
+            raise InputError("This model has no MTP module; load one with num_nextn_predict_layers of at least 1.")
+        spans = _spans(next_ids_BT, positions_BT, None, cache)
+        run = self._pass(spans, cache, attention == "sparse", frozenset(), Replay())
+        state_BTD, _ = self._module(step).draft(hidden_BTD, self.model.embed_tokens(next_ids_BT), run)
+        if cache is not None:
+            cache.commit()
+        return state_BTD, self.lm_head(state_BTD)
+
+    def _module(self, step: int) -> MTPModule:
+        module = self.mtp[min(step, len(self.mtp) - 1)]
+        assert isinstance(module, MTPModule)
+        return module
+
+    def _pass(self, spans: Spans, cache: Cache | None, sparse: bool, collect: frozenset[str], replay: Replay) -> Pass:
+        c = self.config
+        dtype = self.lm_head.weight.dtype
+        rotary = rotation(spans.positions_BT, c.qk_rope_head_dim, c.rope_theta, dtype)
+        return Pass(spans=spans, rotation=rotary, sparse=sparse, collect=collect, replay=replay, cache=cache)
+
+    def _check(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor | None,
+        segments_BT: Tensor | None,
+        attention: str,
+        collect: frozenset[str],
+        cache: Cache | None,
+        logits_to_keep: int,
+    ) -> None:
+        if ids_BT.dim() != 2 or ids_BT.shape[0] == 0 or ids_BT.shape[1] == 0 or ids_BT.dtype != torch.int64:
+            raise InputError(
+                f"input_ids are {ids_BT.dtype} of shape {list(ids_BT.shape)}; give int64 token ids [batch, tokens] "
+                "with at least one of each."
+            )
+        low, high = int(ids_BT.min()), int(ids_BT.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise InputError(
+                f"input_ids hold {low if low < 0 else high}, outside the vocabulary of {self.config.vocab_size:,}; "
+                "check that the tokenizer belongs to this model."
+            )
+        for name, given in (("positions", positions_BT), ("segment_ids", segments_BT)):
+            if given is not None and given.shape != ids_BT.shape:
+                raise InputError(
+                    f"{name} have shape {list(given.shape)}, input_ids {list(ids_BT.shape)}; make them equal."
+                )
+        if ids_BT.shape[1] > self.config.max_position_embeddings:
+            raise InputError(
+                f"The input has {ids_BT.shape[1]:,} tokens; this model has {self.config.max_position_embeddings:,} "
+                "positions. Shorten the input."
+            )
+        if attention not in ATTENTION:
+            hint = did_you_mean(attention, ATTENTION)
+            raise InputError(f"attention is {attention!r}; use 'sparse' or 'dense'.{hint}")
+        for name in sorted(collect - COLLECTABLE):
+            known = ", ".join(sorted(COLLECTABLE))
+            raise InputError(f"collect names {name!r}; it may hold {known}.{did_you_mean(name, COLLECTABLE)}")
+        if "mtp" in collect and not self.mtp:
+            raise InputError("collect names 'mtp' but this model has no MTP module (num_nextn_predict_layers is 0).")
+        if "mtp" in collect and cache is not None:
+            raise InputError("collect={'mtp'} is for training; with a cache, call `draft` after the forward pass.")
+        if logits_to_keep < 0:
+            raise InputError(f"logits_to_keep is {logits_to_keep}; give 0 for all positions or a positive number.")
+
+
+def _spans(ids_BT: Tensor, positions_BT: Tensor | None, segments_BT: Tensor | None, cache: Cache | None) -> Spans:
+    batch, tokens = ids_BT.shape
+    if cache is not None:
+        return cache.reserve(batch, tokens, segments_BT, positions_BT)
+    if segments_BT is None:
+        return plain_spans(batch, tokens, 0, positions_BT, ids_BT.device)
+    return segment_spans(segments_BT, tokens, positions_BT)

@@ -1,0 +1,111 @@
+"""Attention over latents (MLA), dense and sparse, in blocks of queries; never a T x S matrix.
+
+Two forms of the same mathematics:
+- expanded: keys and values per head (training and dense prefill), through PyTorch's fused attention;
+- absorbed: W_UK folded into the query, W_UV into the output, so that every head attends to the one latent row of
+  `kv_lora_rank + qk_rope_head_dim` values per token (decode, and sparse attention at any length).
+
+Blocks are recomputed in the backward pass, so that training memory grows with T as well.
+`reference.dense_attention` and `reference.sparse_attention` are the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from glm5.ops import reference
+from glm5.ops.spans import Spans
+
+BLOCK_BUDGET = 1 << 23
+"""Elements of the largest temporary of one block of queries (gathered latents, or scores): 32 MB in fp32."""
+
+
+def expanded_attention(q_BTHN: Tensor, k_BSHN: Tensor, v_BSHV: Tensor, spans: Spans, scale: float) -> Tensor:
+    """Dense attention [B, T, H, V] with keys and values per head; key and value widths may differ."""
+    width, value_width = q_BTHN.shape[-1], v_BSHV.shape[-1]
+    # The fused CPU kernel wants equal widths; zero columns change neither scores nor the columns that are kept.
+    wide = max(width, value_width)
+    q, k, v = (F.pad(x.transpose(1, 2), (0, wide - x.shape[-1])) for x in (q_BTHN, k_BSHN, v_BSHV))
+    tokens, keys = q.shape[2], k.shape[2]
+    if spans.single and (tokens == keys or tokens == 1):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=tokens == keys, scale=scale)
+        return out.transpose(1, 2)[..., :value_width]
+    step = max(1, BLOCK_BUDGET // (q.shape[0] * keys))
+    blocks = []
+    for i in range(0, tokens, step):
+        lo, hi = spans.lo_BT[:, i : i + step], spans.hi_BT[:, i : i + step]
+        real = hi > lo
+        mask = reference.visible(lo, hi, keys) | ~real[..., None]  # a row without any key would give NaN
+        out = F.scaled_dot_product_attention(q[:, :, i : i + step], k, v, attn_mask=mask[:, None], scale=scale)
+        blocks.append(out.transpose(1, 2)[..., :value_width] * real[..., None, None])
+    return torch.cat(blocks, dim=1)
+
+
+def absorbed_attention(q_BTHC: Tensor, latents_BSC: Tensor, spans: Spans, value_width: int, scale: float) -> Tensor:
+    """Dense attention over the latents themselves [B, T, H, value_width]; cheap when T is small (decode)."""
+
+    def block(q_BQHC: Tensor, latents_BSC: Tensor, lo_BQ: Tensor, hi_BQ: Tensor) -> Tensor:
+        scores_BQHS = _scores(q_BQHC.flatten(1, 2), latents_BSC).unflatten(1, q_BQHC.shape[1:3]) * scale
+        if spans.single and q_BQHC.shape[1] == 1:
+            p_BQHS = torch.softmax(scores_BQHS, dim=-1)
+        else:
+            mask_BQS = reference.visible(lo_BQ, hi_BQ, latents_BSC.shape[1])
+            p_BQHS = reference.masked_softmax(scores_BQHS, mask_BQS[:, :, None])
+        values = latents_BSC[..., :value_width]
+        return (p_BQHS.to(values.dtype).flatten(1, 2) @ values).unflatten(1, q_BQHC.shape[1:3])
+
+    per_query = q_BTHC.shape[0] * q_BTHC.shape[2] * latents_BSC.shape[1]
+    return _in_blocks(block, q_BTHC, latents_BSC, spans.lo_BT, spans.hi_BT, per_query=per_query)
+
+
+def sparse_attention(
+    q_BTHC: Tensor, latents_BSC: Tensor, selected_BTK: Tensor, value_width: int, scale: float
+) -> Tensor:
+    """Absorbed attention [B, T, H, value_width] over the selected latents; only those are gathered and read."""
+
+    def block(q_BQHC: Tensor, latents_BSC: Tensor, selected_BQK: Tensor) -> Tensor:
+        batch, queries, heads, _ = q_BQHC.shape
+        gathered = gather_latents(latents_BSC, selected_BQK).flatten(0, 1)  # [B*Q, K, C]
+        scores = _scores(q_BQHC.flatten(0, 1), gathered) * scale  # [B*Q, H, K]
+        missing = (selected_BQK < 0).flatten(0, 1)[:, None]
+        p = torch.softmax(scores.masked_fill(missing, torch.finfo(scores.dtype).min), dim=-1)
+        p = p.masked_fill(missing, 0.0)  # a query that selected nothing attends to nothing
+        return (p.to(gathered.dtype) @ gathered[..., :value_width]).view(batch, queries, heads, value_width)
+
+    per_query = q_BTHC.shape[0] * selected_BTK.shape[2] * max(latents_BSC.shape[2], q_BTHC.shape[2])
+    return _in_blocks(block, q_BTHC, latents_BSC, selected_BTK, per_query=per_query)
+
+
+def gather_latents(latents_BSC: Tensor, selected_BTK: Tensor) -> Tensor:
+    """The selected rows [B, T, K, C]; missing entries (-1) give row 0, which the caller masks."""
+    batch, keys, width = latents_BSC.shape
+    rows = selected_BTK.clamp_min(0)
+    if batch > 1:
+        rows = rows + torch.arange(batch, device=rows.device)[:, None, None] * keys
+    return latents_BSC.reshape(batch * keys, width).index_select(0, rows.flatten()).view(*selected_BTK.shape, width)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """`q @ k^T` in fp32 (fp64 stays)."""
+    scores = q @ k.transpose(-1, -2)
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def _in_blocks(
+    block: Callable[..., Tensor], q_BTHC: Tensor, latents_BSC: Tensor, *by_query: Tensor, per_query: int
+) -> Tensor:
+    """Runs `block` over blocks of queries; with gradients each block is recomputed in the backward pass."""
+    tokens = q_BTHC.shape[1]
+    step = max(1, BLOCK_BUDGET // per_query)
+    if tokens <= step:
+        return block(q_BTHC, latents_BSC, *by_query)
+    outs = []
+    for i in range(0, tokens, step):
+        inputs = (q_BTHC[:, i : i + step], latents_BSC, *(x[:, i : i + step] for x in by_query))
+        outs.append(checkpoint(block, *inputs, use_reentrant=False) if torch.is_grad_enabled() else block(*inputs))
+    return torch.cat(outs, dim=1)
