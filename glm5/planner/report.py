@@ -1,0 +1,131 @@
+"""Plans as tables for people, and as formulas for those who ask. Holds no arithmetic beyond ratios of two answers."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from glm5.planner.hardware import CLASSES
+from glm5.planner.plan import Estimate, ServingPlan
+from glm5.planner.quantity import Quantity, quantities
+from glm5.planner.training import TrainingMemory
+
+
+def print_serving(plan: ServingPlan, console: Console) -> None:
+    """What it takes, whether it fits, how fast it is, what it costs."""
+    e, load = plan.estimate, plan.serving
+    console.print(
+        f"[bold]{plan.model}[/] ({plan.parameters / 1e9:,.4g}B weights, {plan.active_parameters / 1e9:,.3g}B per token) "
+        f"in {load.dtype} on [bold]{e.hardware.name}[/] ({e.sharding.text}), {load.concurrency} request(s) of "
+        f"{load.context:,} tokens, {load.cache_dtype} cache"
+        + (f", {load.drafts} drafts (accept length {load.accept_length:g})" if load.drafts else "")
+    )
+    console.print(_verdict(e))
+    console.print(_memory_table(e))
+    console.print(_speed_table(plan))
+    console.print(_cost_table(plan))
+    console.print(_smallest_table(plan))
+    console.print(
+        f"[dim]Speeds are estimates: datasheet rates times the efficiency of a {e.hardware.device.kind!r} machine plus "
+        "latency per layer (docs/planner.md compares them with published figures). --explain shows every formula.[/]"
+    )
+
+
+def print_training(name: str, result: TrainingMemory, console: Console) -> None:
+    """Memory per device under a parallel plan."""
+    p = result.plan
+    console.print(
+        f"[bold]Training {name}[/] on {p.devices} device(s): data {p.data}, context {p.context}, tensor {p.tensor}, "
+        f"pipeline {p.pipeline}, expert {p.expert}; {p.optimizer}, shard {p.shard}, micro batch {p.micro_batch} x "
+        f"{p.sequence:,} tokens, checkpointing {'on' if p.checkpointing else 'off'}"
+    )
+    table = Table("per device", "", "", title="Memory", title_justify="left")
+    for quantity in quantities(result):
+        if quantity is not result.capacity:
+            table.add_row(
+                quantity.name, quantity.text, quantity.source, style="bold" if quantity is result.total else ""
+            )
+    console.print(table)
+    word = "[green]fits[/]" if result.fits else "[red]does not fit[/]"
+    console.print(f"It {word}: {result.total.text} of {result.capacity.text}.")
+
+
+def print_formulas(thing: object, console: Console) -> None:
+    """Every quantity with its formula and its numbers, once each."""
+    seen: set[Quantity] = set()
+    for quantity in quantities(thing):
+        if quantity not in seen:
+            seen.add(quantity)
+            console.print(quantity.explain(), highlight=False, markup=False, soft_wrap=True)
+    if isinstance(thing, ServingPlan):
+        kind = thing.estimate.hardware.device.kind
+        console.print(f"Efficiency of {kind!r}: {CLASSES[kind].why}.", markup=False, soft_wrap=True)
+
+
+def _verdict(e: Estimate) -> str:
+    total, capacity = e.memory.device_total, e.memory.capacity
+    if e.memory.fits:
+        return f"[green]It fits[/]: {total.text} of {capacity.text} on each device."
+    if e.memory.streams:
+        share = e.memory.experts_on_disk.value
+        return f"[yellow]It runs from disk[/]: {share:.0%} of the routed experts do not fit in {capacity.text}."
+    return f"[red]It does not fit[/]: {total.text} needed, {capacity.text} on each device."
+
+
+def _memory_table(e: Estimate) -> Table:
+    m = e.memory
+    table = Table("", "whole model", "per device", title="Memory", title_justify="left")
+    for part in m.parts:
+        table.add_row(f"  {part.name}", part.text, "", style="dim")
+    table.add_row("weights", m.weights.text, m.device_weights.text)
+    table.add_row(f"cache ({m.cache_token.text})", m.cache.text, m.device_cache.text)
+    table.add_row("workspace", "", m.workspace.text)
+    table.add_row("reserve", "", m.reserve.text)
+    table.add_row("total", "", f"{m.device_total.text} of {m.capacity.text}", style="bold")
+    return table
+
+
+def _speed_table(plan: ServingPlan) -> Table:
+    columns = [(plan.model, plan.estimate)]
+    if plan.without_dsa:
+        columns.append(("dense attention", plan.without_dsa))
+    if plan.predecessor:
+        columns.append((plan.predecessor.model, plan.predecessor))
+    table = Table("", *(name for name, _ in columns), title="Speed", title_justify="left")
+    estimates = [e for _, e in columns]
+    table.add_row("sharding", *(e.sharding.text + ("" if e.runs else " (does not fit)") for e in estimates))
+    table.add_row("decode, one request", *(e.decode.per_request.text for e in estimates), style="bold")
+    table.add_row("decode, all requests", *(e.decode.aggregate.text for e in estimates))
+    table.add_row("time per output token", *(e.decode.token_seconds.text for e in estimates))
+    table.add_row("datasheet limit, one request", *(e.decode.limit.text for e in estimates), style="dim")
+    table.add_row(f"prefill of {plan.serving.context:,} tokens", *(e.prefill.seconds.text for e in estimates))
+    table.add_row("prefill, all replicas", *(e.prefill.throughput.text for e in estimates))
+    return table
+
+
+def _cost_table(plan: ServingPlan) -> Table:
+    e, old = plan.estimate, plan.predecessor
+    table = Table("dollars per million tokens", plan.model, title="Cost", title_justify="left")
+    rows = [("input", e.input_cost), ("output", e.output_cost)]
+    if old is None or not e.output_cost.value:
+        for name, cost in rows:
+            table.add_row(name, cost.text if cost.value else "no price per hour: give --price-per-device-hour")
+        return table
+    table.add_column(old.model)
+    table.add_column("ratio")
+    for (name, cost), other in zip(rows, (old.input_cost, old.output_cost), strict=True):
+        table.add_row(name, cost.text, other.text, f"{cost.value / other.value:.2f}")
+    return table
+
+
+def _smallest_table(plan: ServingPlan) -> Table:
+    table = Table("device", "smallest set", "sharding", "per device", "one request", "output, $ per million",
+                  title="Smallest set that fits", title_justify="left")  # fmt: skip
+    for o in plan.smallest:
+        if not (o.sharding and o.device_total and o.per_request and o.output_cost):
+            table.add_row(o.device, "none up to 512", "", "", "", "")
+            continue
+        size = f"{o.devices}" if not o.streams else "1, experts from disk"
+        cost = o.output_cost.text if o.output_cost.value else ""
+        table.add_row(o.device, size, o.sharding.text, o.device_total.text, o.per_request.text, cost)
+    return table
