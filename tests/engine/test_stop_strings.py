@@ -1,0 +1,38 @@
+"""Stop strings over any split of the text."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glm5.engine.stop_strings import StopStrings
+
+
+def run(pieces, stops, *, include=False):
+    matcher = StopStrings(tuple(stops), include=include)
+    text = ""
+    for piece in pieces:
+        new, stop = matcher.feed(piece)
+        text += new
+        if stop is not None:
+            return text, stop
+    return text + matcher.finish(), None
+
+
+@given(
+    st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.booleans(), st.data()
+)
+def test_any_split_gives_the_same_text_and_stop(text, stops, include, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert run(pieces, stops, include=include) == run(list(text), stops, include=include)
+    found, stop = run(pieces, stops)
+    assert (stop is not None) == any(s in text for s in stops)
+    assert stop is None or text.startswith(found + stop)
+    assert stop is not None or found == text
+
+
+def test_text_goes_out_as_soon_as_it_is_certain():
+    matcher = StopStrings(("###",))
+    assert matcher.feed("ab#") == ("ab", None)
+    assert matcher.feed("#c") == ("##c", None)
+    assert matcher.feed("##") == ("", None)
+    assert matcher.feed("#d") == ("", "###")
