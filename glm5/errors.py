@@ -37,7 +37,7 @@ class RunError(GLM5Error):
     """A run directory that cannot be started, resumed or read."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the nearest of `known`, or an empty string when nothing is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """`" Did you mean 'x'?"` for the nearest of `known`, or an empty string when none is as similar as `cutoff`."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""

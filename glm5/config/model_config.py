@@ -161,7 +161,8 @@ class ModelConfig:
                 if value is not None:
                     fields[name] = value
             elif name not in _IGNORED_FIELDS:
-                near = did_you_mean(name, known - values.keys())
+                given = {known_name for known_name, v in values.items() if v is not None}
+                near = did_you_mean(name, known - given, cutoff=0.85)
                 if near:
                     raise ConfigError(f"Unknown config field {name!r}.{near}")
                 extra[name] = value
