@@ -1,7 +1,10 @@
 """A tiny model that speaks: a trained tokenizer of 320 tokens and random weights of the same vocabulary."""
 
+import time
 from functools import lru_cache
+from types import SimpleNamespace
 
+import torch
 from conftest import tiny_config, tiny_model
 
 from glm5 import GLM5, ModelConfig, Tokenizer
@@ -34,3 +37,27 @@ def speaker_config() -> ModelConfig:
 def speaker_model(seed: int = 0) -> GLM5:
     """Random weights, wide enough that the distribution is far from flat."""
     return tiny_model(seed, **_changes())
+
+
+class ScriptedModel(torch.nn.Module):
+    """Stands in for a `GLM5`: says one prepared text, then ends its turn. Takes the place of weights in server tests."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.config = speaker_config()
+        self.model = torch.nn.Module()
+        self.model.embed_tokens = torch.nn.Embedding(VOCABULARY, 1)
+        tokenizer = speaker_tokenizer()
+        self.script = [*tokenizer.encode(text), tokenizer.token_to_id("<|user|>")]
+        self.delay = 0.0
+
+    def forward(self, ids_BT, *, cache, attention, logits_to_keep):
+        """Logits that leave no doubt about the next token of the script."""
+        time.sleep(self.delay)
+        said = 0 if cache.length == 0 else cache.length - cache.prompt + 1
+        if cache.length == 0:
+            cache.prompt = ids_BT.shape[1]
+        cache.length += ids_BT.shape[1]
+        logits_B1V = torch.zeros(len(ids_BT), 1, VOCABULARY)
+        logits_B1V[:, :, self.script[min(said, len(self.script) - 1)]] = 50.0
+        return SimpleNamespace(logits=logits_B1V)
