@@ -56,12 +56,13 @@ class CheckpointWeights(WeightSource):
     def values(self, name: str) -> Tensor:
         return self.checkpoint.read(name, torch.float32)
 
-    def fp8(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.checkpoint.read_fp8(name) or super().fp8(name)
+    def fp8(self, name: str) -> Tensor:
+        stored = self.checkpoint.read_fp8(name)
+        return super().fp8(name) if stored is None else stored[0]
 
     def fp8_scale(self, name: str) -> Tensor:
         stored = self.checkpoint.read_fp8(name)
-        return stored[1] if stored is not None else super().fp8_scale(name)
+        return super().fp8_scale(name) if stored is None else stored[1]
 
 
 def convert_checkpoint(

@@ -89,12 +89,16 @@ class WeightSource(ABC):
     def values(self, name: str) -> Tensor:
         """A tensor of the layout in a float dtype."""
 
-    def fp8(self, name: str) -> tuple[Tensor, Tensor]:
-        """The same as e4m3 and scales."""
-        return quantize_fp8(self.values(name))
+    def cast(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The same in `dtype`."""
+        return self.values(name).to(dtype)
+
+    def fp8(self, name: str) -> Tensor:
+        """The same as e4m3."""
+        return quantize_fp8(self.values(name))[0]
 
     def fp8_scale(self, name: str) -> Tensor:
-        """The scales alone: they are written before the weights."""
+        """The scales of `fp8`. They are written before it, and computing them twice is cheaper than keeping it."""
         return fp8_block_scales(self.values(name))
 
 
@@ -118,11 +122,11 @@ def plan_entries(source: WeightSource, dtype: torch.dtype, quantization: Quantiz
     for name, slot in source.layout.slots.items():
         if quantization == "fp8" and stored_as_fp8(name):
             scale_shape = fp8_scale_shape(slot.shape)
-            entries.append(Entry(name, FP8, slot.shape, lambda name=name: source.fp8(name)[0]))
+            entries.append(Entry(name, FP8, slot.shape, partial(source.fp8, name)))
             entries.append(Entry(name + SCALE_SUFFIX, torch.float32, scale_shape, partial(source.fp8_scale, name)))
         else:
             target = torch.float32 if keeps_fp32(slot.tensor) else dtype
-            entries.append(Entry(name, target, slot.shape, lambda name=name, to=target: source.values(name).to(to)))
+            entries.append(Entry(name, target, slot.shape, partial(source.cast, name, target)))
     return entries
 
 

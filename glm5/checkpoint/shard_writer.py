@@ -87,6 +87,6 @@ def _write_shard(path: Path, entries: Sequence[Entry], progress: Callable[[int],
                 raise AssertionError(
                     f"{entry.name}: planned {entry.dtype} {entry.shape}, made {tensor.dtype} {tensor.shape}"
                 )
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             if progress is not None:
                 progress(entry.num_bytes)
