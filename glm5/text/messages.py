@@ -62,7 +62,7 @@ def disarm(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, s
     for message in messages:
         if message["role"] == "assistant" and not isinstance(message.get("reasoning_content"), str):
             message["reasoning_content"], message["content"] = split_reasoning(message["content"])
-    everything = repr(messages) + repr(tools) + json.dumps([messages, tools], ensure_ascii=False, default=str)
+    everything = json.dumps([messages, tools], ensure_ascii=False, default=str)
     marker = next((m for m in _MARKERS if m not in everything), None)
     if marker is None:
         raise TextError("the messages use all 32 Unicode noncharacters; remove them to encode with escape_special")

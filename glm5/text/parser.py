@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from glm5.text.specials import TERMINATORS
@@ -31,15 +32,16 @@ from glm5.text.values import STRING, argument_types, to_json, typed
 Delta = dict[str, Any]
 Message = dict[str, Any]
 
-_MAY_FOLLOW_VALUE: tuple[str, ...] = ("<arg_key>", "</tool_call>", "<tool_call>")
-_MAY_FOLLOW_CALL: tuple[str, ...] = ("<tool_call>",)
 _VALUE_END = re.compile(r"</arg_value>|</tool_call>")
-_SEPARATOR = re.compile(r"\A(?:\\n|\s)+")  # some checkpoints write the newline as two characters
+# The next twelve characters behind white space; some checkpoints write a newline as two characters.
+_AFTER_VALUE = re.compile(r"(?:\\n|\s)*(.{0,12})", re.DOTALL)
+_AFTER_CALL = re.compile(r"\s*(.{0,12})", re.DOTALL)
 
 
-def _prefixes(tags: Sequence[str]) -> list[str]:
+@cache
+def _prefixes(tags: tuple[str, ...]) -> tuple[str, ...]:
     """Every proper beginning of a tag, the longest first."""
-    return sorted({tag[:n] for tag in tags for n in range(1, len(tag))}, key=len, reverse=True)
+    return tuple(sorted({tag[:n] for tag in tags for n in range(1, len(tag))}, key=len, reverse=True))
 
 
 def _any(texts: Sequence[str]) -> str:
@@ -196,7 +198,7 @@ class AssistantStream:
         _, tag = self._take("<arg_value>", "<arg_key>", "</tool_call>", "<tool_call>")
         if tag == "<arg_value>":
             self._open_value()
-        else:
+        elif tag:
             self._after(tag)
         return bool(tag)
 
@@ -223,11 +225,9 @@ class AssistantStream:
 
     def _closes(self, found: re.Match[str]) -> bool | None:
         """Whether what follows a closing tag inside a value makes it one; None if more text must decide."""
-        rest = self._buffer[found.end() :]
-        if found.group() == "</arg_value>":
-            follows, openers = _SEPARATOR.sub("", rest), _MAY_FOLLOW_VALUE
-        else:
-            follows, openers = rest.lstrip(), _MAY_FOLLOW_CALL
+        value = found.group() == "</arg_value>"
+        follows = (_AFTER_VALUE if value else _AFTER_CALL).match(self._buffer, found.end())[1]  # type: ignore[index]
+        openers = ("<arg_key>", "</tool_call>", "<tool_call>") if value else ("<tool_call>",)
         if follows.startswith(openers):
             return True
         if self._ended:
@@ -237,7 +237,7 @@ class AssistantStream:
     # --- moves between states
 
     def _after(self, tag: str) -> None:
-        """Goes where a tag leads that stands between arguments; no tag leads nowhere."""
+        """Goes where a tag leads that stands between arguments; without one, waits there for it."""
         if tag == "<arg_key>":
             self._state = self._in_key
         elif tag:
@@ -329,6 +329,8 @@ class AssistantStream:
             self._deltas.append({kind: text})
 
     def _emit_arguments(self, fragment: str) -> None:
+        if not fragment:
+            return
         index = len(self._calls) - 1
         self._fragments.append(fragment)
         if self._deltas and self._deltas[-1].get("tool_calls", [{}])[0].get("index") == index:

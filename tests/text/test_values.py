@@ -1,0 +1,122 @@
+"""Typing of tool arguments by JSON schema, against a table, and JSON of the right type comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glm5.text.values import argument_types, to_json, typed
+
+PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "either": {"type": ["integer", "null"]},
+        "any": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]},
+        "mode": {"enum": ["fast", "slow"]},
+        "level": {"enum": [1, 2.5, None]},
+        "fixed": {"const": True},
+        "ref": {"$ref": "#/$defs/Mode"},
+        "loop": {"$ref": "#/$defs/Loop"},
+        "away": {"$ref": "https://example.org/x"},
+        "all": {"allOf": [{"$ref": "#/$defs/Mode"}, {"description": "d"}]},
+        "free": {"description": "no type"},
+        "odd": {"type": "file"},
+    },
+    "$defs": {
+        "Mode": {"type": "string", "enum": ["a"]},
+        "Loop": {"anyOf": [{"$ref": "#/$defs/Loop"}, {"type": "null"}]},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [
+        ("name", {"string"}), ("either", {"integer", "null"}), ("any", {"string", "array"}), ("mode", {"string"}),
+        ("level", {"integer", "number", "null"}), ("fixed", {"boolean"}), ("ref", {"string"}), ("loop", {"null"}),
+        ("away", set()), ("all", {"string"}), ("free", set()), ("odd", set()), ("missing", set()),
+    ],
+)  # fmt: skip
+def test_types_of_a_schema(name: str, types: set[str]) -> None:
+    assert argument_types(PARAMETERS, name) == types
+
+
+def test_types_of_arguments_that_the_schema_does_not_name() -> None:
+    assert argument_types({"additionalProperties": {"type": "string"}}, "x") == {"string"}
+    assert argument_types({"additionalProperties": True, "properties": {"x": True}}, "x") == set()
+    assert argument_types({}, "x") == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "types", "value"),
+    [
+        ("42", {"string"}, "42"),
+        ("42", {"integer"}, 42),
+        (" 42\n", {"integer"}, 42),
+        ("42.0", {"integer"}, 42),
+        ("42.5", {"integer"}, "42.5"),
+        ("1e3", {"number"}, 1000.0),
+        ("1,000", {"number"}, "1,000"),
+        ("true", {"boolean"}, True),
+        ("True", {"boolean"}, True),
+        ("yes", {"boolean"}, "yes"),
+        ("1", {"boolean"}, "1"),
+        ("null", {"null", "string"}, None),
+        ("None", {"null", "integer"}, None),
+        ("5", {"null", "string"}, "5"),
+        ("5", {"integer", "string"}, 5),
+        ('"5"', {"integer"}, 5),
+        ("[1, 2]", {"array", "string"}, [1, 2]),
+        ("['a', \"b\"]", {"array"}, ["a", "b"]),
+        ("(1, 2)", {"array"}, [1, 2]),
+        ("{'a': True}", {"object"}, {"a": True}),
+        ('{\\"a\\": 1}', {"object"}, {"a": 1}),
+        ('"[1]"', {"array"}, [1]),
+        ("{a: 1}", {"object"}, "{a: 1}"),
+        ("a, b", {"array"}, "a, b"),
+        ("", {"integer"}, ""),
+        ("NaN", {"number"}, "NaN"),
+        ("1e999", {"number"}, "1e999"),
+        ("[" * 100_000, {"array"}, "[" * 100_000),
+        ("9" * 5_000, {"integer"}, "9" * 5_000),
+        ("42", set(), 42),
+        ("[1]", set(), [1]),
+        ("01234", set(), "01234"),
+        ("hello", set(), "hello"),
+        ('"quoted"', set(), '"quoted"'),
+        ("<b>", set(), "<b>"),
+    ],
+)
+def test_readings(text: str, types: set[str], value: Any) -> None:
+    found = typed(text, frozenset(types))
+    assert found == value and type(found) is type(value)
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(10**9), 10**9)
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    )
+)
+def test_json_of_the_declared_type_comes_back(value: Any) -> None:
+    names = {
+        type(None): "null",
+        bool: "boolean",
+        int: "integer",
+        float: "number",
+        str: "string",
+        list: "array",
+        dict: "object",
+    }
+    text = value if isinstance(value, str) else to_json(value)
+    assert typed(text, frozenset({names[type(value)]})) == value
+    if not isinstance(value, str):
+        assert typed(text, frozenset()) == value
