@@ -1,0 +1,177 @@
+/* One query block of the fused indexer, written once and compiled once per instruction set by lightning.c, which
+ * defines before each inclusion:
+ *
+ *   NAME(x)   the function's name in this variant        TARGET   the function attribute that allows the instructions
+ *   LANES     floats in one vector register              ROWS     (query, head) rows held in registers at once
+ *   RELU(v)   max(0, v), a NaN stays a NaN               COMPRESS defined where AVX-512 can squeeze out lanes
+ *
+ * ROWS x 3 accumulators fill the register file, so every loaded value feeds several multiply-adds. A score is always
+ * the same sum in the same order (width first, then heads) whatever tile it falls into: that is what makes a query's
+ * result independent of its neighbours.
+ */
+
+typedef float NAME(vector) __attribute__((vector_size(4 * LANES), may_alias));
+
+/* scores[row's query] += weight * ReLU(query row . key) for TILE rows and PANEL keys. */
+TARGET static void NAME(score_tile)(const float *queries, const float *weights, float *const *scores,
+                                    const float *panel, int64_t width) {
+    for (int row = 0; row < TILE; row += ROWS) {
+        for (int column = 0; column < PANEL; column += 3 * LANES) {
+            NAME(vector) dot[ROWS][3] = {{{0}}};
+            for (int64_t i = 0; i < width; i++) {
+                const NAME(vector) *key = (const NAME(vector) *)(panel + i * PANEL + column);
+                const NAME(vector) a = key[0], b = key[1], c = key[2];
+                UNROLL for (int r = 0; r < ROWS; r++) {
+                    const float q = queries[i * TILE + row + r];
+                    dot[r][0] += q * a;
+                    dot[r][1] += q * b;
+                    dot[r][2] += q * c;
+                }
+            }
+            /* Rows of one query follow each other: their sum stays in registers until the query changes. */
+            NAME(vector) *sum = (NAME(vector) *)(scores[row] + column), a = sum[0], b = sum[1], c = sum[2];
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                if (r && scores[row + r] != scores[row + r - 1]) {
+                    sum[0] = a, sum[1] = b, sum[2] = c;
+                    sum = (NAME(vector) *)(scores[row + r] + column);
+                    a = sum[0], b = sum[1], c = sum[2];
+                }
+                const float w = weights[row + r];
+                a += w * RELU(dot[r][0]);
+                b += w * RELU(dot[r][1]);
+                c += w * RELU(dot[r][2]);
+            }
+            sum[0] = a, sum[1] = b, sum[2] = c;
+        }
+    }
+}
+
+#ifdef COMPRESS
+/* Append those of 16 candidates that `mask` names, and return the new count; 16 places beyond the old one are written. */
+TARGET static inline int64_t NAME(append)(candidates *to, int64_t count, __m512 value, __m512i place, __mmask16 mask) {
+    _mm512_storeu_ps(to->value + count, _mm512_maskz_compress_ps(mask, value));
+    _mm512_storeu_si512(to->place + count, _mm512_maskz_compress_epi32(mask, place));
+    return count + __builtin_popcount(mask);
+}
+#endif
+
+/* Cut the candidates to the `k` best. They stay in order of position, so among equals the first ones are kept. */
+TARGET static void NAME(keep_best)(candidates *have, int64_t k) {
+    const float *value = have->value;
+    const int64_t count = have->count;
+    int32_t least = INT32_MAX, most = INT32_MIN;
+    for (int64_t i = 0; i < count; i++) {
+        const int32_t rank = rank_of(value[i]);
+        least = rank < least ? rank : least;
+        most = rank > most ? rank : most;
+    }
+    /* Bisect over the representable floats for the largest bound that k candidates reach: counting is a vector loop. */
+    int64_t low = least, high = most;
+    while (low < high) {
+        const int64_t middle = low + (high - low + 1) / 2;
+        const float bound = float_of(middle);
+        int32_t reach = 0;
+        for (int64_t i = 0; i < count; i++) reach += value[i] >= bound;
+        if (reach < k) high = middle - 1;
+        else low = middle;
+        if (reach == k) break;
+    }
+    const float bound = float_of(low);
+    int32_t above = 0;
+    for (int64_t i = 0; i < count; i++) above += value[i] > bound;
+    int64_t equals = k - above, kept = 0;
+#ifdef COMPRESS
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 real = count - i < 16 ? (1u << (count - i)) - 1 : 0xffff;
+        const __m512 v = _mm512_load_ps(value + i);
+        const __mmask16 over = _mm512_mask_cmp_ps_mask(real, v, _mm512_set1_ps(bound), _CMP_GT_OQ);
+        uint32_t equal = _mm512_mask_cmp_ps_mask(real, v, _mm512_set1_ps(bound), _CMP_EQ_OQ);
+        while (__builtin_popcount(equal) > equals) equal ^= 1u << (31 - __builtin_clz(equal));
+        equals -= __builtin_popcount(equal);
+        kept = NAME(append)(have, kept, v, _mm512_load_si512(have->place + i), over | (__mmask16)equal);
+    }
+#else
+    for (int64_t i = 0; i < count; i++) {
+        const float v = value[i];
+        const int equal = (v == bound) & (equals > 0);
+        have->value[kept] = v;
+        have->place[kept] = have->place[i];
+        kept += (v > bound) | equal;
+        equals -= equal;
+    }
+#endif
+    have->count = kept;
+    have->floor = bound;
+}
+
+/* Append the scores above the floor. NaN and -inf never are; an equal of the floor comes later and so loses the tie. */
+TARGET static void NAME(push)(candidates *have, const float *scores, int64_t start) {
+    const float floor = have->floor;
+    int64_t count = have->count;
+#ifdef COMPRESS
+    __m512i place = _mm512_add_epi32(_mm512_set1_epi32((int32_t)start),
+                                     _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (int s = 0; s < PANEL; s += 16) {
+        const __m512 v = _mm512_load_ps(scores + s);
+        const __mmask16 over = _mm512_cmp_ps_mask(v, _mm512_set1_ps(floor), _CMP_GT_OQ);
+        if (over) count = NAME(append)(have, count, v, place, over);
+        place = _mm512_add_epi32(place, _mm512_set1_epi32(16));
+    }
+#else
+    for (int s = 0; s < PANEL; s += 16) {
+        int over = 0;
+        for (int j = s; j < s + 16; j++) over |= scores[j] > floor;
+        if (!over) continue;
+        for (int j = s; j < s + 16; j++) {
+            have->value[count] = scores[j];
+            have->place[count] = (int32_t)start + j;
+            count += scores[j] > floor;
+        }
+    }
+#endif
+    have->count = count;
+}
+
+/* Select for the queries `first` to `last`, panel of keys after panel of keys. */
+TARGET static void NAME(select_block)(const job *work, scratch *own, int64_t first, int64_t last) {
+    const int64_t queries = last - first, heads = work->heads, width = work->width, rows = queries * heads;
+    int64_t lowest = work->keys, highest = 0;
+    load_queries(work, own, first, last);
+    for (int64_t t = 0; t < queries; t++) {
+        const int64_t lo = low_of(work, first + t), hi = high_of(work, first + t);
+        own->best[t].count = 0;
+        own->best[t].floor = -INFINITY;
+        if (lo < hi && lo < lowest) lowest = lo;
+        if (lo < hi && hi > highest) highest = hi;
+    }
+    for (int64_t start = lowest / PANEL * PANEL; start < highest; start += PANEL) {
+        const float *panel = work->panels + start * width;
+        const char *next = (const char *)(panel + PANEL * width); /* is fetched piece by piece, one per tile */
+        const int64_t piece = (int64_t)sizeof(float) * PANEL * width * TILE / rows;
+        memset(own->scores, 0, sizeof(float) * PANEL * (size_t)queries);
+        for (int64_t row = 0, t = 0; row < rows; row += TILE) {
+            int seen = 0;
+            while ((t + 1) * heads <= row) t++;
+            for (int64_t u = t; u < queries && u * heads < row + TILE; u++)
+                seen |= low_of(work, first + u) < start + PANEL && high_of(work, first + u) > start;
+            if (!seen) continue;
+            for (const char *end = next + piece; next < end; next += 64) __builtin_prefetch(next);
+            NAME(score_tile)(own->queries + row * width, own->weights + row, own->targets + row, panel, width);
+        }
+        for (int64_t t = 0; t < queries; t++) {
+            const int64_t lo = low_of(work, first + t) - start, hi = high_of(work, first + t) - start;
+            float *scores = own->scores + t * PANEL;
+            if (lo >= hi || lo >= PANEL || hi <= 0) continue;
+            for (int64_t s = 0; s < lo; s++) scores[s] = -INFINITY;
+            for (int64_t s = hi; s < PANEL; s++) scores[s] = -INFINITY;
+            if (own->best[t].count > own->room - PANEL - 16) NAME(keep_best)(&own->best[t], work->k);
+            NAME(push)(&own->best[t], scores, start);
+        }
+    }
+    for (int64_t t = 0; t < queries; t++) {
+        candidates *best = &own->best[t];
+        int64_t *chosen = work->chosen + (first + t) * work->k;
+        if (best->count > work->k) NAME(keep_best)(best, work->k);
+        for (int64_t i = 0; i < work->k; i++) chosen[i] = i < best->count ? best->place[i] : -1;
+    }
+}
