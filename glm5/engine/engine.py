@@ -12,7 +12,7 @@ speculation, and recomputing a cache when new weights arrive while a sequence ru
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,9 @@ from glm5.model import GLM5, LatentCache
 from glm5.text import Detokenizer, Tokenizer
 
 PREFILL_CHUNK = 4096
+
+TokenStream = Generator[TokenDelta, None, None]
+"""Sampled tokens as they come; `close()` aborts."""
 
 
 class Engine:
@@ -93,7 +96,7 @@ class Engine:
                 pass
         return [RequestOutput(request[0].prompt_ids, tuple(s.output() for s in request)) for request in requests]
 
-    def stream(self, prompt_ids: SequenceOf[int], params: SamplingParams | None = None) -> Iterator[TokenDelta]:
+    def stream(self, prompt_ids: SequenceOf[int], params: SamplingParams | None = None) -> TokenStream:
         """Yields each token as it is sampled (of all `n` completions in turn). Closing the iterator aborts.
 
         The request is checked by the call itself, not by the first `next`.
@@ -161,7 +164,7 @@ class Engine:
             for index in range(params.n)
         ]
 
-    def _decode(self, rows: list[Sequence]) -> Iterator[TokenDelta]:
+    def _decode(self, rows: list[Sequence]) -> TokenStream:
         """Runs sequences with prompts of one length to their ends, a token of each per step."""
         weight = self.model.model.embed_tokens.weight
         capacity = len(rows[0].prompt_ids) + max(row.max_tokens for row in rows)

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from glm5.engine import Engine, TokenDelta
+from glm5.engine import Engine, TokenDelta, TokenStream
 from glm5.errors import GLM5Error
 from glm5.serve.chat import ChatCompletion
 from glm5.serve.errors import ApiError, error_body, install_error_handlers
@@ -111,7 +111,7 @@ class _EventStream(StreamingResponse):
             self.gate.leave()
 
 
-async def _in_thread(tokens: Any) -> AsyncGenerator[TokenDelta, None]:
+async def _in_thread(tokens: TokenStream) -> AsyncGenerator[TokenDelta, None]:
     """The engine's iterator, each step in a worker thread; it is closed (and so aborted) when the consumer leaves."""
     try:
         async for token in iterate_in_threadpool(tokens):
@@ -120,7 +120,7 @@ async def _in_thread(tokens: Any) -> AsyncGenerator[TokenDelta, None]:
         tokens.close()
 
 
-async def _events(completion: ChatCompletion, tokens: Any, recorder: Recorder | None) -> AsyncIterator[str]:
+async def _events(completion: ChatCompletion, tokens: TokenStream, recorder: Recorder | None) -> AsyncIterator[str]:
     """The server-sent events of a streamed reply, ending in `[DONE]`; a failure on the way is one error event."""
     try:
         for chunk in completion.opening():

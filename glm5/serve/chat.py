@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from glm5.engine import Engine, TokenDelta
+from glm5.engine import Engine, TokenDelta, TokenStream
 from glm5.serve.schema import ChatRequest
 from glm5.text import AssistantStream, Tokenizer, token_bytes
 
@@ -46,7 +46,7 @@ class ChatCompletion:
         ]
         self.tokens: list[list[TokenDelta]] = [[] for _ in range(self.params.n)]
 
-    def start(self) -> Iterator[TokenDelta]:
+    def start(self) -> TokenStream:
         """The engine's tokens; the engine refuses at once what does not fit."""
         return self.engine.stream(self.prompt_ids, self.params)
 

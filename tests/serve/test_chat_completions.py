@@ -18,7 +18,8 @@ ADD = {
         "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "note": {"type": "string"}}},
     },
 }
-CALL = "<tool_call>add<arg_key>a</arg_key><arg_value>12</arg_value><arg_key>note</arg_key><arg_value>é</arg_value></tool_call>"
+ARGUMENTS = "<arg_key>a</arg_key><arg_value>12</arg_value><arg_key>note</arg_key><arg_value>é</arg_value>"
+CALL = f"<tool_call>add{ARGUMENTS}</tool_call>"
 
 
 def client_of(text="", *, limits=None, recorder=None, model=None):
@@ -77,7 +78,11 @@ def test_reasoning_and_content_are_told_apart():
 
 @pytest.mark.parametrize(
     "off",
-    [{"chat_template_kwargs": {"enable_thinking": False}}, {"thinking": {"type": "disabled"}}, {"reasoning_effort": "none"}],
+    [
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"thinking": {"type": "disabled"}},
+        {"reasoning_effort": "none"},
+    ],
 )
 def test_thinking_is_turned_off_in_prompt_and_parser(off):
     body = ask(client_of("The answer is 42."), return_token_ids=True, **off).json()
@@ -137,7 +142,14 @@ def test_a_special_token_in_a_message_is_text():
 
 def test_logprobs_and_token_ids_cover_every_token():
     client = client_of(model=speaker_model())
-    fields = {"logprobs": True, "top_logprobs": 3, "return_token_ids": True, "seed": -5, "max_tokens": 9, "ignore_eos": True}
+    fields = {
+        "logprobs": True,
+        "top_logprobs": 3,
+        "return_token_ids": True,
+        "seed": -5,
+        "max_tokens": 9,
+        "ignore_eos": True,
+    }
     whole = ask(client, **fields).json()["choices"][0]
     content = whole["logprobs"]["content"]
     assert len(content) == len(whole["token_ids"]) == 9 and whole["finish_reason"] == "length"
@@ -182,8 +194,16 @@ def test_models_and_health():
         ({"messages": ["hi"]}, 400, "messages.0"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "role 'robot'"),
         ({"messages": [{"role": "user", "content": None}]}, 400, "content of message 0"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400, "text only"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, 400, "not JSON"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            400,
+            "text only",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            400,
+            "not JSON",
+        ),
         ({"model": "gpt-9"}, 404, "'gpt-9' is not served here; ask for 'tiny'"),
         ({"temprature": 1}, 400, "Unknown field 'temprature'. Did you mean 'temperature'?"),
         ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2"),
@@ -226,7 +246,8 @@ def test_neutral_values_of_what_is_not_built_are_accepted():
     ("method", "path", "body", "status"),
     [("POST", "/v1/chat/completions", b"{", 400), ("POST", "/v1/chat/completions", b"[1]", 400),
      ("POST", "/v1/chat/completions", b"\xff\xfe", 400), ("POST", "/v1/chat/completions", b"", 400),
-     ("GET", "/v1/chat/completions", None, 405), ("POST", "/v1/embeddings", b"{}", 404), ("GET", "/nothing", None, 404)],
+     ("GET", "/v1/chat/completions", None, 405), ("POST", "/v1/embeddings", b"{}", 404),
+     ("GET", "/nothing", None, 404)],
 )  # fmt: skip
 def test_bad_bodies_and_paths(method, path, body, status):
     response = client_of().request(method, path, content=body, headers={"Content-Type": "application/json"})
