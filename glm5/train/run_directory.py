@@ -1,0 +1,196 @@
+"""A run directory: everything that one stage was made from and has produced.
+
+`run.json` (configuration, hashes of data and parent, code and environment of each session), `metrics.jsonl` (one line a
+step; only values that follow from configuration and step, so that a repeated run gives the same bytes), `speed.jsonl`
+(wall-clock measurements), `checkpoints/` (the newest few, each whole or absent), `samples/`, `report.html`, and at the
+end `model/`, a Hugging Face directory. The presence of `model/` says that the run is finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from glm5.config import ModelConfig
+from glm5.data.files import note_file, read_manifest, replacing, replacing_directory, sha256_of, write_json
+from glm5.errors import RunError
+
+
+class RunDirectory:
+    """Create one with `start`, find one with `open`."""
+
+    def __init__(self, path: Path, description: dict[str, Any]) -> None:
+        self.path = path
+        self.description = description
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """A run that was started before."""
+        try:
+            return cls(path, json.loads((path / "run.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise RunError(f"{path} has no run.json, so it is no run directory; check the path.") from None
+        except ValueError:
+            raise RunError(f"{path / 'run.json'} is not JSON; the run cannot be read.") from None
+
+    @classmethod
+    def start(
+        cls,
+        path: Path,
+        *,
+        stage: str,
+        config: Any,
+        inputs: dict[str, str],
+        parent: str | None = None,
+        resume: bool = False,
+    ) -> RunDirectory:
+        """A new run, or the same one again when `resume`.
+
+        config: the stage's dataclass. inputs: name -> SHA-256 of what the run reads. parent: SHA-256 of the model
+        that it starts from. Raises RunError when the directory is taken, or when a resumed run was started
+        differently.
+        """
+        plan = {"stage": stage, "config": plain(config), "inputs": inputs, "parent": parent}
+        session = {
+            "version": importlib.metadata.version("glm5"),
+            "code_sha256": code_sha256(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        }
+        sessions = []
+        if (path / "run.json").exists():
+            old = cls.open(path)
+            if not resume:
+                raise RunError(f"{path} already holds a run; resume it, or choose another directory.")
+            change = first_difference({name: old.description.get(name) for name in plan}, plan)
+            if change is not None:
+                raise RunError(f"{path} was started with another {change}; resume it unchanged, or start a new run.")
+            sessions = old.description["sessions"]
+        for name in ("checkpoints", "samples"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+        if not sessions or sessions[-1] != session:
+            sessions = [*sessions, session]
+        write_json(path / "run.json", {"kind": "run", **plan, "sessions": sessions})
+        return cls.open(path)
+
+    # ---- metrics ------------------------------------------------------------------------------------------------
+    def append(self, file: str, values: dict[str, Any]) -> None:
+        """Adds a line to `metrics` or `speed`."""
+        with open(self.path / f"{file}.jsonl", "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(values) + "\n")
+
+    def read(self, file: str) -> list[dict[str, Any]]:
+        """All whole lines of `metrics` or `speed`; a last line that a kill cut short is left out."""
+        path = self.path / f"{file}.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def rewind(self, step: int) -> None:
+        """Forgets the lines of `step` and later: they will be computed again."""
+        for name in ("metrics", "speed"):
+            kept = [values for values in self.read(name) if values["step"] < step]
+            with replacing(self.path / f"{name}.jsonl") as file:
+                file.write("".join(json.dumps(values) + "\n" for values in kept).encode())
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        return sorted(p for p in (self.path / "checkpoints").glob("step-*") if p.suffix != ".partial")
+
+    def save_checkpoint(
+        self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], *, keep: int = 2
+    ) -> None:
+        """Saves the state before `step` is computed, then removes all but the newest `keep`."""
+        with replacing_directory(self.path / "checkpoints" / f"step-{step:08d}") as beside:
+            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            with replacing(beside / "state.pt") as file:
+                torch.save(state, file)
+            files = {"state.pt": note_file(beside / "state.pt")}
+            write_json(beside / "manifest.json", {"kind": "training state", "step": step, "files": files})
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old)
+
+    def load_checkpoint(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
+        """Loads the newest checkpoint, checked against its hash; gives the step to go on with, 0 when there is none."""
+        found = self.checkpoints()
+        if not found:
+            return 0
+        step = int(read_manifest(found[-1], "training state")["step"])
+        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        return step
+
+    # ---- the result ---------------------------------------------------------------------------------------------
+    @property
+    def model_directory(self) -> Path:
+        """The Hugging Face directory that a finished run has."""
+        return self.path / "model"
+
+    @property
+    def finished(self) -> bool:
+        return (self.model_directory / "config.json").exists()
+
+
+def model_of(path: Path) -> Path:
+    """The model directory of a run, or `path` itself when it is one."""
+    if (path / "run.json").exists():
+        run = RunDirectory.open(path)
+        if not run.finished:
+            raise RunError(f"{path} has no finished model yet; resume that run first.")
+        return run.model_directory
+    if not (path / "config.json").exists():
+        raise RunError(f"{path} is neither a run nor a model directory; check the path.")
+    return path
+
+
+def directory_sha256(path: Path) -> str:
+    """One hash over the names and contents of the files of a directory."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.iterdir() if p.is_file()):
+        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def code_sha256() -> str:
+    """Hash of the package's Python source: the exact version of the code, with or without a repository."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root).as_posix()} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """A configuration as JSON values."""
+    if isinstance(value, ModelConfig):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def first_difference(old: Any, new: Any, name: str = "") -> str | None:
+    """`name (old, now new)` of the first value in which two nested dictionaries differ, or None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            found = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            if found is not None:
+                return found
+        return None
+    return None if old == new else f"{name} ({old!r}, now {new!r})"
