@@ -57,6 +57,8 @@ class PlanOptions:
     """Speculative tokens per step."""
     accept_length: float | None = None
     """Tokens per step on average; needed with --drafts (public servers report 1.6 to 3.5 with 3 drafts)."""
+    chunk: int = 8192
+    """Prompt tokens per prefill step; smaller ones need less workspace."""
     train: bool = False
     """Plan training memory instead, under --parallel."""
     parallel: TrainingPlan = field(default_factory=TrainingPlan)
@@ -89,7 +91,7 @@ def run(options: PlanOptions) -> int:
     mtp = options.mtp and config.num_nextn_predict_layers > 0
     serving = Serving(
         dtype=options.dtype, cache_dtype=options.cache_dtype, context=options.context, concurrency=options.concurrency,
-        mtp=mtp, drafts=options.drafts, accept_length=options.accept_length or 1.0,
+        mtp=mtp, drafts=options.drafts, accept_length=options.accept_length or 1.0, chunk=options.chunk,
     )  # fmt: skip
     plan = plan_serving(
         shape_of(config, options.model), serving, hardware, tensor=options.tensor, expert=options.expert,
@@ -99,7 +101,7 @@ def run(options: PlanOptions) -> int:
         fits = {"fits": plan.estimate.memory.fits, "streams": plan.estimate.memory.streams}
         print(json.dumps(fits | plain(plan), indent=2))
     elif options.explain:
-        print_formulas(plan.estimate, console)
+        print_formulas(plan, console)
     else:
         print_serving(plan, console)
     return 0 if plan.estimate.runs else 1

@@ -38,8 +38,9 @@ CLASSES: dict[str, HardwareClass] = {
     "datacenter": HardwareClass(
         0.70, 0.12, 0.50, 200e-6,
         "70% of HBM bandwidth is usual for decode kernels; 200 us per layer is set on SGLang's 20.2 ms per token on "
-        "8xB200 at batch 1; 12% of dense FLOPs in prefill is set on vLLM's 8k prompts on 8xH200; FlashMLA reports up "
-        "to 65% of dense FLOPs in sparse prefill",
+        "8xB200 at batch 1; 12% of dense FLOPs in prefill lies between the 6% behind vLLM's time to first token on "
+        "8xH200 and the quarter that tuned deployments of DeepSeek-V3 report; FlashMLA reports up to 65% of dense "
+        "FLOPs in sparse prefill",
     ),
     "consumer": HardwareClass(0.70, 0.12, 0.40, 200e-6, "as datacenter cards, with smaller matrices on each card"),
     "unified": HardwareClass(
@@ -47,9 +48,8 @@ CLASSES: dict[str, HardwareClass] = {
         "set on a Mac Studio M3 Ultra at 4.5 bits per weight: 17.3 tok/s decode, 194 tok/s prefill",
     ),
     "cpu": HardwareClass(
-        0.50, 0.25, 0.25, 100e-6,
-        "large CPUs reach about half of the sheet's bandwidth on scattered expert reads; prefill through int4 kernels "
-        "reaches a quarter of the BF16 rate",
+        0.50, 0.50, 0.25, 100e-6,
+        "set on ik_llama.cpp on a Ryzen 3995WX: 3.8 tok/s decode and 35 tok/s prefill with 4-bit weights",
     ),
 }  # fmt: skip
 
@@ -98,6 +98,8 @@ class Device:
         for name in ("memory_gb", "bandwidth_gb_s", "bf16_tflops", "node_devices"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} of device {self.name!r} is {getattr(self, name)!r}; it must be above 0.")
+        if not isinstance(self.node_devices, int):
+            raise InputError(f"node_devices of device {self.name!r} is {self.node_devices}; give a whole number.")
         for name in ("bandwidth_efficiency", "compute_efficiency", "attention_efficiency"):
             if getattr(self, name) > 1:
                 raise InputError(f"{name} of device {self.name!r} is {getattr(self, name)}; it is a share, at most 1.")
@@ -132,7 +134,9 @@ DEVICES: tuple[Device, ...] = (
            source=f"{_SHEET}: NVIDIA RTX Blackwell (PCIe 5 x16 through the host)"),
     Device(name="DGXSpark", kind="unified", memory_gb=128, bandwidth_gb_s=273, bf16_tflops=125, fp8_tflops=250,
            node_devices=1, network_gb_s=25, network_latency_us=30, disk_gb_s=6,
-           source=f"{_SHEET}: NVIDIA DGX Spark (GB10, 1 PFLOP FP4 sparse, 200 Gb/s ConnectX-7)"),
+           compute_efficiency=0.1,
+           source=f"{_SHEET}: NVIDIA DGX Spark (GB10, 1 PFLOP FP4 sparse, 200 Gb/s ConnectX-7); efficiency in prefill "
+                  "set on 512 tok/s with four of them"),
     Device(name="MacStudioM3Ultra", kind="unified", memory_gb=512, bandwidth_gb_s=819, bf16_tflops=28.4,
            node_devices=1, network_gb_s=10, network_latency_us=60, disk_gb_s=6,
            source=f"{_SHEET}: Apple M3 Ultra, 80 GPU cores (arithmetic rate from public measurements)"),
@@ -141,7 +145,7 @@ DEVICES: tuple[Device, ...] = (
            source=f"{_SHEET}: AMD EPYC 9755, one socket, 12 x 96 GB DDR5-6000; 44 TFLOP/s from 128 cores x 2.7 GHz x "
                   "128 BF16 operations a cycle; one PCIe 5 NVMe disk"),
     Device(name="CPU24GB", kind="cpu", memory_gb=24.7, bandwidth_gb_s=35, bf16_tflops=0.81, node_devices=1,
-           disk_gb_s=1.7, bandwidth_efficiency=0.9, compute_efficiency=0.5,
+           disk_gb_s=1.7, bandwidth_efficiency=0.9,
            source="measured: 2 virtual cores, 23 GiB; memory 33-37 GB/s, disk 1.2-2.2 GB/s (the middle is used)"),
 )  # fmt: skip
 
@@ -158,6 +162,8 @@ class Hardware:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise InputError(f"{self.device.name}x{self.count} has no devices; give a count of at least 1.")
+        if self.count > 1 and self.device.node_devices > 1 and not self.device.link_gb_s:
+            raise InputError(f"{self.device.name}x{self.count} needs the link_gb_s between the devices of a node.")
         if self.count > self.device.node_devices and not self.device.network_gb_s:
             raise InputError(
                 f"{self.device.name}x{self.count} spans nodes, but {self.device.name} has no network_gb_s."

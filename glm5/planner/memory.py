@@ -36,6 +36,8 @@ class Memory:
     reserve: Quantity
     device_total: Quantity
     capacity: Quantity
+    room: Quantity
+    """Requests of this context that fit at a time."""
     experts_on_disk: Quantity
     """Share of the routed experts that do not fit and are read from disk in each step; 0 when all fit."""
 
@@ -103,8 +105,14 @@ def memory(shape: ModelShape, serving: Serving, hardware: Hardware, sharding: Sh
     reserve = derive("Reserve", "B", "share * capacity", share=RESERVE, capacity=capacity)
     total = derive("Total per device", "B", "weights + cache + workspace + reserve", weights=device_weights,
                    cache=device_cache, workspace=work, reserve=reserve)  # fmt: skip
+    room = derive(
+        "Requests that fit", "requests",
+        "data * max(0, floor((capacity - weights - workspace - reserve) * head_cut / (cache_per_token * context)))",
+        data=sharding.data, capacity=capacity, weights=device_weights, workspace=work, reserve=reserve,
+        head_cut=min(sharding.tensor, shape.attention.cache_heads), cache_per_token=token, context=serving.context,
+    )  # fmt: skip
     return Memory(
-        parts, weights, row, key, token, cache, device_weights, device_cache, work, reserve, total, capacity,
+        parts, weights, row, key, token, cache, device_weights, device_cache, work, reserve, total, capacity, room,
         _on_disk(shape, serving, hardware, total, capacity),
     )  # fmt: skip
 

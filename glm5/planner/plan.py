@@ -5,7 +5,7 @@ Data first: `ServingPlan` holds quantities only; `glm5.planner.report` prints th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from glm5.config.glm47 import GLM47Config
 from glm5.errors import InputError
@@ -135,7 +135,10 @@ def estimate(
 
 
 def smallest_sets(shape: ModelShape, serving: Serving) -> tuple[Option, ...]:
-    """For every device of the table the smallest power of two that holds model, cache and reserve."""
+    """For every device of the table the smallest power of two that holds model, cache and reserve.
+
+    Where none does, one machine that streams experts from its disk, with prefill chunks of at most 1,024 tokens.
+    """
     return tuple(_smallest(shape, serving, device) for device in DEVICES)
 
 
@@ -147,7 +150,7 @@ def _smallest(shape: ModelShape, serving: Serving, device: Device) -> Option:
         if fitting:
             estimates = [estimate(shape, serving, Hardware(device, count), s) for s in fitting]
             return _option(max(estimates, key=lambda e: e.decode.aggregate.value))
-    alone = best_estimate(shape, serving, Hardware(device, 1))
+    alone = best_estimate(shape, replace(serving, chunk=min(serving.chunk, 1024)), Hardware(device, 1))
     return _option(alone) if alone.memory.streams else Option(device.name, 0, None, None, None, None)
 
 

@@ -1,7 +1,7 @@
 """`Quantity`: a number that carries its unit and the formula it came from.
 
 The formula is the computation: `derive` evaluates the very text that `--explain` prints, so that a shown formula cannot
-disagree with its number. A formula may use numbers, other quantities, `+ - * / ** ( )`, `min`, `max`, `ceil`, `sqrt`.
+disagree with its number. A formula may use numbers, other quantities, `+ - * / ** ( )`, `min`, `max`, `ceil`, `floor`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cache
 from types import CodeType
 from typing import Any
 
-_FUNCTIONS: dict[str, Any] = {"min": min, "max": max, "ceil": math.ceil, "sqrt": math.sqrt}
+_FUNCTIONS: dict[str, Any] = {"min": min, "max": max, "ceil": math.ceil, "floor": math.floor}
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
 

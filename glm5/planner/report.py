@@ -7,7 +7,7 @@ from rich.table import Table
 
 from glm5.planner.hardware import CLASSES
 from glm5.planner.plan import Estimate, ServingPlan
-from glm5.planner.quantity import Quantity, quantities
+from glm5.planner.quantity import quantities
 from glm5.planner.training import TrainingMemory
 
 
@@ -15,12 +15,12 @@ def print_serving(plan: ServingPlan, console: Console) -> None:
     """What it takes, whether it fits, how fast it is, what it costs."""
     e, load = plan.estimate, plan.serving
     console.print(
-        f"[bold]{plan.model}[/] ({plan.parameters / 1e9:,.4g}B weights, {plan.active_parameters / 1e9:,.3g}B per token) "
+        f"[bold]{plan.model}[/] ({plan.parameters / 1e9:,.4g}B weights, {plan.active_parameters / 1e9:,.3g}B a token) "
         f"in {load.dtype} on [bold]{e.hardware.name}[/] ({e.sharding.text}), {load.concurrency} request(s) of "
         f"{load.context:,} tokens, {load.cache_dtype} cache"
         + (f", {load.drafts} drafts (accept length {load.accept_length:g})" if load.drafts else "")
     )
-    console.print(_verdict(e))
+    console.print(_verdict(plan))
     console.print(_memory_table(e))
     console.print(_speed_table(plan))
     console.print(_cost_table(plan))
@@ -50,26 +50,39 @@ def print_training(name: str, result: TrainingMemory, console: Console) -> None:
     console.print(f"It {word}: {result.total.text} of {result.capacity.text}.")
 
 
-def print_formulas(thing: object, console: Console) -> None:
-    """Every quantity with its formula and its numbers, once each."""
-    seen: set[Quantity] = set()
-    for quantity in quantities(thing):
-        if quantity not in seen:
-            seen.add(quantity)
-            console.print(quantity.explain(), highlight=False, markup=False, soft_wrap=True)
-    if isinstance(thing, ServingPlan):
-        kind = thing.estimate.hardware.device.kind
-        console.print(f"Efficiency of {kind!r}: {CLASSES[kind].why}.", markup=False, soft_wrap=True)
+def print_formulas(thing: ServingPlan | TrainingMemory, console: Console) -> None:
+    """Every quantity with its formula and its numbers; for a serving plan also those of the two comparisons."""
+
+    def write(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    if isinstance(thing, TrainingMemory):
+        for quantity in quantities(thing):
+            write(quantity.explain())
+        return
+    device = thing.estimate.hardware.device
+    sections = ((thing.model, thing.estimate), (f"{thing.model}, dense attention", thing.without_dsa),
+                ("glm-4.7, for comparison", thing.predecessor))  # fmt: skip
+    for title, part in sections:
+        if part is not None:
+            write(f"\n## {title} on {part.hardware.name} ({part.sharding.text})")
+            for quantity in quantities(part):
+                write(quantity.explain())
+    write(f"\n## Efficiencies of a {device.kind!r} machine\n{CLASSES[device.kind].why}.")
 
 
-def _verdict(e: Estimate) -> str:
+def _verdict(plan: ServingPlan) -> str:
+    e = plan.estimate
     total, capacity = e.memory.device_total, e.memory.capacity
     if e.memory.fits:
-        return f"[green]It fits[/]: {total.text} of {capacity.text} on each device."
+        room = f"{e.memory.room.value:,.0f} such request(s) at a time"
+        return f"[green]It fits[/]: {total.text} of {capacity.text} on each device; room for {room}."
     if e.memory.streams:
         share = e.memory.experts_on_disk.value
         return f"[yellow]It runs from disk[/]: {share:.0%} of the routed experts do not fit in {capacity.text}."
-    return f"[red]It does not fit[/]: {total.text} needed, {capacity.text} on each device."
+    device = e.hardware.device.name
+    larger = next((f" Take {device}x{o.devices}." for o in plan.smallest if o.device == device and o.devices), "")
+    return f"[red]It does not fit[/]: {total.text} needed, {capacity.text} on each device.{larger}"
 
 
 def _memory_table(e: Estimate) -> Table:
@@ -105,7 +118,7 @@ def _speed_table(plan: ServingPlan) -> Table:
 
 def _cost_table(plan: ServingPlan) -> Table:
     e, old = plan.estimate, plan.predecessor
-    table = Table("dollars per million tokens", plan.model, title="Cost", title_justify="left")
+    table = Table("$ per million tokens", plan.model, title="Cost", title_justify="left")
     rows = [("input", e.input_cost), ("output", e.output_cost)]
     if old is None or not e.output_cost.value:
         for name, cost in rows:
@@ -119,13 +132,13 @@ def _cost_table(plan: ServingPlan) -> Table:
 
 
 def _smallest_table(plan: ServingPlan) -> Table:
-    table = Table("device", "smallest set", "sharding", "per device", "one request", "output, $ per million",
-                  title="Smallest set that fits", title_justify="left")  # fmt: skip
+    table = Table("device", "count", "sharding", "tok/s", "$ per million", title="Smallest set that fits (tokens per "
+                  "second of one request; cost of output)", title_justify="left")  # fmt: skip
     for o in plan.smallest:
         if not (o.sharding and o.device_total and o.per_request and o.output_cost):
-            table.add_row(o.device, "none up to 512", "", "", "", "")
+            table.add_row(o.device, "none", "", "", "")
             continue
-        size = f"{o.devices}" if not o.streams else "1, experts from disk"
+        size = "1, from disk" if o.streams else f"{o.devices}"
         cost = o.output_cost.text if o.output_cost.value else ""
-        table.add_row(o.device, size, o.sharding.text, o.device_total.text, o.per_request.text, cost)
+        table.add_row(o.device, size, o.sharding.text, f"{o.per_request.value:.3g}", cost)
     return table
