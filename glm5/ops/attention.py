@@ -48,10 +48,11 @@ def expanded_attention(q_BTHN: Tensor, k_BSHN: Tensor, v_BSHV: Tensor, spans: Sp
 
 def absorbed_attention(q_BTHC: Tensor, latents_BSC: Tensor, spans: Spans, value_width: int, scale: float) -> Tensor:
     """Dense attention over the latents themselves [B, T, H, value_width]; cheap when T is small (decode)."""
+    sees_all = spans.single and q_BTHC.shape[1] == 1
 
     def block(q_BQHC: Tensor, latents_BSC: Tensor, lo_BQ: Tensor, hi_BQ: Tensor) -> Tensor:
         scores_BQHS = _scores(q_BQHC.flatten(1, 2), latents_BSC).unflatten(1, q_BQHC.shape[1:3]) * scale
-        if spans.single and q_BQHC.shape[1] == 1:
+        if sees_all:
             p_BQHS = torch.softmax(scores_BQHS, dim=-1)
         else:
             mask_BQS = reference.visible(lo_BQ, hi_BQ, latents_BSC.shape[1])
