@@ -1,0 +1,63 @@
+"""The one interface of policy losses: flat tokens in, a weighted sum and its diagnostics out.
+
+Tokens of all samples lie side by side [N], so that packing and micro-batches cannot change a loss: each token
+brings its weight along, and the weights of a whole step add up to 1. A loss is a callable of `PolicyTokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Normalisation = Literal["sequence-mean", "token-mean"]
+"""`sequence-mean`: every sample weighs the same (GLM-5 report, eq. 1). `token-mean`: every token does."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyTokens:
+    """Sampled tokens [N] with all that a loss may need. Only `logprobs_N` carries a gradient."""
+
+    logprobs_N: Tensor
+    """Under the weights being trained."""
+    old_logprobs_N: Tensor
+    """Under the trainer's weights before this step's first update."""
+    sampled_logprobs_N: Tensor
+    """As the engine reported them when it sampled."""
+    advantages_N: Tensor
+    weights_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLossResult:
+    """`total` is to be differentiated; `diagnostics` are detached sums over tokens, already weighted."""
+
+    total: Tensor
+    diagnostics: dict[str, Tensor]
+
+
+class PolicyLoss(Protocol):
+    """A policy-gradient loss."""
+
+    def __call__(self, tokens: PolicyTokens) -> PolicyLossResult:
+        """The weighted sum over the tokens, to be minimised."""
+
+
+def token_weights(lengths: Sequence[int], normalisation: Normalisation) -> list[float]:
+    """The weight of each sample's tokens, so that all tokens of the step together weigh 1."""
+    if normalisation == "sequence-mean":
+        return [1.0 / (len(lengths) * length) for length in lengths]
+    return [1.0 / sum(lengths)] * len(lengths)
+
+
+def gathered_logprobs(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Log-probability [B, T] in float32 of the token that follows each position."""
+    return logits_BTV.float().log_softmax(-1).gather(-1, targets_BT[..., None])[..., 0]
+
+
+def weighted(values_N: Tensor, tokens: PolicyTokens) -> Tensor:
+    """A diagnostic: the weighted sum of a detached value."""
+    return torch.sum(values_N.detach() * tokens.weights_N)
