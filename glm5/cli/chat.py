@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from glm5.cli.model_directory import model_directory
 from glm5.engine import Engine, SamplingParams
 from glm5.errors import GLM5Error
 from glm5.text import AssistantStream, Tokenizer
+from glm5.train.run_directory import model_of
 
 HELP = "/exit ends, /new forgets the conversation, Ctrl-C stops an answer."
 
@@ -40,7 +40,7 @@ class ChatOptions:
 
 def run(options: ChatOptions) -> int:
     """Talks until /exit or the end of the input."""
-    engine = Engine(model_directory(options.model))
+    engine = Engine(model_of(options.model))
     console = Console()
     console.print(
         f"{options.model}: {engine.config.num_parameters() / 1e6:,.1f}M parameters. {HELP}",

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from glm5.cli.model_directory import model_directory
 from glm5.engine import Engine
 from glm5.serve import Limits, create_app, serve
+from glm5.train.run_directory import model_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class ServeOptions:
 def run(options: ServeOptions) -> int:
     """Serves until Ctrl-C or SIGTERM. Prints the address once requests can be sent."""
     engine = Engine(
-        model_directory(options.model), dtype=getattr(torch, options.dtype), max_model_len=options.max_model_len
+        model_of(options.model), dtype=getattr(torch, options.dtype), max_model_len=options.max_model_len
     )
     limits = Limits(max_concurrent=options.max_concurrent, max_body_bytes=options.max_body_bytes)
     app = create_app(engine, model_name=options.name, limits=limits)

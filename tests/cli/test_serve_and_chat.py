@@ -14,10 +14,10 @@ from speaker import ScriptedModel, speaker_model, speaker_tokenizer
 
 import glm5
 from glm5.cli.chat import ChatOptions, converse
-from glm5.cli.model_directory import model_directory
 from glm5.cli.serve import ServeOptions, run
 from glm5.engine import Engine
-from glm5.errors import InputError
+from glm5.errors import InputError, RunError
+from glm5.train import RunDirectory
 
 START = "import sys; from glm5.cli.serve import *; run(ServeOptions(model=Path(sys.argv[1]), port=0, name='tiny'))"
 
@@ -25,9 +25,9 @@ START = "import sys; from glm5.cli.serve import *; run(ServeOptions(model=Path(s
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory):
     """A run directory with a model in it."""
-    run = tmp_path_factory.mktemp("run")
-    glm5.save_model(speaker_model(), run / "model", speaker_tokenizer())
-    return run
+    run = RunDirectory.start(tmp_path_factory.mktemp("run"), stage="test", config={}, inputs={})
+    glm5.save_model(speaker_model(), run.model_directory, speaker_tokenizer())
+    return run.path
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +98,9 @@ def test_a_port_that_is_taken_is_refused(base_url, run_directory):
         run(ServeOptions(model=run_directory, port=70000))
 
 
-def test_a_model_is_found_in_a_run_or_by_itself(run_directory, tmp_path):
-    assert model_directory(run_directory) == model_directory(run_directory / "model") == run_directory / "model"
-    with pytest.raises(InputError, match="does not exist"):
-        model_directory(tmp_path / "nothing")
-    with pytest.raises(InputError, match="holds no model"):
-        model_directory(tmp_path)
+def test_a_directory_without_a_model_is_refused(tmp_path):
+    with pytest.raises(RunError, match="neither a run nor a model directory"):
+        run(ServeOptions(model=tmp_path))
 
 
 def talk(text, lines, **options):
