@@ -69,32 +69,31 @@ class Checkpoint:
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor of `layout`: memory-mapped in its own dtype, or dequantised to `dtype` where the files hold FP8."""
-        holder, index = self.holders[name], self.layout.slots[name].index
+        holder = self.holders[name]
+        part = () if holder == name else self.layout.slots[name].index
         if not self._is_fp8(holder):
-            stored = self.files.read(holder)
-            return stored if holder == name else stored[index]
-        stored, scale = self._read_fp8(holder)
-        if holder == name:
-            return dequantize_fp8(stored, scale, dtype, self.block)
-        expert, *rows = index
-        return dequantize_fp8(stored[expert], scale[expert], dtype, self.block)[tuple(rows)]
+            return self.files.read(holder, part)
+        scale = self._scale(holder)
+        if not part:
+            return dequantize_fp8(self.files.read(holder), scale, dtype, self.block)
+        expert, *rows = part  # the rows of one half may begin inside a block, so the expert is dequantised whole
+        return dequantize_fp8(self.files.read(holder, (expert,)), scale[expert], dtype, self.block)[tuple(rows)]
 
     def read_fp8(self, name: str) -> tuple[Tensor, Tensor] | None:
         """A tensor of `layout` as it is stored, with its scales, if that is FP8 in the published blocks."""
-        holder = self.holders[name]
-        same_form = holder == name and self._is_fp8(holder) and self.block == FP8_BLOCK
-        return self._read_fp8(holder) if same_form else None
+        same_form = self.holders[name] == name and self._is_fp8(name) and self.block == FP8_BLOCK
+        return (self.files.read(name), self._scale(name)) if same_form else None
 
     def _is_fp8(self, holder: str) -> bool:
         return self.files.info[holder].dtype == "F8_E4M3"
 
-    def _read_fp8(self, holder: str) -> tuple[Tensor, Tensor]:
+    def _scale(self, holder: str) -> Tensor:
         """Scales are all read at once: a weight's may be in another shard, and they are 1/4,000 of the weights."""
         if not self._scales:
             for name in self.files.names_by_file():
                 if name.endswith(SCALE_SUFFIX):
                     self._scales[name] = self.files.read(name).to(torch.float32, copy=True)
-        return self.files.read(holder), self._scales[holder + SCALE_SUFFIX]
+        return self._scales[holder + SCALE_SUFFIX]
 
     # ---- checks -----------------------------------------------------------------------------------------------------
     def _holds_mtp(self, config: ModelConfig) -> bool:

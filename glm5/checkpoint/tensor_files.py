@@ -61,14 +61,17 @@ class TensorFiles:
         if weight_map is not None:
             self._compare_with_index(weight_map)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as it is stored: a memory-mapped view, valid as long as it is referenced."""
+    def read(self, name: str, part: tuple[int | slice, ...] = ()) -> Tensor:
+        """The tensor as it is stored, or a part of it: a memory-mapped view, valid as long as it is referenced.
+
+        The library reads a whole tensor ahead from the disk but not a part, so one expert of a stack costs one expert.
+        """
         file = self.info[name].file
         if self._open_file != file:
             self.close()
             self._handle = self._open(file).__enter__()
             self._open_file = file
-        return self._handle.get_tensor(name)
+        return self._handle.get_slice(name)[part] if part else self._handle.get_tensor(name)
 
     def names_by_file(self) -> list[str]:
         """All names, file after file: the order in which reading opens every file once."""
