@@ -13,7 +13,6 @@
  * Left out: bf16 keys (the caller widens them), batches (one call per row), gradients (a selection has none).
  */
 
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <math.h>
