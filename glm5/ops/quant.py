@@ -15,6 +15,7 @@ and lets the multiplication by the scale repair the exponent.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
@@ -45,11 +46,12 @@ def expand_block_scale(
 def fp8_block_scales(weight: Tensor, block: tuple[int, int] = FP8_BLOCK) -> Tensor:
     """fp32 scales of `weight` [..., rows, columns]; a block of zeros gets 1, so that no scale is ever 0."""
     *lead, rows, columns = weight.shape
-    *_, block_rows, block_columns = fp8_scale_shape(weight.shape, block)
-    padding = (0, block_columns * block[1] - columns, 0, block_rows * block[0] - rows)
-    magnitude = torch.nn.functional.pad(weight.abs(), padding)
-    blocks = magnitude.view(*lead, block_rows, block[0], block_columns, block[1])
-    scale = blocks.amax(dim=(-3, -1)).float() / FP8_MAX
+    scale = torch.empty(fp8_scale_shape(weight.shape, block), dtype=torch.float32, device=weight.device)
+    for i, start in enumerate(range(0, rows, block[0])):  # a row of blocks at a time: it stays in cache
+        column_max = weight.detach()[..., start : start + block[0], :].abs().amax(-2)
+        whole_blocks = F.pad(column_max, (0, -columns % block[1]))
+        scale[..., i, :] = whole_blocks.view(*lead, -1, block[1]).amax(-1)
+    scale /= FP8_MAX
     return torch.where(scale == 0, 1.0, scale)
 
 
@@ -57,10 +59,17 @@ def quantize_fp8(weight: Tensor, block: tuple[int, int] = FP8_BLOCK) -> tuple[Te
     """`weight` [..., rows, columns] in any float dtype -> (e4m3 of the same shape, fp32 scales per block).
 
     The division may round past 448 by one unit in the last place, and e4m3 has no infinity to hold it: hence the clamp.
+    No gradient passes; quantisation-aware training puts its straight-through estimator around this.
     """
     scale = fp8_block_scales(weight, block)
-    scaled = weight.float() / expand_block_scale(scale, weight.shape, block)
-    return scaled.clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale
+    column_scale = scale.repeat_interleave(block[1], -1)[..., : weight.shape[-1]]
+    quantized = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    for i, start in enumerate(range(0, weight.shape[-2], block[0])):
+        rows = weight.detach()[..., start : start + block[0], :]
+        quantized[..., start : start + block[0], :] = (rows.float() / column_scale[..., i : i + 1, :]).clamp_(
+            -FP8_MAX, FP8_MAX
+        )
+    return quantized, scale
 
 
 def dequantize_fp8_reference(
