@@ -5,8 +5,8 @@
 Time per score (one query against one visible key: every head's product, ReLU, weighted head sum, top-k) for the last
 `queries` of a context. The peer is the plain-operator path of `glm5.ops.selection`. `torch.mm` of the same products
 alone, in cache-sized blocks, says what the multiply-adds must cost (the fused pass may beat it: it writes no products).
-The three are timed in turn within every repeat, so that a
-busy machine disturbs them alike; ratios are medians over the repeats, with their lowest and highest.
+The three are timed in turn within every repeat, so that a busy machine disturbs them alike; ratios are medians over
+the repeats, with their lowest and highest.
 """
 
 from __future__ import annotations

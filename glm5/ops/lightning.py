@@ -19,8 +19,10 @@ try:
 except ImportError:
     _lightning = None  # type: ignore[assignment]
 
-MIN_QUERIES = 16
-"""Below this many queries the packing of the keys costs more than the fused pass saves."""
+MIN_QUERIES = 1
+"""The fused pass wins from this many queries on."""
+FEW_QUERIES = 16
+"""Up to this many queries (decoding) a packed copy of the keys costs more than it saves."""
 CALL_BUDGET = 1 << 36
 """Multiply-adds per call of the extension, about a second of one core: Ctrl-C is heard between calls."""
 
@@ -41,8 +43,8 @@ def select(
     """Positions [T, K] (int64) of the k best keys in `[lo, hi)` of every query, ascending, -1 padded.
 
     q, k_SI, w: fp32, contiguous, on the CPU. lo, hi: int64. The lowest position wins a tie. Runs on
-    `torch.get_num_threads()` threads; beside its result it needs one copy of the keys and about 16 k bytes per thread
-    and query in flight. Raises ValueError for tensors of other types or shapes.
+    `torch.get_num_threads()` threads; beside its result it needs one copy of the keys (none for a few queries) and about
+    16 k bytes per thread and query in flight. Raises ValueError for tensors of other types or shapes.
     """
     tokens, heads, width = q_THI.shape
     keys = k_SI.shape[0]
@@ -56,15 +58,17 @@ def select(
     chosen_TK = torch.full((tokens, k), -1)
     if not tokens or not keys:
         return chosen_TK
-    panels = torch.empty(-(-keys // _lightning.PANEL) * _lightning.PANEL * width)
-    _lightning.pack(k_SI.data_ptr(), panels.data_ptr(), keys, width)
+    panels = None
+    if tokens > FEW_QUERIES:
+        panels = torch.empty(-(-keys // _lightning.PANEL) * _lightning.PANEL * width)
+        _lightning.pack(k_SI.data_ptr(), panels.data_ptr(), keys, width)
     threads = torch.get_num_threads()
     step = max(16 * threads, CALL_BUDGET // (keys * heads * width))
     for first in range(0, tokens, step):
         part = slice(first, first + step)
-        addresses = (x.data_ptr() for x in (q_THI[part], panels, w_TH[part], lo_T[part], hi_T[part], chosen_TK[part]))
-        count = min(step, tokens - first)
-        _lightning.select(*addresses, count, keys, heads, width, k, threads, variant)
+        tensors = q_THI[part], k_SI, panels, w_TH[part], lo_T[part], hi_T[part], chosen_TK[part]
+        addresses = (0 if x is None else x.data_ptr() for x in tensors)
+        _lightning.select(*addresses, min(step, tokens - first), keys, heads, width, k, threads, variant)
     return chosen_TK
 
 

@@ -4,7 +4,8 @@
  * lo[t] <= s < hi[t]; the k best positions of every query come out ascending, padded with -1. The lowest position wins
  * a tie; a score of -inf or NaN is never chosen. `select` in ../reference.py is the truth, ../lightning.py the caller.
  *
- * The keys are packed once into panels of 48 keys, transposed, so that a vector register holds 16 keys (or 8, or 4).
+ * The keys are packed once into panels of 48 keys, transposed, so that a vector register holds 16 keys (or 8, or 4);
+ * for a few queries (decoding) each panel is packed on the fly instead, which saves writing and reading the copy.
  * A thread takes a block of queries, multiplies it with one panel after another while the scores stay in the first
  * cache, and keeps at most 2k candidates per query. No T x S array exists. Threads take the next free block from a
  * shared counter, because causal rows differ in length; POSIX threads rather than OpenMP, which Apple's compiler lacks
@@ -50,6 +51,7 @@ typedef struct { /* the candidates of one query, in order of position */
 typedef struct { /* what one thread owns */
     float *queries; /* [rows / TILE][width][TILE] */
     float *weights; /* [rows] */
+    float *panel; /* [width][PANEL], when keys are packed on the fly */
     float **targets; /* [rows] the score row that a row adds to */
     float *scores; /* [queries + 1][PANEL]; rows that only fill the last tile add to the last one */
     candidates *best; /* [queries] */
@@ -58,18 +60,26 @@ typedef struct { /* what one thread owns */
 } scratch;
 
 typedef struct job {
-    const float *q, *panels, *w;   /* [T, H, I], packed keys, [T, H] */
+    const float *q, *k, *w;        /* [T, H, I], [S, I], [T, H] */
+    const float *panels;           /* [ceil(S / PANEL), I, PANEL], or NULL: pack on the fly */
     const int64_t *lo, *hi;        /* [T] */
-    int64_t *chosen;               /* [T, k] */
-    int64_t tokens, keys, heads, width, k;
+    int64_t *chosen;               /* [T, best] */
+    int64_t tokens, keys, heads, width;
+    int64_t best;                  /* how many keys a query chooses */
     int64_t block;                 /* queries per block */
     void (*select_block)(const struct job *, scratch *, int64_t, int64_t);
     atomic_llong next;
     atomic_int out_of_memory;
 } job;
 
-static inline int64_t low_of(const job *work, int64_t t) { return work->lo[t] > 0 ? work->lo[t] : 0; }
-static inline int64_t high_of(const job *work, int64_t t) { return work->hi[t] < work->keys ? work->hi[t] : work->keys; }
+/* The visible interval of a query, cut to the keys that exist. */
+static inline int64_t low_of(const job *work, int64_t t) {
+    return work->lo[t] > 0 ? work->lo[t] : 0;
+}
+
+static inline int64_t high_of(const job *work, int64_t t) {
+    return work->hi[t] < work->keys ? work->hi[t] : work->keys;
+}
 
 /* A float's place in the order of all floats, and back. */
 static inline int32_t rank_of(float value) {
@@ -96,6 +106,14 @@ static void load_queries(const job *work, scratch *own, int64_t first, int64_t l
         own->weights[row] = real ? work->w[first * work->heads + row] : 0.0f;
         own->targets[row] = own->scores + (real ? row / work->heads : last - first) * PANEL;
     }
+}
+
+/* The panel of keys that begins at `start`: [PANEL, width] to [width, PANEL], zeros beyond the last key. */
+static void pack_panel(const float *keys, float *panel, int64_t start, int64_t count, int64_t width) {
+    const int64_t real = count - start < PANEL ? count - start : PANEL;
+    if (real < PANEL) memset(panel, 0, sizeof(float) * PANEL * (size_t)width);
+    for (int64_t s = 0; s < real; s++)
+        for (int64_t i = 0; i < width; i++) panel[i * PANEL + s] = keys[(start + s) * width + i];
 }
 
 #if defined(__x86_64__)
@@ -161,25 +179,27 @@ static int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static int open_scratch(const job *work, scratch *own) {
     const int64_t queries = work->block, rows = (queries * work->heads + TILE - 1) / TILE * TILE;
-    own->room = padded(4 * (2 * work->k + 2 * PANEL + 16)) / 4; /* both lists begin on a cache line */
+    own->room = padded(4 * (2 * work->best + 2 * PANEL + 16)) / 4; /* both lists begin on a cache line */
     const int64_t sizes[] = {
         padded(4 * rows * work->width),
         padded(4 * rows),
+        padded(4 * work->width * PANEL),
         padded((int64_t)sizeof(float *) * rows),
         padded(4 * (queries + 1) * PANEL),
         padded((int64_t)sizeof(candidates) * queries),
         padded(8 * own->room) * queries,
     };
     int64_t total = 0;
-    for (int i = 0; i < 6; i++) total += sizes[i];
+    for (int i = 0; i < 7; i++) total += sizes[i];
     void *memory;
     if (posix_memalign(&memory, 64, (size_t)total)) return 0;
     char *at = own->memory = memory;
     own->queries = (float *)at, at += sizes[0];
     own->weights = (float *)at, at += sizes[1];
-    own->targets = (float **)at, at += sizes[2];
-    own->scores = (float *)at, at += sizes[3];
-    own->best = (candidates *)at, at += sizes[4];
+    own->panel = (float *)at, at += sizes[2];
+    own->targets = (float **)at, at += sizes[3];
+    own->scores = (float *)at, at += sizes[4];
+    own->best = (candidates *)at, at += sizes[5];
     for (int64_t t = 0; t < queries; t++, at += padded(8 * own->room)) {
         own->best[t].value = (float *)at;
         own->best[t].place = (int32_t *)at + own->room;
@@ -212,8 +232,10 @@ static void run(job *work, int threads) {
     while (started) pthread_join(others[--started], NULL);
 }
 
-/* Blocks small enough that every thread gets several, whose queries stay in the second cache. */
+/* Blocks small enough that every thread gets several, whose queries stay in the second cache. Keys that are packed on
+ * the fly are packed anew by every block: then one per thread. */
 static int64_t block_size(const job *work, int threads) {
+    if (!work->panels) return (work->tokens + threads - 1) / threads;
     int64_t block = BLOCK_FLOATS / (work->heads * work->width);
     if (block > work->tokens / (4 * threads)) block = work->tokens / (4 * threads);
     if (block > MOST_QUERIES) block = MOST_QUERIES;
@@ -221,12 +243,12 @@ static int64_t block_size(const job *work, int threads) {
 }
 
 static PyObject *py_select(PyObject *self, PyObject *args) {
-    unsigned long long q, panels, w, lo, hi, chosen;
-    long long tokens, keys, heads, width, k;
+    unsigned long long q, k, panels, w, lo, hi, chosen;
+    long long tokens, keys, heads, width, best;
     int threads, variant;
     void (*variants[3])(const job *, scratch *, int64_t, int64_t);
-    if (!PyArg_ParseTuple(args, "KKKKKKLLLLLii", &q, &panels, &w, &lo, &hi, &chosen, &tokens, &keys, &heads, &width, &k,
-                          &threads, &variant))
+    if (!PyArg_ParseTuple(args, "KKKKKKKLLLLLii", &q, &k, &panels, &w, &lo, &hi, &chosen, &tokens, &keys, &heads,
+                          &width, &best, &threads, &variant))
         return NULL;
     if (variant < 0 || variant >= find_variants(variants)) {
         PyErr_SetString(PyExc_ValueError, "this processor has no such variant");
@@ -235,10 +257,12 @@ static PyObject *py_select(PyObject *self, PyObject *args) {
     if (threads < 1) threads = 1;
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     job work = {
-        .q = (const float *)(uintptr_t)q, .panels = (const float *)(uintptr_t)panels, .w = (const float *)(uintptr_t)w,
+        .q = (const float *)(uintptr_t)q, .k = (const float *)(uintptr_t)k, .w = (const float *)(uintptr_t)w,
+        .panels = (const float *)(uintptr_t)panels,
         .lo = (const int64_t *)(uintptr_t)lo, .hi = (const int64_t *)(uintptr_t)hi,
         .chosen = (int64_t *)(uintptr_t)chosen,
-        .tokens = tokens, .keys = keys, .heads = heads, .width = width, .k = k, .select_block = variants[variant],
+        .tokens = tokens, .keys = keys, .heads = heads, .width = width, .best = best,
+        .select_block = variants[variant],
     };
     work.block = block_size(&work, threads);
     Py_BEGIN_ALLOW_THREADS
@@ -248,21 +272,13 @@ static PyObject *py_select(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-static void pack(const float *keys, float *panels, int64_t count, int64_t width) {
-    for (int64_t start = 0; start < count; start += PANEL, panels += PANEL * width) {
-        const int64_t real = count - start < PANEL ? count - start : PANEL;
-        if (real < PANEL) memset(panels, 0, sizeof(float) * PANEL * (size_t)width);
-        for (int64_t s = 0; s < real; s++)
-            for (int64_t i = 0; i < width; i++) panels[i * PANEL + s] = keys[(start + s) * width + i];
-    }
-}
-
 static PyObject *py_pack(PyObject *self, PyObject *args) {
     unsigned long long keys, panels;
     long long count, width;
     if (!PyArg_ParseTuple(args, "KKLL", &keys, &panels, &count, &width)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    pack((const float *)(uintptr_t)keys, (float *)(uintptr_t)panels, count, width);
+    for (int64_t start = 0; start < count; start += PANEL)
+        pack_panel((const float *)(uintptr_t)keys, (float *)(uintptr_t)panels + start * width, start, count, width);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -275,7 +291,8 @@ static PyObject *py_variants(PyObject *self, PyObject *none) {
 static PyMethodDef methods[] = {
     {"pack", py_pack, METH_VARARGS, "pack(keys, panels, count, width): [S, I] to [ceil(S / PANEL), I, PANEL]."},
     {"select", py_select, METH_VARARGS,
-     "select(q, panels, w, lo, hi, chosen, tokens, keys, heads, width, k, threads, variant); the first six: addresses."},
+     "select(q, k, panels, w, lo, hi, chosen, tokens, keys, heads, width, best, threads, variant): seven addresses, "
+     "then sizes. panels may be 0."},
     {"variants", py_variants, METH_NOARGS, "How many instruction sets this processor runs; variant 0 is the widest."},
     {NULL, NULL, 0, NULL},
 };

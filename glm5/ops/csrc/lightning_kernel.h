@@ -47,7 +47,7 @@ TARGET static void NAME(score_tile)(const float *queries, const float *weights, 
 }
 
 #ifdef COMPRESS
-/* Append those of 16 candidates that `mask` names, and return the new count; 16 places beyond the old one are written. */
+/* Append those of 16 candidates that `mask` names and return the new count. Writes 16 places beyond the old one. */
 TARGET static inline int64_t NAME(append)(candidates *to, int64_t count, __m512 value, __m512i place, __mmask16 mask) {
     _mm512_storeu_ps(to->value + count, _mm512_maskz_compress_ps(mask, value));
     _mm512_storeu_si512(to->place + count, _mm512_maskz_compress_epi32(mask, place));
@@ -145,9 +145,10 @@ TARGET static void NAME(select_block)(const job *work, scratch *own, int64_t fir
         if (lo < hi && hi > highest) highest = hi;
     }
     for (int64_t start = lowest / PANEL * PANEL; start < highest; start += PANEL) {
-        const float *panel = work->panels + start * width;
+        const float *panel = work->panels ? work->panels + start * width : own->panel;
         const char *next = (const char *)(panel + PANEL * width); /* is fetched piece by piece, one per tile */
-        const int64_t piece = (int64_t)sizeof(float) * PANEL * width * TILE / rows;
+        const int64_t piece = work->panels ? (int64_t)sizeof(float) * PANEL * width * TILE / rows : 0;
+        if (!work->panels) pack_panel(work->k, own->panel, start, work->keys, width);
         memset(own->scores, 0, sizeof(float) * PANEL * (size_t)queries);
         for (int64_t row = 0, t = 0; row < rows; row += TILE) {
             int seen = 0;
@@ -164,14 +165,14 @@ TARGET static void NAME(select_block)(const job *work, scratch *own, int64_t fir
             if (lo >= hi || lo >= PANEL || hi <= 0) continue;
             for (int64_t s = 0; s < lo; s++) scores[s] = -INFINITY;
             for (int64_t s = hi; s < PANEL; s++) scores[s] = -INFINITY;
-            if (own->best[t].count > own->room - PANEL - 16) NAME(keep_best)(&own->best[t], work->k);
+            if (own->best[t].count > own->room - PANEL - 16) NAME(keep_best)(&own->best[t], work->best);
             NAME(push)(&own->best[t], scores, start);
         }
     }
     for (int64_t t = 0; t < queries; t++) {
         candidates *best = &own->best[t];
-        int64_t *chosen = work->chosen + (first + t) * work->k;
-        if (best->count > work->k) NAME(keep_best)(best, work->k);
-        for (int64_t i = 0; i < work->k; i++) chosen[i] = i < best->count ? best->place[i] : -1;
+        int64_t *chosen = work->chosen + (first + t) * work->best;
+        if (best->count > work->best) NAME(keep_best)(best, work->best);
+        for (int64_t i = 0; i < work->best; i++) chosen[i] = i < best->count ? best->place[i] : -1;
     }
 }
