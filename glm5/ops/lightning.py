@@ -43,8 +43,8 @@ def select(
     """Positions [T, K] (int64) of the k best keys in `[lo, hi)` of every query, ascending, -1 padded.
 
     q, k_SI, w: fp32, contiguous, on the CPU. lo, hi: int64. The lowest position wins a tie. Runs on
-    `torch.get_num_threads()` threads; beside its result it needs one copy of the keys (none for a few queries) and about
-    16 k bytes per thread and query in flight. Raises ValueError for tensors of other types or shapes.
+    `torch.get_num_threads()` threads; beside its result it needs one copy of the keys (none for a few queries) and
+    about 16 k bytes per thread and query in flight. Raises ValueError for tensors of other types or shapes.
     """
     tokens, heads, width = q_THI.shape
     keys = k_SI.shape[0]
