@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import tiny_config
 
 import glm5
 from glm5.config import PRESETS

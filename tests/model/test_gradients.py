@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from tiny import tiny_model
 from torch import Tensor
 
 import glm5
