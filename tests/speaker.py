@@ -5,7 +5,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
-from conftest import tiny_config, tiny_model
+from tiny import tiny_config, tiny_model
 
 from glm5 import GLM5, ModelConfig, Tokenizer
 
@@ -40,7 +40,7 @@ def speaker_model(seed: int = 0) -> GLM5:
 
 
 class ScriptedModel(torch.nn.Module):
-    """Stands in for a `GLM5`: says one prepared text, then ends its turn. Takes the place of weights in server tests."""
+    """Stands in for a `GLM5` in server tests: says one prepared text, then ends its turn."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

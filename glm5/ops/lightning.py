@@ -19,8 +19,6 @@ try:
 except ImportError:
     _lightning = None  # type: ignore[assignment]
 
-MIN_QUERIES = 1
-"""The fused pass wins from this many queries on."""
 FEW_QUERIES = 16
 """Up to this many queries (decoding) a packed copy of the keys costs more than it saves."""
 CALL_BUDGET = 1 << 36

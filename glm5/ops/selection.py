@@ -30,8 +30,7 @@ def select(q_BTHI: Tensor, k_BSI: Tensor, w_BTH: Tensor, spans: Spans, k: int) -
     if torch.promote_types(q_BTHI.dtype, torch.float32) == torch.float32:
         q_BTHI, k_BSI, w_BTH = q_BTHI.float(), k_BSI.float(), w_BTH.float()
     cpu_fp32 = q_BTHI.device.type == "cpu" and q_BTHI.dtype == torch.float32
-    fused = cpu_fp32 and lightning.available() and q_BTHI.shape[1] >= lightning.MIN_QUERIES
-    one_row = lightning.select if fused else _select_row
+    one_row = lightning.select if cpu_fp32 and lightning.available() else _select_row
     inputs = [x.contiguous() for x in (q_BTHI, k_BSI, w_BTH, spans.lo_BT, spans.hi_BT)]
     return torch.stack([one_row(q, keys, w, lo, hi, k) for q, keys, w, lo, hi in zip(*inputs, strict=True)])
 

@@ -186,8 +186,7 @@ MEMORY_SCRIPT = """
 import sys, torch, glm5
 from glm5.model import LatentCache
 
-def peak_kib():
-    """VmHWM: unlike ru_maxrss it does not start at the peak of the parent process."""
+def peak_kib():  # VmHWM: unlike ru_maxrss it does not start at the peak of the parent process
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 torch.set_num_threads(1)
