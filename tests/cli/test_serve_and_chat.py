@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import openai
 import pytest
+import tyro
 from rich.console import Console
 from speaker import ScriptedModel, speaker_model, speaker_tokenizer
 
@@ -96,6 +98,14 @@ def test_a_port_that_is_taken_is_refused(base_url, run_directory):
         run(ServeOptions(model=run_directory, port=port))
     with pytest.raises(InputError, match="port is 70000"):
         run(ServeOptions(model=run_directory, port=70000))
+
+
+def test_flags_become_options():
+    options = tyro.cli(ServeOptions, args=["runs/a", "--port", "0", "--dtype", "bfloat16", "--max-model-len", "100"])
+    assert options == ServeOptions(model=Path("runs/a"), port=0, dtype="bfloat16", max_model_len=100)
+    assert options.host == "127.0.0.1"
+    chat = tyro.cli(ChatOptions, args=["runs/a", "--no-thinking"])
+    assert chat == ChatOptions(model=Path("runs/a"), thinking=False)
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path):

@@ -57,6 +57,15 @@ def test_logprobs_equal_one_forward_pass_over_the_whole_sequence(tiny_model):
     torch.testing.assert_close(top_TK, logprobs_TV.topk(4).values, atol=2e-5, rtol=0)
 
 
+def test_a_bfloat16_model_gives_the_logprobs_of_its_own_forward_pass():
+    model = speaker_model().bfloat16()
+    output = Engine(model).generate([[5, 6]], SamplingParams(seed=1, max_tokens=12, ignore_eos=True))[0]
+    ids = torch.tensor([[*output.prompt_token_ids, *output.token_ids]])
+    logprobs_TV = model(ids).logits[0, 1:-1].float().log_softmax(-1)
+    expected = logprobs_TV.gather(-1, ids[0, 2:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(output.logprobs), expected, atol=0.3, rtol=0)
+
+
 def test_a_seeded_request_does_not_depend_on_its_batch(tiny_model):
     params = [SamplingParams(seed=seed, max_tokens=16, n=2) for seed in (1, 2, 3, 1)]
     engine = Engine(tiny_model)

@@ -2,6 +2,7 @@
 
 import json
 
+import anyio
 import pytest
 from fastapi.testclient import TestClient
 from speaker import ScriptedModel, speaker_model, speaker_tokenizer
@@ -275,6 +276,35 @@ def test_one_request_too_many_is_refused_and_a_failure_gives_its_place_back():
     failed = ask(client, stream=True)
     assert failed.status_code == 200 and '"server_error"' in failed.text and "[DONE]" not in failed.text
     assert client.get("/health").json()["running"] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_work_of_a_client_that_went_away_stops(stream):
+    model = ScriptedModel("</think>" + "word " * 80)
+    model.delay = 0.002
+    app = create_app(Engine(model, speaker_tokenizer()), model_name="tiny")
+    body = json.dumps({"model": "tiny", "messages": USER, "stream": stream}).encode()
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+        "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"", "root_path": "", "scheme": "http", "server": ("x", 1), "client": ("y", 2),
+        "headers": [(b"content-type", b"application/json")],
+    }  # fmt: skip
+    said = iter([{"type": "http.request", "body": body, "more_body": False}])
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+
+    async def receive():
+        message = next(said, None)
+        while message is None and len(calls) < 10:
+            await anyio.sleep(0.001)
+        return message or {"type": "http.disconnect"}
+
+    async def send(_):
+        pass
+
+    anyio.run(app, scope, receive, send)
+    assert 0 < len(calls) < 60 < len(model.script)
+    assert TestClient(app).get("/health").json()["running"] == 0
 
 
 def test_a_server_needs_a_tokenizer():
