@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from glm5.data.arithmetic import Split, problems
+from glm5.data.arithmetic import problems
+from glm5.data.corpus import Split
 from glm5.envs.protocol import Message, Reward, Task
 from glm5.scoring import grade_number
 
@@ -12,8 +13,8 @@ CATEGORIES = {"+": "addition", "-": "subtraction", "*": "multiplication"}
 class Arithmetic:
     """Reward 1 for the right number, 0 otherwise. The questions are those of the supervised stage's generator.
 
-    `split` "train" or "heldout": no problem of one split is in the other, in any wording. `largest`: of the numbers that
-    are asked about. `operations`: any of "+-*".
+    `split` "train" or "heldout": no problem of one is in the other, in any wording. `largest`: of the numbers that are
+    asked about. `operations`: any of "+-*".
     """
 
     name = "arithmetic"

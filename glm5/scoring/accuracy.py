@@ -1,4 +1,5 @@
-"""A share with its uncertainty: the Wilson score interval (E. B. Wilson 1927), sound for small counts and for 0% and 100%."""
+"""A share with its uncertainty: the Wilson score interval (E. B. Wilson 1927), sound for small counts and for 0%
+and 100%."""
 
 from __future__ import annotations
 

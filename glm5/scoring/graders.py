@@ -1,8 +1,8 @@
 """Graders of short answers: the same text, or the same number. Plain functions of (response, expected answer).
 
-A response may explain itself. The answer is taken from the last `\\boxed{...}`, else from the rest of the line after the
-last "answer:" or "answer is", else from the whole response. A number is compared by value, exactly (as a fraction): "0.50",
-"1/2" and "50%" are equal, "1,234" is 1234.
+A response may explain itself. The answer is taken from the last `\\boxed{...}`, else from the rest of the line
+after the last "answer:" or "answer is", else from the whole response. A number is compared by value, exactly (as a
+fraction): "0.50", "1/2" and "50%" are equal, "1,234" is 1234.
 """
 
 from __future__ import annotations

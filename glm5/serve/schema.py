@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from glm5.engine import SamplingParams
 from glm5.errors import did_you_mean
@@ -55,13 +56,46 @@ class ChatTemplateKwargs(BaseModel):
     """The effort line of GLM-5.2; the OpenAI field of the same name only turns thinking off ("none")."""
 
 
+class ChatMessage(BaseModel):
+    """The shape of a message; what its role allows is checked where the prompt is made (`glm5.text`)."""
+
+    model_config = ConfigDict(extra="allow")
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _parts_are_text(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else []:
+            kind = part.get("type")
+            if kind == "text" and not isinstance(part.get("text"), str):
+                raise ValueError('a part of type "text" needs a "text" that is a string')
+        return content
+
+
+class Function(BaseModel):
+    """What a tool is called and takes."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = Field(min_length=1)
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    """A tool in OpenAI's envelope."""
+
+    model_config = ConfigDict(extra="allow")
+    type: Literal["function"]
+    function: Function
+
+
 class ChatRequest(BaseModel):
     """A chat completion request. `sampling_params` gives the engine's form of it."""
 
     model_config = ConfigDict(extra="forbid", strict=False)
     model: str
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    """Checked by the chat template's own rules (`glm5.text`); "developer" is read as "system"."""
+    messages: list[ChatMessage] = Field(min_length=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
@@ -78,7 +112,7 @@ class ChatRequest(BaseModel):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     thinking: Thinking | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
@@ -91,6 +125,10 @@ class ChatRequest(BaseModel):
         """Refuses misspelt fields with the nearest real name, and features that are not built."""
         if not isinstance(body, dict):
             raise ValueError("the body must be one JSON object")
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half of a surrogate pair; send whole characters") from None
         known = cls.model_fields.keys() | NOT_BUILT.keys() | ACCEPTED_UNREAD
         for name, value in body.items():
             if name not in known:
@@ -105,10 +143,6 @@ class ChatRequest(BaseModel):
             raise ValueError('tool_choice: a forced call is not supported by this server; use "auto" or "none"')
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        for tool in self.tools or []:
-            function = tool.get("function")
-            if tool.get("type") != "function" or not isinstance(function, dict) or not function.get("name"):
-                raise ValueError('tools: each must be {"type": "function", "function": {"name": ...}}')
         return self
 
     @property
@@ -119,12 +153,14 @@ class ChatRequest(BaseModel):
 
     def prompt_messages(self) -> list[dict[str, Any]]:
         """The messages with OpenAI's newer name of the system role put back."""
-        return [{**m, "role": "system"} if m.get("role") == "developer" else m for m in self.messages]
+        messages = [message.model_dump(exclude_unset=True) for message in self.messages]
+        return [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
 
     @property
     def visible_tools(self) -> list[dict[str, Any]]:
         """The tools that the prompt shows; none of them with `tool_choice: "none"`."""
-        return [] if self.tool_choice == "none" else self.tools or []
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        return [tool.model_dump(exclude_unset=True) for tool in tools]
 
     def sampling_params(self) -> SamplingParams:
         """The engine's settings; raises `InputError` for values out of range."""

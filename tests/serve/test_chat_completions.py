@@ -5,11 +5,14 @@ import json
 import anyio
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from speaker import ScriptedModel, speaker_model, speaker_tokenizer
 
 from glm5.engine import Engine
 from glm5.errors import GLM5Error
 from glm5.serve import Limits, create_app
+from glm5.serve.schema import ChatRequest
 
 USER = [{"role": "user", "content": "What is 12 + 30?"}]
 ADD = {
@@ -30,7 +33,12 @@ def client_of(text="", *, limits=None, recorder=None, model=None):
 
 
 def ask(client, **fields):
-    return client.post("/v1/chat/completions", json={"model": "tiny", "messages": USER, **fields})
+    body = json.dumps({"model": "tiny", "messages": USER, **fields})
+    return client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+
+
+NAMES = ["role", "content", "type", "text", "function", "name", "arguments", "parameters", "tool_calls"]
+FUZZED = client_of("</think>ok")
 
 
 def events_of(response):
@@ -221,7 +229,18 @@ def test_models_and_health():
         ({"logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty is not supported"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format is not supported"),
-        ({"tools": [{"type": "web"}]}, 400, "tools: each must be"),
+        ({"tools": [{"type": "web"}]}, 400, "tools.0.type"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, 400, "tools.0.function.name"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "add", "parameters": 5}}]},
+            400,
+            "tools.0.function.parameters",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": 5}, *USER]}, 400, "messages.0.tool_calls"),
+        ({"messages": [{"role": "user", "content": [5]}]}, 400, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, 'needs a "text" that is a string'),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, 400, "that is a string"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "half of a surrogate pair"),
         ({"tool_choice": "required", "tools": [ADD]}, 400, "a forced call is not supported"),
         ({"chat_template_kwargs": {"enable_thinkin": False}}, 400, "chat_template_kwargs.enable_thinkin"),
         ({"stream": True, "max_tokens": 10_000}, 400, "the context limit is 512 tokens"),
@@ -235,6 +254,28 @@ def test_bad_requests_get_a_sentence_in_openais_shape(fields, status, sentence):
     assert sentence in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
     assert client.get("/health").json()["running"] == 0
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from([name for name in ChatRequest.model_fields if name != "model"]), anything, max_size=3
+    )
+)
+def test_no_value_of_any_field_breaks_the_server(fields):
+    body = json.dumps({"model": "tiny", "messages": USER, "max_tokens": 2, **fields})
+    response = FUZZED.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 400), (fields, response.text)
+    assert FUZZED.get("/health").json()["running"] == 0
 
 
 def test_neutral_values_of_what_is_not_built_are_accepted():
@@ -286,7 +327,8 @@ def test_the_work_of_a_client_that_went_away_stops(stream):
     body = json.dumps({"model": "tiny", "messages": USER, "stream": stream}).encode()
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
-        "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"", "root_path": "", "scheme": "http", "server": ("x", 1), "client": ("y", 2),
+        "path": "/v1/chat/completions", "raw_path": b"",
+        "query_string": b"", "root_path": "", "scheme": "http", "server": ("x", 1), "client": ("y", 2),
         "headers": [(b"content-type", b"application/json")],
     }  # fmt: skip
     said = iter([{"type": "http.request", "body": body, "more_body": False}])
