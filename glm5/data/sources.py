@@ -90,10 +90,11 @@ def numpy_library() -> Documents:
 
 
 def torch_library() -> Documents:
-    """Docstrings of PyTorch's public packages (most of the text under `torch/_*` is about the compiler's insides)."""
+    """Docstrings of the packages of PyTorch that users call (most of its text is about the compiler's insides)."""
     root = package_directory("torch")
-    private = {path.name for path in root.iterdir() if path.is_dir() and path.name.startswith("_")}
-    yield from docstrings(root, prefix=("torch",), skip=private)
+    called = {"autograd", "cuda", "distributions", "linalg", "nn", "optim", "sparse", "special", "utils"}
+    others = {path.name for path in root.iterdir() if path.is_dir()} - called
+    yield from docstrings(root, prefix=("torch",), skip=others)
 
 
 def docstrings(root: Path, *, prefix: tuple[str, ...] = (), skip: Set[str] = frozenset()) -> Documents:

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from glm5.data import Batch, Loader
+from glm5.data.files import replacing
 from glm5.errors import ConfigError, RunError
 from glm5.model import GLM5, RouterRecord
 from glm5.optim import OptimizerConfig, Schedule, build_optimizers, rate_at, set_rate, update_router_bias
@@ -106,6 +107,8 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
             check_loss(value, recent, step, stage, config)
             loss.total.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained(model), config.clip_norm).item()
+            if not math.isfinite(norm):
+                raise unhealthy(f"The gradient norm of {stage.name} is {norm}", step, stage)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -126,9 +129,10 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
                 "speed", {"step": step, "seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds)}
             )
             show(step + 1, value, tokens / seconds)
-            if last or stopped() or (step + 1) % config.checkpoint_every == 0:
+            stop = stopped()
+            if last or stop or (step + 1) % config.checkpoint_every == 0:
                 run.save_checkpoint(step + 1, model, optimizers, keep=config.keep_checkpoints)
-            if stopped() and not last:
+            if stop and not last:
                 raise RunInterrupted(
                     f"Stopped after step {step + 1} of {config.steps} of {stage.name}; all is saved in {run.path}. "
                     "Run the same command with --resume to go on."
@@ -138,16 +142,17 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
 def check_loss(value: float, recent: list[float], step: int, stage: Stage, config: LoopConfig) -> None:
     """Raises RunError, with the batch's number, for a loss that no healthy run has."""
     if not math.isfinite(value):
-        problem = f"is {value}"
-    elif (
-        config.spike_factor and len(recent) == SPIKE_WINDOW and value > config.spike_factor * statistics.median(recent)
-    ):
-        problem = f"jumped to {value:.3f} from a median of {statistics.median(recent):.3f}"
-    else:
-        return
-    raise RunError(
-        f"The loss of {stage.name} {problem} at step {step}, before the weights changed. The batch is number {step} of "
-        f"seed {stage.loader.seed} (`loader.batch({step})` gives it again); look at it, or lower the learning rate."
+        raise unhealthy(f"The loss of {stage.name} is {value}", step, stage)
+    if config.spike_factor and len(recent) == SPIKE_WINDOW and value > config.spike_factor * statistics.median(recent):
+        middle = statistics.median(recent)
+        raise unhealthy(f"The loss of {stage.name} jumped to {value:.3f} from a median of {middle:.3f}", step, stage)
+
+
+def unhealthy(problem: str, step: int, stage: Stage) -> RunError:
+    """The error that names the batch behind a step that no healthy run has."""
+    return RunError(
+        f"{problem} at step {step}, before the weights changed. The batch is number {step} of seed {stage.loader.seed} "
+        f"(`loader.batch({step})` gives it again); look at it, or lower the learning rate."
     )
 
 
@@ -157,7 +162,8 @@ def observe(stage: Stage, model: GLM5, file: Path) -> dict[str, float]:
     with torch.no_grad():
         values = stage.evaluate(model) if stage.evaluate else {}
         if stage.sample:
-            file.write_text(stage.sample(model), encoding="utf-8")
+            with replacing(file) as beside:
+                beside.write(stage.sample(model).encode())
     model.train()
     return values
 

@@ -7,7 +7,7 @@ import pytest
 from toy_corpus import sentences, source
 
 from glm5.data import build_corpus, open_corpus
-from glm5.data.sources import docstrings, installed_sources, python_reference
+from glm5.data.sources import docstrings, installed_sources, king_james_bible, python_reference
 from glm5.errors import DataError
 
 
@@ -83,11 +83,9 @@ def test_docstrings_are_read_once_under_their_dotted_names(tmp_path):
 
 
 def test_the_default_sources_have_real_text():
-    assert {s.name for s in installed_sources() if s.version()} >= {
-        "python-reference",
-        "python-library",
-        "numpy",
-        "torch",
-    }
+    installed = [s.name for s in installed_sources() if s.version()]
+    assert installed == ["king-james-bible", "python-reference", "python-library", "numpy", "torch"]
+    bible = [text for _, text in king_james_bible()]
+    assert bible[0].startswith("In the beginning God created") and sum(map(len, bible)) > 4_000_000
     topics = dict(python_reference())
     assert "for" in topics and sum(map(len, topics.values())) > 200_000
