@@ -17,9 +17,8 @@ class Arithmetic:
     asked about. `operations`: any of "+-*".
     """
 
-    name = "arithmetic"
-
     def __init__(self, *, split: Split = "train", largest: int = 20, operations: str = "+-*") -> None:
+        self.name = f"arithmetic/{split}/{largest}/{operations}"
         self.split: Split = split
         self.largest = largest
         self.operations = operations
@@ -30,7 +29,7 @@ class Arithmetic:
         own_seed = (seed << 32) + index
         problem = next(problems(own_seed, 1, split=self.split, largest=self.largest, operations=self.operations))
         return Task(
-            id=f"{self.name}-{self.split}-{seed}-{index}",
+            id=f"{self.name}/{seed}/{index}",
             messages=tuple(problem.prompt()),
             answer=problem.answer,
             category=CATEGORIES[problem.expression.split()[1]],

@@ -54,7 +54,7 @@ class Environment(Protocol):
 
     @property
     def name(self) -> str:
-        """Short name, as written in run files."""
+        """As written in run files, settings included: environments of one name are the same environment."""
 
     def task(self, seed: int, index: int) -> Task:
         """Task number `index` of the stream named by `seed`."""

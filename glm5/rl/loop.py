@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from glm5.checkpoint import load_model, save_model
 from glm5.data.files import replacing
 from glm5.engine import Engine
 from glm5.envs import Environment
-from glm5.errors import ConfigError
+from glm5.errors import ConfigError, RunError
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, build_optimizers
 from glm5.rl.icepop import IcePop
@@ -136,10 +137,10 @@ def train_policy(
             times = {"seconds": round(seconds, 4), "sampling_seconds": round(sampled - started, 4)}
             run.append("speed", {"step": step, **times, "tokens_per_second": round(speed)})
             show(step + 1, learning.get("loss", 0.0), speed)
-            last = step + 1 == config.steps
-            if last or stopped() or (step + 1) % config.checkpoint_every == 0:
+            last, stop = step + 1 == config.steps, stopped()
+            if last or stop or (step + 1) % config.checkpoint_every == 0:
                 run.save_checkpoint(step + 1, model, optimizers, keep=config.keep_checkpoints)
-            if stopped() and not last:
+            if stop and not last:
                 raise RunInterrupted(
                     f"Stopped after step {step + 1} of {config.steps} of rl; all is saved in {run.path}. "
                     "Run the same command with --resume to go on."
@@ -162,6 +163,11 @@ def _learn(
         model, lessons, config.loss, normalisation=config.normalisation, attention=config.attention, rows=config.rows
     )
     values["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained(model), config.clip_norm).item()
+    if not math.isfinite(values["grad_norm"]):
+        raise RunError(
+            f"The gradient norm is {values['grad_norm']} at weight version {version}, before the weights changed; "
+            "lower the learning rate, and look at the samples of the last step."
+        )
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

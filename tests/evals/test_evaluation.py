@@ -36,7 +36,7 @@ class Oracle(Arithmetic):
     """Accepts anything, but breaks on every third task."""
 
     def score(self, task, response):
-        if int(task.id.split("-")[-1]) % 3 == 0:
+        if int(task.id.split("/")[-1]) % 3 == 0:
             raise EnvironmentFailure("down")
         return super().score(task, {"content": task.answer})
 
