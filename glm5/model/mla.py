@@ -3,7 +3,8 @@
 A token is kept as one latent of `kv_lora_rank` values and one rotated key of `qk_rope_head_dim` values that all heads
 share. Which form runs (`ops/attention.py`):
 
-- sparse attention over more than `index_topk` keys: absorbed, over the selected latents only;
+- sparse attention gathers the selected latents and attends to them in the absorbed form; only where the context is
+  so short that gathering would cost more than skipping, the selection masks the expanded form instead;
 - up to `index_topk` keys every visible key is selected, so sparse attention *is* dense attention;
 - dense attention: expanded or absorbed, whichever needs fewer multiplications for the shape.
 """
@@ -26,6 +27,9 @@ from glm5.ops.linear import Linear
 from glm5.ops.norm import RMSNorm
 from glm5.ops.rotary import Rotation, rotate
 from glm5.ops.spans import Spans
+
+GATHER_COST = 16
+"""Multiplications that take as long as gathering one value and, in training, scattering its gradient (on a CPU)."""
 
 
 @dataclass
@@ -76,23 +80,23 @@ class MLA(nn.Module):
         q_rope_BTHR = rotate(q_rope_BTHR, run.rotation, interleaved=c.rope_interleave)
 
         latents_BSC = self._latents(x_BTD, run)
-        if self.indexer is not None:
+        if self.indexer is not None and (run.sparse or run.cache is not None or "indexer_kl" in run.collect):
             self._index(x_BTD, c_q_BTC, run)
         selected_BTK = self._selected(run, latents_BSC.shape[1])
         self._collect(q_nope_BTHN, q_rope_BTHR, latents_BSC, selected_BTK, run)
 
-        if selected_BTK is not None:
+        tokens, keys = x_BTD.shape[1], latents_BSC.shape[1]
+        if not self._expanded_is_cheaper(tokens, keys, sparse=selected_BTK is not None):
             q_BTHC = self._absorb(q_nope_BTHN, q_rope_BTHR)
-            o_BTHC = attention.sparse_attention(q_BTHC, latents_BSC, selected_BTK, c.kv_lora_rank, self.scale)
-            o_BTHV = self._unabsorb(o_BTHC)
-        elif self._absorbed_is_cheaper(x_BTD.shape[1], latents_BSC.shape[1]):
-            q_BTHC = self._absorb(q_nope_BTHN, q_rope_BTHR)
-            o_BTHC = attention.absorbed_attention(q_BTHC, latents_BSC, run.spans, c.kv_lora_rank, self.scale)
+            if selected_BTK is None:
+                o_BTHC = attention.absorbed_attention(q_BTHC, latents_BSC, run.spans, c.kv_lora_rank, self.scale)
+            else:
+                o_BTHC = attention.sparse_attention(q_BTHC, latents_BSC, selected_BTK, c.kv_lora_rank, self.scale)
             o_BTHV = self._unabsorb(o_BTHC)
         else:
             k_BSHN, v_BSHV = self._expand(latents_BSC)
             q_BTHN = torch.cat((q_nope_BTHN, q_rope_BTHR), dim=-1)
-            o_BTHV = attention.expanded_attention(q_BTHN, k_BSHN, v_BSHV, run.spans, self.scale)
+            o_BTHV = attention.expanded_attention(q_BTHN, k_BSHN, v_BSHV, run.spans, self.scale, selected_BTK)
         return self.o_proj(o_BTHV.flatten(-2))
 
     # ---- keys ---------------------------------------------------------------------------------------------------
@@ -107,11 +111,12 @@ class MLA(nn.Module):
     def _index(self, x_BTD: Tensor, c_q_BTC: Tensor, run: Pass) -> None:
         """Runs the indexer and chooses, for this layer and for those that share it."""
         assert self.indexer is not None
-        q_BTHI, k_BSI, w_BTH = self.indexer(x_BTD, c_q_BTC, run.rotation)
+        with torch.set_grad_enabled("indexer_kl" in run.collect and torch.is_grad_enabled()):
+            q_BTHI, k_BSI, w_BTH = self.indexer(x_BTD, c_q_BTC, run.rotation)
         if run.cache is not None:
             k_BSI = run.cache.append_keys(self.layer, k_BSI)
         run.full_layer, run.index, run.selected_BTK = self.layer, (q_BTHI, k_BSI, w_BTH), None
-        if run.sparse:
+        if run.sparse:  # a selection has no gradient: the indexer learns from its KL loss alone
             topk = self.config.index_topk
             if self.layer in run.replay.positions:
                 run.selected_BTK = run.replay.positions[self.layer]
@@ -164,13 +169,18 @@ class MLA(nn.Module):
         k_rope_BSHR = k_rope_BSR.unsqueeze(2).expand(-1, -1, c.num_attention_heads, -1)
         return torch.cat((k_nope_BSHN, k_rope_BSHR), dim=-1), v_BSHV
 
-    def _absorbed_is_cheaper(self, tokens: int, keys: int) -> bool:
-        """Multiplications per head: absorbed pays per query, expanded pays once per key."""
+    def _expanded_is_cheaper(self, tokens: int, keys: int, *, sparse: bool) -> bool:
+        """Multiplications of both forms: absorbed pays per query, expanded once per key and then for every key."""
         c = self.config
-        both = c.qk_nope_head_dim + c.v_head_dim
-        absorbed = tokens * (c.kv_lora_rank * both + keys * (2 * c.kv_lora_rank + c.qk_rope_head_dim))
-        expanded = keys * (c.kv_lora_rank * both + tokens * (both + c.qk_rope_head_dim))
-        return absorbed < expanded
+        both = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+        rotary = c.num_attention_heads * c.qk_rope_head_dim
+        attended = min(keys, c.index_topk) if sparse else keys
+        per_latent = c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+        if sparse:
+            per_latent += GATHER_COST * (c.kv_lora_rank + c.qk_rope_head_dim)
+        absorbed = tokens * (c.kv_lora_rank * both + attended * per_latent)
+        expanded = keys * c.kv_lora_rank * both + tokens * keys * (both + rotary)
+        return expanded < absorbed
 
 
 def _per_head(x_BTHN: Tensor, weight_HNC: Tensor) -> Tensor:

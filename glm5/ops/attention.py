@@ -1,7 +1,7 @@
 """Attention over latents (MLA), dense and sparse, in blocks of queries; never a T x S matrix.
 
 Two forms of the same mathematics:
-- expanded: keys and values per head (training and dense prefill), through PyTorch's fused attention;
+- expanded: keys and values per head (short rows and dense prefill), through PyTorch's fused attention;
 - absorbed: W_UK folded into the query, W_UV into the output, so that every head attends to the one latent row of
   `kv_lora_rank + qk_rope_head_dim` values per token (decode, and sparse attention at any length).
 
@@ -25,14 +25,19 @@ BLOCK_BUDGET = 1 << 23
 """Elements of the largest temporary of one block of queries (gathered latents, or scores): 32 MB in fp32."""
 
 
-def expanded_attention(q_BTHN: Tensor, k_BSHN: Tensor, v_BSHV: Tensor, spans: Spans, scale: float) -> Tensor:
-    """Dense attention [B, T, H, V] with keys and values per head; key and value widths may differ."""
+def expanded_attention(
+    q_BTHN: Tensor, k_BSHN: Tensor, v_BSHV: Tensor, spans: Spans, scale: float, selected_BTK: Tensor | None = None
+) -> Tensor:
+    """Attention [B, T, H, V] with keys and values per head, over every visible key or over the selected ones.
+
+    Key and value widths may differ. A selection becomes a mask of one block of queries at a time.
+    """
     width, value_width = q_BTHN.shape[-1], v_BSHV.shape[-1]
     # The fused CPU kernel wants equal widths; zero columns change neither scores nor the columns that are kept.
     wide = max(width, value_width)
     q, k, v = (F.pad(x.transpose(1, 2), (0, wide - x.shape[-1])) for x in (q_BTHN, k_BSHN, v_BSHV))
     tokens, keys = q.shape[2], k.shape[2]
-    if spans.single and (tokens == keys or tokens == 1):
+    if selected_BTK is None and spans.single and (tokens == keys or tokens == 1):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=tokens == keys, scale=scale)
         return out.transpose(1, 2)[..., :value_width]
     step = max(1, BLOCK_BUDGET // (q.shape[0] * keys))
@@ -40,7 +45,11 @@ def expanded_attention(q_BTHN: Tensor, k_BSHN: Tensor, v_BSHV: Tensor, spans: Sp
     for i in range(0, tokens, step):
         lo, hi = spans.lo_BT[:, i : i + step], spans.hi_BT[:, i : i + step]
         real = hi > lo
-        mask = reference.visible(lo, hi, keys) | ~real[..., None]  # a row without any key would give NaN
+        if selected_BTK is None:
+            mask = reference.visible(lo, hi, keys)
+        else:
+            mask = reference.chosen(selected_BTK[:, i : i + step], keys)
+        mask = mask | ~real[..., None]  # a row without any key would give NaN
         out = F.scaled_dot_product_attention(q[:, :, i : i + step], k, v, attn_mask=mask[:, None], scale=scale)
         blocks.append(out.transpose(1, 2)[..., :value_width] * real[..., None, None])
     return torch.cat(blocks, dim=1)

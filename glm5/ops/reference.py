@@ -24,6 +24,12 @@ def visible(lo_BT: Tensor, hi_BT: Tensor, keys: int) -> Tensor:
     return (s >= lo_BT[..., None]) & (s < hi_BT[..., None])
 
 
+def chosen(selected_BTK: Tensor, keys: int) -> Tensor:
+    """Boolean [B, T, S] of positions padded with -1: was key s selected by query t?"""
+    mask = torch.zeros(*selected_BTK.shape[:2], keys + 1, dtype=torch.bool, device=selected_BTK.device)
+    return mask.scatter_(-1, selected_BTK.masked_fill(selected_BTK < 0, keys), True)[..., :keys]
+
+
 def index_scores(q_BTHI: Tensor, k_BSI: Tensor, w_BTH: Tensor) -> Tensor:
     """Lightning-indexer scores [B, T, S]: sum over heads of w * ReLU(q . k) (DeepSeek-V3.2 report, equation 1).
 
@@ -55,11 +61,9 @@ def sparse_attention(
     q_BTHC: Tensor, latents_BSC: Tensor, selected_BTK: Tensor, value_width: int, scale: float
 ) -> Tensor:
     """Absorbed MLA over the selected latents: keys are the rows, values their first `value_width` columns."""
-    keys = latents_BSC.shape[1]
-    mask = torch.zeros(*selected_BTK.shape[:2], keys + 1, dtype=torch.bool, device=q_BTHC.device)
-    mask.scatter_(-1, selected_BTK.masked_fill(selected_BTK < 0, keys), True)
+    mask_BTS = chosen(selected_BTK, latents_BSC.shape[1])
     latents_BSHC = latents_BSC[:, :, None].expand(-1, -1, q_BTHC.shape[2], -1)
-    return _attend(q_BTHC, latents_BSHC, latents_BSHC[..., :value_width], mask[..., :keys], scale)
+    return _attend(q_BTHC, latents_BSHC, latents_BSHC[..., :value_width], mask_BTS, scale)
 
 
 def _attend(q_BTHN: Tensor, k_BSHN: Tensor, v_BSHV: Tensor, mask_BTS: Tensor, scale: float) -> Tensor:

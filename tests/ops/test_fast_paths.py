@@ -95,6 +95,14 @@ def test_expanded_attention_is_the_reference(spans, width, value_width):
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_expanded_attention_over_a_selection_is_the_reference(spans):
+    selected = reference.select(draw(2, 60, 60), spans.lo_BT, spans.hi_BT, 9)
+    q, k, v = draw(2, 60, 3, 8), draw(2, 60, 3, 8, seed=1), draw(2, 60, 3, 6)
+    expected = reference._attend(q, k, v, reference.chosen(selected, 60), 0.3)
+    torch.testing.assert_close(attention.expanded_attention(q, k, v, spans, 0.3, selected), expected)
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_absorbed_attention_is_the_reference(spans):
     q, latents = draw(2, 60, 3, 10), draw(2, 60, 10)
     shared = latents[:, :, None].expand(-1, -1, 3, -1)

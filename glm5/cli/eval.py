@@ -1,0 +1,66 @@
+"""`glm5 eval RUN`: scores a model on an environment and keeps every answer."""
+
+from __future__ import annotations
+
+import json as json_text
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from glm5.engine import Engine
+from glm5.envs import Arithmetic
+from glm5.evals import EvalConfig, EvalResult, evaluate, write_evaluation
+from glm5.scoring import Accuracy
+from glm5.train.run_directory import model_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Score a model on arithmetic that it was not trained on."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run directory or a Hugging Face model directory."""
+    largest: int = 20
+    """Largest number that is asked about."""
+    operations: str = "+-*"
+    """Any of + - *"""
+    out: Path | None = None
+    """Directory for result.json and samples.jsonl; nothing is written when left out."""
+    config: Annotated[EvalConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=EvalConfig)
+    json: bool = False
+    """Print one JSON object."""
+
+
+def run(options: EvalOptions) -> int:
+    """Prints the accuracy with its 95% interval, as a whole and by category."""
+    engine = Engine(model_of(options.model), dtype=torch.float32)
+    env = Arithmetic(split="heldout", largest=options.largest, operations=options.operations)
+    result, answers = evaluate(engine, env, options.config)
+    if options.out is not None:
+        write_evaluation(options.out, result, answers)
+    if options.json:
+        print(json_text.dumps(result.to_json()))
+    else:
+        Console().print(result_table(result))
+    return 0
+
+
+def result_table(result: EvalResult) -> Table:
+    """Accuracy as a whole and by category."""
+    table = Table(title=f"{result.environment}, {result.accuracy.total} tasks that were never trained on")
+    for head in ("", "right", "accuracy", "95% interval"):
+        table.add_column(head, justify="left" if not head else "right")
+
+    def add(name: str, part: Accuracy) -> None:
+        interval = f"{part.low:.1%} to {part.high:.1%}"
+        table.add_row(name, f"{part.correct}/{part.total}", f"{part.value:.1%}", interval)
+
+    add("all", result.accuracy)
+    for name, part in result.categories.items():
+        add(name, part)
+    return table
