@@ -18,7 +18,10 @@ from glm5.ops.spans import Spans, plain_spans, segment_spans
 
 
 class Cache(Protocol):
-    """What attention needs from a cache. Rows written by a forward pass count only after `commit`."""
+    """What a forward pass needs from a cache. The rows that it writes count only after `commit`."""
+
+    length: int
+    """Tokens written."""
 
     def reserve(self, batch: int, tokens: int, segments_BT: Tensor | None, positions_BT: Tensor | None) -> Spans:
         """Makes room for `tokens` more rows and says what each new query may see."""
@@ -31,6 +34,9 @@ class Cache(Protocol):
 
     def commit(self) -> None:
         """Counts the reserved rows as written."""
+
+    def truncate(self, length: int) -> None:
+        """Forgets every token from `length` on."""
 
 
 class LatentCache:
@@ -110,7 +116,7 @@ class LatentCache:
         self._reserved = 0
 
     def truncate(self, length: int) -> None:
-        """Forgets every token from `length` on."""
+        """See `Cache`."""
         if not 0 <= length <= self.length:
             raise InputError(f"Cannot cut a cache of {self.length:,} tokens to {length:,}; give a shorter length.")
         self.length = length

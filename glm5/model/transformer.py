@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glm5.config import ModelConfig
 from glm5.errors import InputError, did_you_mean
-from glm5.model.cache import Cache
+from glm5.model.cache import Cache, LatentCache
 from glm5.model.initialization import initialize_
 from glm5.model.layer import DecoderLayer, MTPModule
 from glm5.model.mla import Pass
@@ -24,6 +24,8 @@ from glm5.ops.rotary import rotation
 from glm5.ops.spans import Spans, plain_spans, segment_spans
 
 ATTENTION = ("sparse", "dense")
+CHUNK = 8192
+"""Tokens of a prefill that run at once when no gradient is wanted."""
 
 
 def keeps_fp32(name: str) -> bool:
@@ -91,9 +93,56 @@ class GLM5(nn.Module):
         "dense". collect: names of `ModelOutput` fields to fill ("hidden", "mtp", "router", "selection", "indexer_kl").
         replay: recorded experts and positions to use. Raises InputError for inputs that cannot be run.
         """
-        self._check(input_ids_BT, positions_BT, segment_ids_BT, attention, frozenset(collect), cache, logits_to_keep)
+        wanted = frozenset(collect)
+        self._check(input_ids_BT, positions_BT, segment_ids_BT, attention, wanted, cache, logits_to_keep)
+        sparse = attention == "sparse"
+        if input_ids_BT.shape[1] > CHUNK and not (torch.is_grad_enabled() or wanted or replay):
+            return self._in_chunks(input_ids_BT, positions_BT, segment_ids_BT, cache, sparse, logits_to_keep)
+        return self._run(input_ids_BT, positions_BT, segment_ids_BT, cache, sparse, logits_to_keep, wanted, replay)
+
+    def _in_chunks(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor | None,
+        segments_BT: Tensor | None,
+        cache: Cache | None,
+        sparse: bool,
+        logits_to_keep: int,
+    ) -> ModelOutput:
+        """A long prefill, chunk after chunk through the cache: beside it, memory holds one chunk's activations."""
+        batch, tokens = ids_BT.shape
+        if cache is None:
+            weight = self.lm_head.weight
+            cache = LatentCache(self.config, batch=batch, capacity=tokens, dtype=weight.dtype, device=weight.device)
+        start, first_kept = cache.length, tokens - (logits_to_keep or tokens)
+        logits = []
+        try:
+            for i in range(0, tokens, CHUNK):
+                part = slice(i, min(i + CHUNK, tokens))
+                positions, segments = (None if x is None else x[:, part] for x in (positions_BT, segments_BT))
+                keep = part.stop - max(first_kept, i)
+                out = self._run(ids_BT[:, part], positions, segments, cache, sparse, max(keep, 1))
+                if keep > 0:
+                    logits.append(out.logits)
+        except BaseException:
+            cache.truncate(start)  # an interrupted prefill leaves the cache as it was
+            raise
+        return ModelOutput(logits=torch.cat(logits, dim=1))
+
+    def _run(
+        self,
+        input_ids_BT: Tensor,
+        positions_BT: Tensor | None,
+        segment_ids_BT: Tensor | None,
+        cache: Cache | None,
+        sparse: bool,
+        logits_to_keep: int,
+        collect: frozenset[str] = frozenset(),
+        replay: Replay | None = None,
+    ) -> ModelOutput:
+        """One pass over checked inputs."""
         spans = _spans(input_ids_BT, positions_BT, segment_ids_BT, cache)
-        run = self._pass(spans, cache, attention == "sparse", frozenset(collect), replay or Replay())
+        run = self._pass(spans, cache, sparse, collect, replay or Replay())
         records: list[RouterRecord | None] = []
 
         h_BTD = self.model.embed_tokens(input_ids_BT)

@@ -12,7 +12,7 @@ from tiny import tiny_config, tiny_model
 
 import glm5
 from glm5.errors import GLM5Error, InputError
-from glm5.model import LatentCache, Replay, add_adapters, merge_adapters
+from glm5.model import LatentCache, Replay, add_adapters, merge_adapters, transformer
 from glm5.ops import attention, selection
 
 IDS = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(5))
@@ -33,6 +33,41 @@ def test_cached_decode_and_chunked_prefill_equal_one_pass(chunks, pattern):
     parts = [model(part, cache=cache).logits for part in IDS.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
     assert cache.length == 60
+
+
+@pytest.mark.parametrize("keep", [0, 1, 25])
+def test_a_long_prefill_in_chunks_equals_one_pass(monkeypatch, keep):
+    model = tiny_model(1)
+    segments = torch.tensor([[0] * 35 + [3] * 25, [-1] * 10 + [0] * 50])
+    whole = model(IDS, segment_ids_BT=segments, logits_to_keep=keep).logits
+    cache = LatentCache(model.config, batch=2, capacity=60)
+    monkeypatch.setattr(transformer, "CHUNK", 13)
+    for given in (None, cache):
+        chunked = model(IDS, segment_ids_BT=segments, cache=given, logits_to_keep=keep).logits
+        assert chunked.shape == whole.shape
+        real = (segments >= 0)[:, -whole.shape[1] :]
+        torch.testing.assert_close(chunked[real], whole[real], rtol=1e-4, atol=1e-4)
+    assert cache.length == 60
+
+
+def test_an_interrupted_long_prefill_leaves_the_cache_as_it_was(monkeypatch):
+    model = tiny_model(1)
+    cache = LatentCache(model.config, batch=2, capacity=60)
+    model(IDS[:, :10], cache=cache)
+    monkeypatch.setattr(transformer, "CHUNK", 13)
+    select, calls = selection.select, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return select(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selection, "select", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(IDS[:, 10:], cache=cache)
+    assert cache.length == 10
 
 
 def test_a_cut_cache_and_a_forked_cache_go_on_like_new_ones():
