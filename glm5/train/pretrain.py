@@ -28,12 +28,12 @@ from glm5.train.run_directory import RunDirectory, directory_sha256
 from glm5.train.sample import sample_text
 
 NANO_LOOP = LoopConfig(
-    steps=500,
-    optimizer=OptimizerConfig(lr=2e-3),
+    steps=550,
+    optimizer=OptimizerConfig(lr=8e-3, embedding_lr_scale=6.0),
     schedule=Schedule(shape="cosine", warmup_steps=20, final_fraction=0.1),
     evaluate_every=100,
 )
-"""What `nano` needs for about four minutes on two cores."""
+"""`nano` in about four minutes on two idle cores. Embeddings learn from few tokens here, hence their larger rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class PretrainConfig:
     tokenizer: Path
     train_data: Path
     heldout_data: Path
-    rows: int = 16
+    rows: int = 8
     length: int = 256
     """Tokens in a row."""
     mtp_weight: float = 0.3

@@ -17,12 +17,17 @@ from glm5.data.files import replacing
 from glm5.train.run_directory import RunDirectory
 
 WIDTH, HEIGHT, MARGIN = 720, 260, 44
-CURVES = (("loss", "total loss"), ("lm", "next token"), ("mtp", "multi-token prediction"))
+CURVES = (
+    ("loss", "total loss"),
+    ("lm", "next token"),
+    ("mtp", "multi-token prediction"),
+    ("indexer_kl", "indexer KL"),
+)
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --paper: #fff; --faint: #8a919e; --line: #d9dde4;
-        --c0: #2457d6; --c1: #0e8a5f; --c2: #c2571a; }
+        --c0: #2457d6; --c1: #0e8a5f; --c2: #c2571a; --c3: #8a3fb5; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7ec; --paper: #15181d; --line: #333944; --c0: #7ea2ff; --c1: #4fcf9f; --c2: #f0955c; } }
+  :root { --ink: #e4e7ec; --paper: #15181d; --line: #333944; --c0: #7ea2ff; --c1: #4fcf9f; --c2: #f0955c; --c3: #c58af0; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
        max-width: 46rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
@@ -47,7 +52,7 @@ def write_report(run_directory: Path) -> Path:
         f"<h1>{html.escape(stage)}: {html.escape(run.path.name)}</h1>",
         _summary(metrics, speed),
         "<h2>Loss</h2>",
-        _curves(metrics),
+        loss_figure(metrics),
         _evaluation(evaluation, metrics),
         f"<h2>Samples</h2><p class=faint>{html.escape(samples[-1].name)}</p><pre>"
         f"{html.escape(samples[-1].read_text(encoding='utf-8'))}</pre>" if samples else "",
@@ -91,7 +96,7 @@ def _evaluation(evaluation: dict[str, Any], metrics: list[dict[str, Any]]) -> st
     return f"<h2>Bits per byte of held-out text</h2><table>{cells}</table>"
 
 
-def _curves(metrics: list[dict[str, Any]]) -> str:
+def loss_figure(metrics: list[dict[str, Any]]) -> str:
     """All loss curves that the metrics hold, on one pair of axes."""
     series = [(label, [(line["step"], line[key]) for line in metrics if key in line]) for key, label in CURVES]
     series = [(label, points) for label, points in series if len(points) > 1]
