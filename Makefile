@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: quickstart test lint soak clean
 
 quickstart: $(STAMP)
-	OMP_NUM_THREADS= $(BIN)/glm5 quickstart
+	env -u OMP_NUM_THREADS $(BIN)/glm5 quickstart $(ARGS)
 
 test: lint
 	$(BIN)/pytest -n 2

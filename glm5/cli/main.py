@@ -5,6 +5,11 @@ A verb's file is imported when the verb is called, so that help and misspelt ver
 
 from __future__ import annotations
 
+import os
+
+# Before anything loads PyTorch: waiting threads that spin make two busy programs on one machine many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar

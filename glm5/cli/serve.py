@@ -38,9 +38,7 @@ class ServeOptions:
 
 def run(options: ServeOptions) -> int:
     """Serves until Ctrl-C or SIGTERM. Prints the address once requests can be sent."""
-    engine = Engine(
-        model_of(options.model), dtype=getattr(torch, options.dtype), max_model_len=options.max_model_len
-    )
+    engine = Engine(model_of(options.model), dtype=getattr(torch, options.dtype), max_model_len=options.max_model_len)
     limits = Limits(max_concurrent=options.max_concurrent, max_body_bytes=options.max_body_bytes)
     app = create_app(engine, model_name=options.name, limits=limits)
     serve(app, options.host, options.port, ready=lambda url: print(f"Serving {options.name} at {url}/v1", flush=True))

@@ -36,10 +36,10 @@ def indexer_kl(
     for i in range(0, q_BTHC.shape[1], step):
         part = slice(i, i + step)
         chosen = None if selected_BTK is None else selected_BTK[:, part]
-        inputs = (q_BTHC[:, part], latents_BSC, scale, iq_BTHI[:, part], ik_BSI, iw_BTH[:, part])
-        total = total + checkpoint(
-            _block, *inputs, spans.lo_BT[:, part], spans.hi_BT[:, part], chosen, use_reentrant=False
-        )
+        inputs = (q_BTHC[:, part], latents_BSC, scale, iq_BTHI[:, part], ik_BSI, iw_BTH[:, part],
+                  spans.lo_BT[:, part], spans.hi_BT[:, part], chosen)  # fmt: skip
+        several = q_BTHC.shape[1] > step and torch.is_grad_enabled()
+        total = total + (checkpoint(_block, *inputs, use_reentrant=False) if several else _block(*inputs))
     return total / spans.valid_BT.sum().clamp_min(1)
 
 

@@ -1,0 +1,90 @@
+"""The whole chain on a tiny model: every stage runs, an interrupted run goes on to the same bits, pages are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_config
+
+from glm5.cli.main import main
+from glm5.config import PRESETS
+from glm5.data.sources import installed_sources
+from glm5.text import SPECIAL_TOKENS
+
+STEPS = {"pretrain": 4, "dsa": 2, "sft": 2, "rl": 2}
+
+
+@pytest.fixture(autouse=True)
+def small_world(monkeypatch):
+    """One small source of text and a tiny model, so that the chain takes seconds."""
+    source = next(s for s in installed_sources() if s.name == "python-reference")
+    monkeypatch.setattr("glm5.data.corpus.installed_sources", lambda: (source,))
+    config = tiny_config(vocab_size=512, pad_token_id=0, eos_token_id=tuple(SPECIAL_TOKENS.index(t) for t in TURN_ENDS))
+    monkeypatch.setitem(PRESETS, "tiny", lambda: config)
+
+
+TURN_ENDS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+
+
+def quickstart(out, *more: str) -> int:
+    steps = [text for stage, count in STEPS.items() for text in (f"--{stage}-steps", str(count))]
+    return main(["quickstart", "--out", str(out), "--preset", "tiny", "--eval-tasks", "4", *steps, *more])
+
+
+def weights(out) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted((out / "rl/model").glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def test_the_chain_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert quickstart(whole, "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["transformers"]["relative_difference"] < 1e-4
+    assert set(summary["pretrain"]["sanity_lines"]) >= {"zlib"}
+    assert summary["rl"]["steps"] == STEPS["rl"]
+    page = (whole / "report.html").read_text()
+    for stage in STEPS:
+        assert (whole / stage / "report.html").is_file()
+        assert f'href="{stage}/report.html"' in page
+    assert page.count("<svg") == 2
+    assert "http" not in page
+
+    # Ctrl-C inside the pre-training, again inside the indexer's warm-up, then to the end.
+    for count, stage in ((2, "pretrain"), (3, "dsa")):
+        take_a_step_and_interrupt(monkeypatch, count)
+        assert quickstart(cut, "--resume") == 1
+        error = capsys.readouterr().err
+        assert f"of {stage}; all is saved" in error
+        assert "--resume" in error
+    assert quickstart(cut, "--resume") == 0
+    expected, found = weights(whole), weights(cut)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    assert (whole / "rl/metrics.jsonl").read_bytes() == (cut / "rl/metrics.jsonl").read_bytes()
+
+
+def take_a_step_and_interrupt(monkeypatch, count: int) -> None:
+    """Sends this process the signal of Ctrl-C while training step `count` of any stage runs."""
+    seen = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def interrupting(*arguments, **named):
+        seen.append(1)
+        if len(seen) == count:
+            os.kill(os.getpid(), signal.SIGINT)
+        return clip(*arguments, **named)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupting)
+
+
+def test_a_taken_directory_is_refused(tmp_path, capsys):
+    (tmp_path / "something").write_text("kept")
+    assert quickstart(tmp_path) == 1
+    assert "go on with --resume, or choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "something").read_text() == "kept"
