@@ -27,7 +27,8 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --paper: #fff; --faint: #8a919e; --line: #d9dde4;
         --c0: #2457d6; --c1: #0e8a5f; --c2: #c2571a; --c3: #8a3fb5; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7ec; --paper: #15181d; --line: #333944; --c0: #7ea2ff; --c1: #4fcf9f; --c2: #f0955c; --c3: #c58af0; } }
+  :root { --ink: #e4e7ec; --paper: #15181d; --line: #333944;
+          --c0: #7ea2ff; --c1: #4fcf9f; --c2: #f0955c; --c3: #c58af0; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
        max-width: 46rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
