@@ -25,7 +25,7 @@ from glm5.train.run_directory import RunDirectory, directory_sha256, model_of
 
 NANO_LOOP = LoopConfig(
     steps=150,
-    optimizer=OptimizerConfig(lr=1e-3),
+    optimizer=OptimizerConfig(lr=5e-3, embedding_lr_scale=4.0),
     schedule=Schedule(shape="cosine", warmup_steps=10, final_fraction=0.1),
     router_bias_rate=0.0,
 )
@@ -39,7 +39,7 @@ class SFTConfig:
     """The run (or model directory) to start from; its tokenizer is used."""
     train_data: Path
     """A chat dataset."""
-    rows: int = 16
+    rows: int = 8
     length: int = 256
     attention: Literal["dense", "sparse"] = "dense"
     balance_weight: float = 1e-4
