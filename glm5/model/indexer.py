@@ -22,7 +22,7 @@ class Indexer(nn.Module):
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | None) -> None:
         super().__init__()
         self.heads, self.width = config.index_n_heads, config.index_head_dim
-        self.rotary_width, self.interleaved = config.qk_rope_head_dim, config.indexer_rope_interleave
+        self.rotary_width = config.qk_rope_head_dim
         wide = torch.promote_types(dtype, torch.float32)
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.width, dtype=dtype, device=device)
         self.wk = Linear(config.hidden_size, self.width, dtype=dtype, device=device)
@@ -39,4 +39,4 @@ class Indexer(nn.Module):
 
     def _rotated(self, x_BTHI: Tensor, rotation: Rotation) -> Tensor:
         rotary, plain = x_BTHI.split([self.rotary_width, self.width - self.rotary_width], dim=-1)
-        return torch.cat((rotate(rotary, rotation, interleaved=self.interleaved), plain), dim=-1)
+        return torch.cat((rotate(rotary, rotation), plain), dim=-1)

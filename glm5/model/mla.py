@@ -38,6 +38,7 @@ class Pass:
 
     spans: Spans
     rotation: Rotation
+    indexer_rotation: Rotation
     sparse: bool
     collect: frozenset[str]
     replay: Replay
@@ -77,7 +78,7 @@ class MLA(nn.Module):
         c_q_BTC = self.q_a_layernorm(self.q_a_proj(x_BTD))
         q_BTHN = self.q_b_proj(c_q_BTC).unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
         q_nope_BTHN, q_rope_BTHR = q_BTHN.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        q_rope_BTHR = rotate(q_rope_BTHR, run.rotation, interleaved=c.rope_interleave)
+        q_rope_BTHR = rotate(q_rope_BTHR, run.rotation)
 
         latents_BSC = self._latents(x_BTD, run)
         if self.indexer is not None and (run.sparse or run.cache is not None or "indexer_kl" in run.collect):
@@ -104,7 +105,7 @@ class MLA(nn.Module):
         """Latent and rotated key of every visible token, [B, S, C + R]."""
         c = self.config
         c_kv_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), run.rotation, interleaved=c.rope_interleave).squeeze(2)
+        k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), run.rotation).squeeze(2)
         latents_BTC = torch.cat((self.kv_a_layernorm(c_kv_BTC), k_rope_BTR), dim=-1)
         return latents_BTC if run.cache is None else run.cache.append_latents(self.layer, latents_BTC)
 
@@ -112,7 +113,7 @@ class MLA(nn.Module):
         """Runs the indexer and chooses, for this layer and for those that share it."""
         assert self.indexer is not None
         with torch.set_grad_enabled("indexer_kl" in run.collect and torch.is_grad_enabled()):
-            q_BTHI, k_BSI, w_BTH = self.indexer(x_BTD, c_q_BTC, run.rotation)
+            q_BTHI, k_BSI, w_BTH = self.indexer(x_BTD, c_q_BTC, run.indexer_rotation)
         if run.cache is not None:
             k_BSI = run.cache.append_keys(self.layer, k_BSI)
         run.full_layer, run.index, run.selected_BTK = self.layer, (q_BTHI, k_BSI, w_BTH), None

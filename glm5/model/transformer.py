@@ -202,8 +202,19 @@ class GLM5(nn.Module):
     def _pass(self, spans: Spans, cache: Cache | None, sparse: bool, collect: frozenset[str], replay: Replay) -> Pass:
         c = self.config
         dtype = self.lm_head.weight.dtype
-        rotary = rotation(spans.positions_BT, c.qk_rope_head_dim, c.rope_theta, dtype)
-        return Pass(spans=spans, rotation=rotary, sparse=sparse, collect=collect, replay=replay, cache=cache)
+        tables = {
+            layout: rotation(spans.positions_BT, c.qk_rope_head_dim, c.rope_theta, dtype, interleaved=layout)
+            for layout in {c.rope_interleave, c.indexer_rope_interleave}
+        }
+        return Pass(
+            spans=spans,
+            rotation=tables[c.rope_interleave],
+            indexer_rotation=tables[c.indexer_rope_interleave],
+            sparse=sparse,
+            collect=collect,
+            replay=replay,
+            cache=cache,
+        )
 
     def _check(
         self,

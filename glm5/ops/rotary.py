@@ -7,26 +7,37 @@ corrupts everything above `index_topk` tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-Rotation = tuple[Tensor, Tensor]
-"""cos and sin, each [B, T, 1, R/2]; computed once per forward and shared by all layers."""
+
+@dataclass(frozen=True)
+class Rotation:
+    """Tables for one layout, computed once per forward pass and shared by all layers."""
+
+    cos_BT1R: Tensor
+    sin_BT1R: Tensor
+    """Negative for the first element of a pair."""
+    interleaved: bool
 
 
-def rotation(positions_BT: Tensor, width: int, theta: float, dtype: torch.dtype) -> Rotation:
+def rotation(positions_BT: Tensor, width: int, theta: float, dtype: torch.dtype, *, interleaved: bool) -> Rotation:
     """cos and sin of `positions * theta ** (-2j / width)`; angles in fp32 as the published models were trained."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    exponents = torch.arange(0, width, 2, dtype=wide, device=positions_BT.device) / width
-    angles_BT1R = (positions_BT.to(wide)[..., None] * (1.0 / theta**exponents))[:, :, None]
-    return angles_BT1R.cos().to(dtype), angles_BT1R.sin().to(dtype)
-
-
-def rotate(x_BTHR: Tensor, rotation: Rotation, *, interleaved: bool) -> Tensor:
-    """Rotates the last dimension of x; the layout of the output equals that of the input."""
-    cos, sin = rotation
+    wide = torch.promote_types(dtype, torch.float32)
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=wide, device=positions_BT.device) / width)
+    angles_BT1R = (positions_BT.to(wide)[..., None] * frequencies)[:, :, None]
+    cos, sin = angles_BT1R.cos().to(dtype), angles_BT1R.sin().to(dtype)
     if interleaved:
-        a, b = x_BTHR.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    a, b = x_BTHR.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        return Rotation(cos.repeat_interleave(2, -1), torch.stack((-sin, sin), dim=-1).flatten(-2), interleaved)
+    return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1), interleaved)
+
+
+def rotate(x_BTHR: Tensor, rotation: Rotation) -> Tensor:
+    """Rotates each pair of the last dimension, (a, b) -> (a cos - b sin, b cos + a sin); the layout stays."""
+    if rotation.interleaved:
+        swapped_BTHR = x_BTHR.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        swapped_BTHR = x_BTHR.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return torch.addcmul(x_BTHR * rotation.cos_BT1R, swapped_BTHR, rotation.sin_BT1R)

@@ -212,8 +212,10 @@ def test_bf16_stays_near_fp32():
     wide = tiny_model(1, std=0.1)
     narrow = glm5.GLM5(wide.config, dtype=torch.bfloat16)
     narrow.load_state_dict(wide.state_dict())
-    a, b = wide(IDS[:, :8]).logits, narrow(IDS[:, :8]).logits.float()
-    assert (a - b).abs().max() / a.abs().max() < 0.05
+    a = wide(IDS[:, :8], collect={"router"})
+    replay = Replay(experts={r.layer: r.experts_BTK for r in a.router})  # rounding may flip a choice of experts
+    b = narrow(IDS[:, :8], replay=replay).logits.float()
+    assert (a.logits - b).abs().max() / a.logits.abs().max() < 0.05
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

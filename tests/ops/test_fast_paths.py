@@ -214,7 +214,7 @@ def test_rms_norm_is_the_reference(dtype):
 def test_rotation_is_multiplication_by_a_unit_complex_number(interleaved):
     positions = torch.tensor([[0, 1, 7, 1000]])
     x = draw(1, 4, 2, 8)
-    turned = rotate(x, rotation(positions, 8, 1e4, torch.float64), interleaved=interleaved)
+    turned = rotate(x, rotation(positions, 8, 1e4, torch.float64, interleaved=interleaved))
     pair = (lambda y: y.unflatten(-1, (4, 2))) if interleaved else (lambda y: y.unflatten(-1, (2, 4)).transpose(-1, -2))
     angle = positions.double()[..., None, None] * 1e4 ** (-torch.arange(4).double() / 4)
     expected = torch.view_as_complex(pair(x).contiguous()) * torch.polar(torch.ones_like(angle), angle)

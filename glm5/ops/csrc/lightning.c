@@ -111,9 +111,25 @@ static void load_queries(const job *work, scratch *own, int64_t first, int64_t l
 /* The panel of keys that begins at `start`: [PANEL, width] to [width, PANEL], zeros beyond the last key. */
 static void pack_panel(const float *keys, float *panel, int64_t start, int64_t count, int64_t width) {
     const int64_t real = count - start < PANEL ? count - start : PANEL;
+    int64_t whole_keys = 0, whole_width = 0; /* what 4 x 4 blocks cover */
+    keys += start * width;
     if (real < PANEL) memset(panel, 0, sizeof(float) * PANEL * (size_t)width);
+#if defined(__x86_64__)
+    whole_keys = real / 4 * 4, whole_width = width / 4 * 4;
+    for (int64_t s = 0; s < whole_keys; s += 4) {
+        for (int64_t i = 0; i < whole_width; i += 4) {
+            const float *from = keys + s * width + i;
+            float *to = panel + i * PANEL + s;
+            __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + width);
+            __m128 c = _mm_loadu_ps(from + 2 * width), d = _mm_loadu_ps(from + 3 * width);
+            _MM_TRANSPOSE4_PS(a, b, c, d);
+            _mm_storeu_ps(to, a), _mm_storeu_ps(to + PANEL, b);
+            _mm_storeu_ps(to + 2 * PANEL, c), _mm_storeu_ps(to + 3 * PANEL, d);
+        }
+    }
+#endif
     for (int64_t s = 0; s < real; s++)
-        for (int64_t i = 0; i < width; i++) panel[i * PANEL + s] = keys[(start + s) * width + i];
+        for (int64_t i = s < whole_keys ? whole_width : 0; i < width; i++) panel[i * PANEL + s] = keys[s * width + i];
 }
 
 #if defined(__x86_64__)
