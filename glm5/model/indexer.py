@@ -30,13 +30,13 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(config.hidden_size, self.heads, dtype=wide, device=device)
 
     def forward(self, x_BTD: Tensor, c_q_BTC: Tensor, rotation: Rotation) -> Index:
-        """Scaled queries [B, T, H, I], keys of the new tokens [B, T, I], scaled head weights [B, T, H]."""
+        """Queries [B, T, H, I], keys of the new tokens [B, T, I], scaled head weights [B, T, H]."""
         x_BTD, c_q_BTC = x_BTD.detach(), c_q_BTC.detach()
-        q_BTHI = self._rotated(self.wq_b(c_q_BTC).unflatten(-1, (self.heads, self.width)), rotation)
-        k_BTI = self._rotated(self.k_norm(self.wk(x_BTD)).unsqueeze(2), rotation).squeeze(2)
+        q_BTHI = self.wq_b(c_q_BTC).unflatten(-1, (self.heads, self.width))
+        k_BTI = self.k_norm(self.wk(x_BTD))
+        qk_BTHI = torch.cat((q_BTHI, k_BTI.unsqueeze(2)), dim=2)  # the key as one more head: one rotation for both
+        rotary, plain = qk_BTHI.split([self.rotary_width, self.width - self.rotary_width], dim=-1)
+        qk_BTHI = torch.cat((rotate(rotary, rotation), plain), dim=-1)
         w_BTH = self.weights_proj(x_BTD.to(self.weights_proj.weight.dtype))
-        return q_BTHI * self.width**-0.5, k_BTI, w_BTH * self.heads**-0.5
-
-    def _rotated(self, x_BTHI: Tensor, rotation: Rotation) -> Tensor:
-        rotary, plain = x_BTHI.split([self.rotary_width, self.width - self.rotary_width], dim=-1)
-        return torch.cat((rotate(rotary, rotation), plain), dim=-1)
+        # ReLU lets the scale of q . k, width ** -0.5, join that of the weights.
+        return qk_BTHI[:, :, :-1], qk_BTHI[:, :, -1], w_BTH * (self.heads * self.width) ** -0.5

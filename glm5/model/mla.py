@@ -78,9 +78,14 @@ class MLA(nn.Module):
         c_q_BTC = self.q_a_layernorm(self.q_a_proj(x_BTD))
         q_BTHN = self.q_b_proj(c_q_BTC).unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
         q_nope_BTHN, q_rope_BTHR = q_BTHN.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        q_rope_BTHR = rotate(q_rope_BTHR, run.rotation)
+        c_kv_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        rope_BTHR = torch.cat((q_rope_BTHR, k_rope_BTR.unsqueeze(2)), dim=2)  # the shared key as one more head
+        rope_BTHR = rotate(rope_BTHR, run.rotation)
+        q_rope_BTHR, k_rope_BTR = rope_BTHR[:, :, :-1], rope_BTHR[:, :, -1]
+        latents_BSC = torch.cat((self.kv_a_layernorm(c_kv_BTC), k_rope_BTR), dim=-1)
+        if run.cache is not None:
+            latents_BSC = run.cache.append_latents(self.layer, latents_BSC)
 
-        latents_BSC = self._latents(x_BTD, run)
         if self.indexer is not None and (run.sparse or run.cache is not None or "indexer_kl" in run.collect):
             self._index(x_BTD, c_q_BTC, run)
         selected_BTK = self._selected(run, latents_BSC.shape[1])
@@ -100,15 +105,7 @@ class MLA(nn.Module):
             o_BTHV = attention.expanded_attention(q_BTHN, k_BSHN, v_BSHV, run.spans, self.scale, selected_BTK)
         return self.o_proj(o_BTHV.flatten(-2))
 
-    # ---- keys ---------------------------------------------------------------------------------------------------
-    def _latents(self, x_BTD: Tensor, run: Pass) -> Tensor:
-        """Latent and rotated key of every visible token, [B, S, C + R]."""
-        c = self.config
-        c_kv_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), run.rotation).squeeze(2)
-        latents_BTC = torch.cat((self.kv_a_layernorm(c_kv_BTC), k_rope_BTR), dim=-1)
-        return latents_BTC if run.cache is None else run.cache.append_latents(self.layer, latents_BTC)
-
+    # ---- selection ----------------------------------------------------------------------------------------------
     def _index(self, x_BTD: Tensor, c_q_BTC: Tensor, run: Pass) -> None:
         """Runs the indexer and chooses, for this layer and for those that share it."""
         assert self.indexer is not None

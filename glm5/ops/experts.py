@@ -18,8 +18,6 @@ from glm5.ops.linear import LowRank
 
 GATHER_LIMIT = 8
 """Tokens up to which gathering the chosen weights beats sorting (measured on CPU: 1 to 4 tokens win clearly)."""
-TOKEN_BLOCK = 8192
-"""Tokens per call without gradients, so that a long prefill does not hold `num_experts_per_tok` copies of itself."""
 
 
 class Experts(nn.Module):
@@ -52,9 +50,6 @@ class Experts(nn.Module):
 
 def run_experts(x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Chooses the way of running by shape and dtype; all give the sum of `reference.experts`."""
-    if x_ND.shape[0] > TOKEN_BLOCK and not torch.is_grad_enabled():
-        parts = zip(x_ND.split(TOKEN_BLOCK), chosen_NK.split(TOKEN_BLOCK), weights_NK.split(TOKEN_BLOCK), strict=True)
-        return torch.cat([run_experts(*part, gate_up, down) for part in parts])
     if x_ND.shape[0] <= GATHER_LIMIT and not torch.is_grad_enabled():
         return gathered_experts(x_ND, chosen_NK, weights_NK, gate_up, down)
     if x_ND.dtype in (torch.float32, torch.bfloat16) and _aligned(gate_up) and _aligned(down):

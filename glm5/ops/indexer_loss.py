@@ -16,7 +16,7 @@ from glm5.ops.attention import BLOCK_BUDGET, gather_latents
 from glm5.ops.spans import Spans
 
 Index = tuple[Tensor, Tensor, Tensor]
-"""What the indexer computed: scaled queries [B, T, H, I], keys [B, S, I], scaled head weights [B, T, H]."""
+"""What the indexer computed: queries [B, T, H, I], keys [B, S, I], scaled head weights [B, T, H]."""
 
 
 def indexer_kl(

@@ -33,7 +33,7 @@ def chosen(selected_BTK: Tensor, keys: int) -> Tensor:
 def index_scores(q_BTHI: Tensor, k_BSI: Tensor, w_BTH: Tensor) -> Tensor:
     """Lightning-indexer scores [B, T, S]: sum over heads of w * ReLU(q . k) (DeepSeek-V3.2 report, equation 1).
 
-    The scales `index_head_dim ** -0.5` (in q) and `index_n_heads ** -0.5` (in w) are the caller's.
+    The scales `index_head_dim ** -0.5` and `index_n_heads ** -0.5` are the caller's (in w).
     """
     return torch.einsum("bth,bths->bts", w_BTH, F.relu(torch.einsum("bthi,bsi->bths", q_BTHI, k_BSI)))
 

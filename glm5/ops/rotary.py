@@ -8,6 +8,7 @@ corrupts everything above `index_topk` tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,12 +27,19 @@ class Rotation:
 def rotation(positions_BT: Tensor, width: int, theta: float, dtype: torch.dtype, *, interleaved: bool) -> Rotation:
     """cos and sin of `positions * theta ** (-2j / width)`; angles in fp32 as the published models were trained."""
     wide = torch.promote_types(dtype, torch.float32)
-    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=wide, device=positions_BT.device) / width)
-    angles_BT1R = (positions_BT.to(wide)[..., None] * frequencies)[:, :, None]
+    frequencies_R = _frequencies(width, theta, wide, positions_BT.device)
+    angles_BT1R = (positions_BT.to(wide)[..., None] * frequencies_R)[:, :, None]
     cos, sin = angles_BT1R.cos().to(dtype), angles_BT1R.sin().to(dtype)
     if interleaved:
         return Rotation(cos.repeat_interleave(2, -1), torch.stack((-sin, sin), dim=-1).flatten(-2), interleaved)
     return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1), interleaved)
+
+
+@lru_cache(maxsize=8)
+def _frequencies(width: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A constant of the model. An inference tensor would be of no use to a later training step."""
+    with torch.inference_mode(False):
+        return 1.0 / theta ** (torch.arange(0, width, 2, dtype=dtype, device=device) / width)
 
 
 def rotate(x_BTHR: Tensor, rotation: Rotation) -> Tensor:

@@ -25,7 +25,7 @@ KEY_BLOCK = 8192
 def select(q_BTHI: Tensor, k_BSI: Tensor, w_BTH: Tensor, spans: Spans, k: int) -> Tensor:
     """Positions [B, T, K] of the k best keys of every query, ascending, -1 padded.
 
-    q: scaled indexer queries; k: indexer keys of the whole context; w: scaled head weights.
+    q: indexer queries; k: indexer keys of the whole context; w: scaled head weights.
     """
     if torch.promote_types(q_BTHI.dtype, torch.float32) == torch.float32:
         q_BTHI, k_BSI, w_BTH = q_BTHI.float(), k_BSI.float(), w_BTH.float()
