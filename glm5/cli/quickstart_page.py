@@ -6,7 +6,7 @@ import html
 from pathlib import Path
 from typing import Any
 
-from glm5.data.files import replacing
+from glm5.files import replacing
 from glm5.rl.report import reward_figure
 from glm5.train import RunDirectory
 from glm5.train.report import STYLE, loss_figure

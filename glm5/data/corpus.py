@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from glm5.data.files import note_file, read_manifest, replacing, replacing_directory, sha256_of, write_json
+from glm5.data.manifest import note_file, read_manifest
 from glm5.data.sources import Source, installed_sources
 from glm5.errors import DataError
+from glm5.files import replacing, replacing_directory, sha256_of, write_json
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm5.data.corpus import Corpus, Split
-from glm5.data.files import note_file, read_manifest, replacing, replacing_directory, sha256_of, write_json
+from glm5.data.manifest import note_file, read_manifest
 from glm5.errors import DataError
+from glm5.files import replacing, replacing_directory, sha256_of, write_json
 from glm5.text import Tokenizer
 
 SHARD_TOKENS = 1 << 26

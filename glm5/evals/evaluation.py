@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from glm5.data.files import replacing, write_json
 from glm5.engine import Engine, RequestOutput, SamplingParams
 from glm5.envs import Environment, EnvironmentFailure, Reward, Task
 from glm5.errors import ConfigError, InputError
+from glm5.files import replacing, write_json
 from glm5.scoring import Accuracy, accuracy
 from glm5.text import parse_assistant
 

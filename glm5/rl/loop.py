@@ -23,10 +23,10 @@ import torch
 from rich.console import Console
 
 from glm5.checkpoint import load_model, save_model
-from glm5.data.files import replacing
 from glm5.engine import Engine
 from glm5.envs import Environment
 from glm5.errors import ConfigError, RunError
+from glm5.files import replacing
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, build_optimizers
 from glm5.rl.icepop import IcePop

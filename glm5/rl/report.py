@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from glm5.data.files import replacing
+from glm5.files import replacing
 from glm5.train import RunDirectory
 from glm5.train.report import HEIGHT, MARGIN, STYLE, WIDTH
 

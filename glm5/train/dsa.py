@@ -18,7 +18,7 @@ from rich.console import Console
 
 from glm5.checkpoint import load_model, save_model
 from glm5.data import Batch, Loader, open_dataset
-from glm5.data.files import write_json
+from glm5.files import write_json
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.text import Tokenizer

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from glm5.data import Batch, Loader
-from glm5.data.files import replacing
 from glm5.errors import ConfigError, RunError
+from glm5.files import replacing
 from glm5.model import GLM5, RouterRecord
 from glm5.optim import OptimizerConfig, Schedule, build_optimizers, rate_at, set_rate, update_router_bias
 from glm5.train.losses import Loss

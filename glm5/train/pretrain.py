@@ -15,8 +15,8 @@ from rich.console import Console
 from glm5.checkpoint import save_model
 from glm5.config import ModelConfig
 from glm5.data import Batch, Loader, open_dataset
-from glm5.data.files import write_json
 from glm5.errors import ConfigError
+from glm5.files import write_json
 from glm5.model import GLM5, initialize_
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.text import Tokenizer

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glm5.data.files import replacing
+from glm5.files import replacing
 from glm5.train.run_directory import RunDirectory
 
 WIDTH, HEIGHT, MARGIN = 720, 260, 44

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from glm5.config import ModelConfig
-from glm5.data.files import note_file, read_manifest, replacing, replacing_directory, sha256_of, write_json
+from glm5.data.manifest import note_file, read_manifest
 from glm5.errors import RunError
+from glm5.files import replacing, replacing_directory, sha256_of, write_json
 
 
 class RunDirectory:

@@ -1,0 +1,39 @@
+"""Manifests: the `manifest.json` of a built directory, which lists its files with size and hash, checked before use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from glm5.errors import DataError
+from glm5.files import restore_directory, sha256_of
+
+
+def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
+    """The manifest of `directory`, after every file that it lists under "files" was found with the size and hash noted.
+
+    Raises DataError that names the file: missing, cut short, changed, or written by another kind of builder.
+    """
+    restore_directory(directory)
+    path = directory / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{directory} has no manifest.json, so it is no finished {kind}; build it again.") from None
+    except ValueError:
+        raise DataError(f"{path} is not JSON; build the {kind} again.") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        raise DataError(f"{path} does not describe a {kind}; point to the right directory.")
+    for name, noted in manifest["files"].items():
+        file = directory / name
+        if not file.is_file():
+            raise DataError(f"{file} is listed in the manifest but missing; build the {kind} again.")
+        if file.stat().st_size != noted["size"] or sha256_of(file) != noted["sha256"]:
+            raise DataError(f"{file} does not match the manifest (damaged or edited); build the {kind} again.")
+    return manifest
+
+
+def note_file(path: Path) -> dict[str, Any]:
+    """What a manifest notes about a file."""
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
