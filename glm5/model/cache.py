@@ -1,12 +1,14 @@
 """The cache of a model: one latent row per token and layer, one indexer key per token and full-indexer layer.
 
-`Cache` is the small protocol that attention speaks; the contiguous `LatentCache` implements it here, a paged one can
-elsewhere. Latents, indexer keys and the rows of the MTP modules are grown, cut and forked together: a cache that
-restored one without the other would give silently wrong text above `index_topk` tokens.
+`Cache` is the small protocol that a forward pass speaks; the contiguous `LatentCache` implements it here, a paged one
+can elsewhere. Latents and indexer keys of all its layers are grown, cut and forked together: a cache that restored one
+without the other would give silently wrong text above `index_topk` tokens. The MTP modules lag behind the trunk by a
+token, so their rows are a cache of their own (`draft_layers`), cut and forked beside the trunk's by their user.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -39,8 +41,13 @@ class Cache(Protocol):
         """Forgets every token from `length` on."""
 
 
+def draft_layers(config: ModelConfig) -> range:
+    """The layers of the MTP modules, for a `LatentCache` that `GLM5.draft` fills."""
+    return range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+
+
 class LatentCache:
-    """Preallocated contiguous rows, `[layer][B, capacity, width]`."""
+    """Preallocated contiguous rows, layer -> [B, capacity, width]."""
 
     def __init__(
         self,
@@ -50,21 +57,20 @@ class LatentCache:
         capacity: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        layers: Sequence[int] | None = None,
     ) -> None:
-        """Room for `capacity` tokens in each of `batch` rows, for the trunk and the MTP modules."""
-        if capacity > config.max_position_embeddings:
-            raise InputError(
-                f"A cache of {capacity:,} tokens exceeds the model's {config.max_position_embeddings:,} positions; "
-                "ask for a shorter context."
-            )
+        """Room for `capacity` tokens in each of `batch` rows; for the trunk's layers unless `layers` names others."""
+        self.limit = config.max_position_embeddings
+        self._refuse_beyond_limit(capacity)
         place: dict[str, Any] = {"dtype": dtype, "device": torch.device(device)}
         width = config.kv_lora_rank + config.qk_rope_head_dim
         types = config.indexer_types + ("full",) * config.num_nextn_predict_layers
-        self.latents = [torch.empty(batch, capacity, width, **place) for _ in types]
+        layers = range(config.num_hidden_layers) if layers is None else layers
+        self.latents = {layer: torch.empty(batch, capacity, width, **place) for layer in layers}
         self.keys = {
             layer: torch.empty(batch, capacity, config.index_head_dim, **place)
-            for layer, kind in enumerate(types)
-            if kind == "full"
+            for layer in layers
+            if types[layer] == "full"
         }
         self.batch, self.capacity, self.length = batch, capacity, 0
         self.segments_BS: Tensor | None = None
@@ -73,7 +79,7 @@ class LatentCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row takes, all layers together."""
-        tensors = [*self.latents, *self.keys.values()]
+        tensors = [*self.latents.values(), *self.keys.values()]
         return sum(t.shape[-1] * t.element_size() for t in tensors)
 
     def reserve(self, batch: int, tokens: int, segments_BT: Tensor | None, positions_BT: Tensor | None) -> Spans:
@@ -83,10 +89,12 @@ class LatentCache:
         if self.length + tokens > self.capacity:
             raise InputError(
                 f"The cache is full: {self.length:,} of {self.capacity:,} tokens are taken and {tokens:,} more were "
-                "given; make a larger cache."
+                "given; make a larger cache, or grow this one."
             )
         self._reserved = tokens
-        device = self.latents[0].device
+        if self.length == 0:
+            self.segments_BS = None
+        device = next(iter(self.latents.values())).device
         if segments_BT is None and self.segments_BS is None:
             return plain_spans(batch, tokens, self.length, positions_BT, device)
         if self.segments_BS is None:
@@ -99,14 +107,24 @@ class LatentCache:
 
     def append_latents(self, layer: int, latents_BTC: Tensor) -> Tensor:
         """See `Cache`."""
-        return self._append(self.latents[layer], latents_BTC)
+        return self._append(self.latents, layer, latents_BTC)
 
     def append_keys(self, layer: int, keys_BTI: Tensor) -> Tensor:
         """See `Cache`."""
-        return self._append(self.keys[layer], keys_BTI)
+        return self._append(self.keys, layer, keys_BTI)
 
-    def _append(self, rows_BSC: Tensor, new_BTC: Tensor) -> Tensor:
-        end = self.length + self._reserved
+    def _append(self, rows: dict[int, Tensor], layer: int, new_BTC: Tensor) -> Tensor:
+        if layer not in rows:
+            raise InputError(
+                f"The cache has no rows for layer {layer}; the trunk and the MTP modules (layers=draft_layers(config)) "
+                "need a cache each."
+            )
+        rows_BSC, end = rows[layer], self.length + self._reserved
+        if rows_BSC.dtype != new_BTC.dtype:
+            raise InputError(
+                f"The cache holds {rows_BSC.dtype} but the model computes in {new_BTC.dtype}; make the cache with "
+                f"dtype={new_BTC.dtype}."
+            )
         rows_BSC[:, self.length : end] = new_BTC
         return rows_BSC[:, :end]
 
@@ -121,16 +139,35 @@ class LatentCache:
             raise InputError(f"Cannot cut a cache of {self.length:,} tokens to {length:,}; give a shorter length.")
         self.length = length
 
+    def grow(self, capacity: int) -> None:
+        """Makes room for `capacity` tokens a row; the written rows stay. A smaller number changes nothing."""
+        self._refuse_beyond_limit(capacity)
+        if capacity > self.capacity:
+            self.capacity = capacity
+            self._copy_rows()
+
     def fork(self) -> LatentCache:
         """An independent copy of the written rows, with the same capacity."""
         copy = object.__new__(LatentCache)
-        copy.batch, copy.capacity, copy.length, copy._reserved = self.batch, self.capacity, self.length, 0
-        copy.latents = [self._copied(rows) for rows in self.latents]
-        copy.keys = {layer: self._copied(rows) for layer, rows in self.keys.items()}
-        copy.segments_BS = None if self.segments_BS is None else self.segments_BS.clone()
+        copy.__dict__.update(self.__dict__, latents=dict(self.latents), keys=dict(self.keys), _reserved=0)
+        copy._copy_rows()
         return copy
 
-    def _copied(self, rows_BSC: Tensor) -> Tensor:
-        copy = torch.empty_like(rows_BSC)
-        copy[:, : self.length] = rows_BSC[:, : self.length]
-        return copy
+    def _copy_rows(self) -> None:
+        """Moves the written rows into new memory of the present capacity."""
+
+        def copied(old: Tensor) -> Tensor:
+            new = old.new_zeros(old.shape[0], self.capacity, *old.shape[2:])
+            new[:, : self.length] = old[:, : self.length]
+            return new
+
+        self.latents = {layer: copied(rows) for layer, rows in self.latents.items()}
+        self.keys = {layer: copied(rows) for layer, rows in self.keys.items()}
+        self.segments_BS = None if self.segments_BS is None else copied(self.segments_BS)
+
+    def _refuse_beyond_limit(self, capacity: int) -> None:
+        if capacity > self.limit:
+            raise InputError(
+                f"A cache of {capacity:,} tokens exceeds the model's {self.limit:,} positions; "
+                "ask for a shorter context."
+            )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from glm5.config import ModelConfig
 from glm5.ops.indexer_loss import Index
 from glm5.ops.linear import Linear
+from glm5.ops.precision import full_precision
 from glm5.ops.rotary import Rotation, rotate
 
 
@@ -37,6 +38,7 @@ class Indexer(nn.Module):
         qk_BTHI = torch.cat((q_BTHI, k_BTI.unsqueeze(2)), dim=2)  # the key as one more head: one rotation for both
         rotary, plain = qk_BTHI.split([self.rotary_width, self.width - self.rotary_width], dim=-1)
         qk_BTHI = torch.cat((rotate(rotary, rotation), plain), dim=-1)
-        w_BTH = self.weights_proj(x_BTD.to(self.weights_proj.weight.dtype))
+        with full_precision(x_BTD):
+            w_BTH = self.weights_proj(x_BTD.to(self.weights_proj.weight.dtype))
         # ReLU lets the scale of q . k, width ** -0.5, join that of the weights.
         return qk_BTHI[:, :, :-1], qk_BTHI[:, :, -1], w_BTH * (self.heads * self.width) ** -0.5

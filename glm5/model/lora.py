@@ -11,7 +11,7 @@ from glm5.errors import InputError
 from glm5.ops.experts import Experts
 from glm5.ops.linear import Linear, LowRank
 
-DEFAULT_TARGETS = ("*.q_a_proj", "*.q_b_proj", "*.kv_a_proj_with_mqa", "*.kv_b_proj", "*.o_proj", "*.experts")
+DEFAULT_TARGETS = ("*.q_a_proj", "*.q_b_proj", "*.kv_a_proj_with_mqa", "*.kv_b_proj", "*.o_proj")
 
 
 def add_adapters(
@@ -19,10 +19,13 @@ def add_adapters(
 ) -> list[str]:
     """Freezes `model` and gives every module whose name matches a pattern of `targets` an adapter; returns the names.
 
-    The change is zero until training moves it. Raises InputError for a rank below 1 or patterns that match nothing.
+    The change is zero until training moves it. An adapter of experts is computed as a whole weight in every forward
+    pass. Raises InputError for a rank below 1, patterns that match nothing, or a model that has adapters already.
     """
-    if rank < 1:
-        raise InputError(f"LoRA rank is {rank}; give at least 1.")
+    if not isinstance(rank, int) or rank < 1:
+        raise InputError(f"LoRA rank is {rank}; give a whole number of at least 1.")
+    if any(isinstance(module, LowRank) for module in model.modules()):
+        raise InputError("The model has adapters already; merge them first (merge_adapters).")
     model.requires_grad_(False)
     adapted = []
     for name, module in model.named_modules():

@@ -16,6 +16,7 @@ from glm5.config import ModelConfig
 from glm5.model.output import RouterRecord
 from glm5.ops.experts import Experts
 from glm5.ops.linear import Linear
+from glm5.ops.precision import full_precision
 
 
 class MLP(nn.Module):
@@ -49,7 +50,8 @@ class Router(nn.Module):
         """Chosen experts [N, K], their weights [N, K] and all scores [N, E]; weights and scores in fp32."""
         c = self.config
         wide = self.e_score_correction_bias.dtype
-        scores_NE = F.linear(x_ND.to(wide), self.weight.to(wide)).sigmoid()
+        with full_precision(x_ND):
+            scores_NE = F.linear(x_ND.to(wide), self.weight.to(wide)).sigmoid()
         chosen_NK = self._choose(scores_NE) if replayed_NK is None else replayed_NK
         weights_NK = scores_NE.gather(1, chosen_NK)
         if c.norm_topk_prob:
@@ -93,17 +95,25 @@ class MoE(nn.Module):
 
 
 def record_router(layer: int, chosen_BTK: Tensor, scores_BTE: Tensor, valid_BT: Tensor) -> RouterRecord:
-    """Load and sequence-level balance loss of one layer; the balance loss is differentiable through the scores."""
+    """Load and sequence-level balance loss of one layer; the balance loss is differentiable through the scores.
+
+    The load counts the experts that ran. The balance loss counts those that the scores alone would have chosen, without
+    the correction bias: the bias corrects the choice, the loss the scores.
+    """
     experts, per_token = scores_BTE.shape[-1], chosen_BTK.shape[-1]
     valid_BT1 = valid_BT[..., None].to(scores_BTE.dtype)
-    hits_BTE = torch.zeros_like(scores_BTE).scatter_(-1, chosen_BTK, 1.0) * valid_BT1
     tokens_B1 = valid_BT1.sum(1).clamp_min(1.0)
-    frequency_BE = hits_BTE.sum(1) * experts / (per_token * tokens_B1)
+
+    def hits(choice_BTK: Tensor) -> Tensor:
+        return torch.zeros_like(scores_BTE).scatter_(-1, choice_BTK, 1.0) * valid_BT1
+
+    preferred_BTK = scores_BTE.detach().topk(per_token, dim=-1).indices
+    frequency_BE = hits(preferred_BTK).sum(1) * experts / (per_token * tokens_B1)
     share_BTE = scores_BTE / scores_BTE.sum(-1, keepdim=True)
     probability_BE = (share_BTE * valid_BT1).sum(1) / tokens_B1
     return RouterRecord(
         layer=layer,
         experts_BTK=chosen_BTK,
-        load_E=hits_BTE.sum((0, 1)),
-        balance=(frequency_BE.detach() * probability_BE).sum(-1).mean(),
+        load_E=hits(chosen_BTK).sum((0, 1)).detach(),
+        balance=(frequency_BE * probability_BE).sum(-1).mean(),
     )

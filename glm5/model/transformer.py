@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm5.config import ModelConfig
-from glm5.errors import InputError, did_you_mean
+from glm5.errors import InputError
 from glm5.model.cache import Cache, LatentCache
+from glm5.model.checks import check_attention, check_collect, check_ids, check_replay, check_shapes
 from glm5.model.initialization import initialize_
 from glm5.model.layer import DecoderLayer, MTPModule
 from glm5.model.mla import Pass
-from glm5.model.output import COLLECTABLE, ModelOutput, Replay, RouterRecord
+from glm5.model.output import ModelOutput, Replay, RouterRecord
 from glm5.ops.linear import Linear
 from glm5.ops.norm import RMSNorm
 from glm5.ops.rotary import rotation
 from glm5.ops.spans import Spans, plain_spans, segment_spans
 
-ATTENTION = ("sparse", "dense")
 CHUNK = 8192
 """Tokens of a prefill that run at once when no gradient is wanted."""
 
@@ -94,7 +94,12 @@ class GLM5(nn.Module):
         replay: recorded experts and positions to use. Raises InputError for inputs that cannot be run.
         """
         wanted = frozenset(collect)
-        self._check(input_ids_BT, positions_BT, segment_ids_BT, attention, wanted, cache, logits_to_keep)
+        check_ids(self.config, input_ids_BT)
+        check_shapes(input_ids_BT, positions=positions_BT, segment_ids=segment_ids_BT)
+        check_attention(attention)
+        check_collect(wanted, has_mtp=len(self.mtp) > 0, has_cache=cache is not None)
+        if logits_to_keep < 0:
+            raise InputError(f"logits_to_keep is {logits_to_keep}; give 0 for all positions or a positive number.")
         sparse = attention == "sparse"
         if input_ids_BT.shape[1] > CHUNK and not (torch.is_grad_enabled() or wanted or replay):
             return self._in_chunks(input_ids_BT, positions_BT, segment_ids_BT, cache, sparse, logits_to_keep)
@@ -142,6 +147,8 @@ class GLM5(nn.Module):
     ) -> ModelOutput:
         """One pass over checked inputs."""
         spans = _spans(input_ids_BT, positions_BT, segment_ids_BT, cache)
+        if replay:
+            check_replay(self.config, replay, spans)
         run = self._pass(spans, cache, sparse, collect, replay or Replay())
         records: list[RouterRecord | None] = []
 
@@ -183,10 +190,18 @@ class GLM5(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """One draft step: state of token i and token i + 1 give state [B, T, D] and logits [B, T, V] of token i + 2.
 
-        The state goes into the next step. `cache` holds the rows of the MTP module only, not those of the trunk.
+        The state goes into the next step. `cache` holds the rows of the MTP modules (`layers=draft_layers(config)`).
         """
         if not self.mtp:
             raise InputError("This model has no MTP module; load one with num_nextn_predict_layers of at least 1.")
+        check_ids(self.config, next_ids_BT)
+        check_shapes(next_ids_BT, positions=positions_BT)
+        check_attention(attention)
+        if hidden_BTD.shape != (*next_ids_BT.shape, self.config.hidden_size):
+            raise InputError(
+                f"hidden states have shape {list(hidden_BTD.shape)}, next ids {list(next_ids_BT.shape)}; "
+                f"give one state of {self.config.hidden_size} values per id."
+            )
         spans = _spans(next_ids_BT, positions_BT, None, cache)
         run = self._pass(spans, cache, attention == "sparse", frozenset(), Replay())
         state_BTD, _ = self._module(step).draft(hidden_BTD, self.model.embed_tokens(next_ids_BT), run)
@@ -215,50 +230,6 @@ class GLM5(nn.Module):
             replay=replay,
             cache=cache,
         )
-
-    def _check(
-        self,
-        ids_BT: Tensor,
-        positions_BT: Tensor | None,
-        segments_BT: Tensor | None,
-        attention: str,
-        collect: frozenset[str],
-        cache: Cache | None,
-        logits_to_keep: int,
-    ) -> None:
-        if ids_BT.dim() != 2 or ids_BT.shape[0] == 0 or ids_BT.shape[1] == 0 or ids_BT.dtype != torch.int64:
-            raise InputError(
-                f"input_ids are {ids_BT.dtype} of shape {list(ids_BT.shape)}; give int64 token ids [batch, tokens] "
-                "with at least one of each."
-            )
-        low, high = int(ids_BT.min()), int(ids_BT.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise InputError(
-                f"input_ids hold {low if low < 0 else high}, outside the vocabulary of {self.config.vocab_size:,}; "
-                "check that the tokenizer belongs to this model."
-            )
-        for name, given in (("positions", positions_BT), ("segment_ids", segments_BT)):
-            if given is not None and given.shape != ids_BT.shape:
-                raise InputError(
-                    f"{name} have shape {list(given.shape)}, input_ids {list(ids_BT.shape)}; make them equal."
-                )
-        if ids_BT.shape[1] > self.config.max_position_embeddings:
-            raise InputError(
-                f"The input has {ids_BT.shape[1]:,} tokens; this model has {self.config.max_position_embeddings:,} "
-                "positions. Shorten the input."
-            )
-        if attention not in ATTENTION:
-            hint = did_you_mean(attention, ATTENTION)
-            raise InputError(f"attention is {attention!r}; use 'sparse' or 'dense'.{hint}")
-        for name in sorted(collect - COLLECTABLE):
-            known = ", ".join(sorted(COLLECTABLE))
-            raise InputError(f"collect names {name!r}; it may hold {known}.{did_you_mean(name, COLLECTABLE)}")
-        if "mtp" in collect and not self.mtp:
-            raise InputError("collect names 'mtp' but this model has no MTP module (num_nextn_predict_layers is 0).")
-        if "mtp" in collect and cache is not None:
-            raise InputError("collect={'mtp'} is for training; with a cache, call `draft` after the forward pass.")
-        if logits_to_keep < 0:
-            raise InputError(f"logits_to_keep is {logits_to_keep}; give 0 for all positions or a positive number.")
 
 
 def _spans(ids_BT: Tensor, positions_BT: Tensor | None, segments_BT: Tensor | None, cache: Cache | None) -> Spans:

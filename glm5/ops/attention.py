@@ -30,29 +30,32 @@ def expanded_attention(
 ) -> Tensor:
     """Attention [B, T, H, V] with keys and values per head, over every visible key or over the selected ones.
 
-    Key and value widths may differ. A selection becomes a mask of one block of queries at a time.
+    Key and value widths may differ. What a query may see becomes a mask of one block of queries at a time.
     """
-    width, value_width = q_BTHN.shape[-1], v_BSHV.shape[-1]
+    tokens, keys, value_width = q_BTHN.shape[1], k_BSHN.shape[1], v_BSHV.shape[-1]
     # The fused CPU kernel wants equal widths; zero columns change neither scores nor the columns that are kept.
-    wide = max(width, value_width)
-    q, k, v = (F.pad(x.transpose(1, 2), (0, wide - x.shape[-1])) for x in (q_BTHN, k_BSHN, v_BSHV))
-    tokens, keys = q.shape[2], k.shape[2]
+    wide = max(q_BTHN.shape[-1], value_width)
+    q_BTHN, k_BSHN, v_BSHV = (F.pad(x, (0, wide - x.shape[-1])) for x in (q_BTHN, k_BSHN, v_BSHV))
     if selected_BTK is None and spans.single and (tokens == keys or tokens == 1):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=tokens == keys, scale=scale)
-        return out.transpose(1, 2)[..., :value_width]
-    step = max(1, BLOCK_BUDGET // (q.shape[0] * keys))
-    blocks = []
-    for i in range(0, tokens, step):
-        lo, hi = spans.lo_BT[:, i : i + step], spans.hi_BT[:, i : i + step]
-        real = hi > lo
-        if selected_BTK is None:
-            mask = reference.visible(lo, hi, keys)
-        else:
-            mask = reference.chosen(selected_BTK[:, i : i + step], keys)
-        mask = mask | ~real[..., None]  # a row without any key would give NaN
-        out = F.scaled_dot_product_attention(q[:, :, i : i + step], k, v, attn_mask=mask[:, None], scale=scale)
-        blocks.append(out.transpose(1, 2)[..., :value_width] * real[..., None, None])
-    return torch.cat(blocks, dim=1)
+        return _fused(q_BTHN, k_BSHN, v_BSHV, None, tokens == keys, scale)[..., :value_width]
+
+    def block(q_BQHN: Tensor, k_BSHN: Tensor, v_BSHV: Tensor, lo_BQ: Tensor, hi_BQ: Tensor, *chosen: Tensor) -> Tensor:
+        real_BQ = hi_BQ > lo_BQ
+        mask_BQS = reference.chosen(chosen[0], keys) if chosen else reference.visible(lo_BQ, hi_BQ, keys)
+        mask_BQS = mask_BQS | ~real_BQ[..., None]  # a row without any key would give NaN
+        return _fused(q_BQHN, k_BSHN, v_BSHV, mask_BQS, False, scale)[..., :value_width] * real_BQ[..., None, None]
+
+    by_query = (spans.lo_BT, spans.hi_BT) if selected_BTK is None else (spans.lo_BT, spans.hi_BT, selected_BTK)
+    return _in_blocks(block, q_BTHN, (k_BSHN, v_BSHV), by_query, per_query=q_BTHN.shape[0] * keys)
+
+
+def _fused(
+    q_BTHN: Tensor, k_BSHN: Tensor, v_BSHN: Tensor, mask_BTS: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """PyTorch's fused attention in this room's order of dimensions."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHN, k_BSHN, v_BSHN))
+    mask = None if mask_BTS is None else mask_BTS[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).transpose(1, 2)
 
 
 def absorbed_attention(q_BTHC: Tensor, latents_BSC: Tensor, spans: Spans, value_width: int, scale: float) -> Tensor:
@@ -70,7 +73,7 @@ def absorbed_attention(q_BTHC: Tensor, latents_BSC: Tensor, spans: Spans, value_
         return (p_BQHS.to(values.dtype).flatten(1, 2) @ values).unflatten(1, q_BQHC.shape[1:3])
 
     per_query = q_BTHC.shape[0] * q_BTHC.shape[2] * latents_BSC.shape[1]
-    return _in_blocks(block, q_BTHC, latents_BSC, spans.lo_BT, spans.hi_BT, per_query=per_query)
+    return _in_blocks(block, q_BTHC, (latents_BSC,), (spans.lo_BT, spans.hi_BT), per_query=per_query)
 
 
 def sparse_attention(
@@ -88,7 +91,7 @@ def sparse_attention(
         return (p.to(gathered.dtype) @ gathered[..., :value_width]).view(batch, queries, heads, value_width)
 
     per_query = q_BTHC.shape[0] * selected_BTK.shape[2] * max(latents_BSC.shape[2], q_BTHC.shape[2])
-    return _in_blocks(block, q_BTHC, latents_BSC, selected_BTK, per_query=per_query)
+    return _in_blocks(block, q_BTHC, (latents_BSC,), (selected_BTK,), per_query=per_query)
 
 
 def gather_latents(latents_BSC: Tensor, selected_BTK: Tensor) -> Tensor:
@@ -107,15 +110,20 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _in_blocks(
-    block: Callable[..., Tensor], q_BTHC: Tensor, latents_BSC: Tensor, *by_query: Tensor, per_query: int
+    block: Callable[..., Tensor],
+    q_BTHC: Tensor,
+    whole: tuple[Tensor, ...],
+    by_query: tuple[Tensor, ...],
+    *,
+    per_query: int,
 ) -> Tensor:
-    """Runs `block` over blocks of queries; with gradients each block is recomputed in the backward pass."""
+    """`block(queries, *whole, *by_query)` over blocks of queries; several are recomputed in the backward pass."""
     tokens = q_BTHC.shape[1]
     step = max(1, BLOCK_BUDGET // per_query)
     if tokens <= step:
-        return block(q_BTHC, latents_BSC, *by_query)
+        return block(q_BTHC, *whole, *by_query)
     outs = []
     for i in range(0, tokens, step):
-        inputs = (q_BTHC[:, i : i + step], latents_BSC, *(x[:, i : i + step] for x in by_query))
+        inputs = (q_BTHC[:, i : i + step], *whole, *(x[:, i : i + step] for x in by_query))
         outs.append(checkpoint(block, *inputs, use_reentrant=False) if torch.is_grad_enabled() else block(*inputs))
     return torch.cat(outs, dim=1)

@@ -52,7 +52,8 @@ def run_experts(x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor, gate_up: Te
     """Chooses the way of running by shape and dtype; all give the sum of `reference.experts`."""
     if x_ND.shape[0] <= GATHER_LIMIT and not torch.is_grad_enabled():
         return gathered_experts(x_ND, chosen_NK, weights_NK, gate_up, down)
-    if x_ND.dtype in (torch.float32, torch.bfloat16) and _aligned(gate_up) and _aligned(down):
+    grouped = (torch.bfloat16, torch.float32) if x_ND.device.type == "cpu" else (torch.bfloat16,)
+    if x_ND.dtype in grouped and _aligned(gate_up) and _aligned(down):
         return grouped_experts(x_ND, chosen_NK, weights_NK, gate_up, down)
     return reference.experts(x_ND, chosen_NK, weights_NK, gate_up, down)
 

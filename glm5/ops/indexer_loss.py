@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from glm5.ops import reference
 from glm5.ops.attention import BLOCK_BUDGET, gather_latents
+from glm5.ops.precision import full_precision
 from glm5.ops.spans import Spans
 
 Index = tuple[Tensor, Tensor, Tensor]
@@ -22,10 +23,17 @@ Index = tuple[Tensor, Tensor, Tensor]
 def indexer_kl(
     q_BTHC: Tensor, latents_BSC: Tensor, scale: float, index: Index, spans: Spans, selected_BTK: Tensor | None
 ) -> Tensor:
-    """Mean KL over the real queries, a scalar; over every visible key when `selected_BTK` is None.
+    """Mean KL over the real queries, a scalar in fp32; over every visible key when `selected_BTK` is None.
 
     q_BTHC, latents_BSC: absorbed queries and latents of the main attention; no gradient goes into them.
     """
+    with full_precision(q_BTHC):
+        return _indexer_kl(q_BTHC, latents_BSC, scale, index, spans, selected_BTK)
+
+
+def _indexer_kl(
+    q_BTHC: Tensor, latents_BSC: Tensor, scale: float, index: Index, spans: Spans, selected_BTK: Tensor | None
+) -> Tensor:
     wide = torch.promote_types(q_BTHC.dtype, torch.float32)
     q_BTHC, latents_BSC = q_BTHC.detach().to(wide), latents_BSC.detach().to(wide)
     iq_BTHI, ik_BSI, iw_BTH = (part.to(wide) for part in index)
