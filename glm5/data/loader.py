@@ -35,10 +35,6 @@ class Batch:
     segment_ids_BT: Tensor
     """0, 1, ... for the documents of a row; -1 is padding."""
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device."""
-        return Batch(self.input_ids_BT.to(device), self.targets_BT.to(device), self.segment_ids_BT.to(device))
-
 
 class Loader:
     """Batches of a dataset for one rank.
@@ -59,6 +55,8 @@ class Loader:
     ) -> None:
         if rows < 1 or rows % world or not 0 <= rank < world:
             raise DataError(f"{rows} rows a batch do not divide over {world} ranks; choose a multiple of {world}.")
+        if length < 1:
+            raise DataError(f"a row of {length} tokens holds nothing; give a length of at least 1.")
         order = shuffled(len(dataset), seed, 0)
         pack = cut if packing == "cut" else keep_whole
         self.packing = pack(dataset.lengths - 1, order, length)
@@ -67,11 +65,6 @@ class Loader:
         self.dataset, self.rows, self.length = dataset, rows, length
         self.seed, self.rank, self.world = seed, rank, world
         self._order: tuple[int, NDArray[np.int64]] = (-1, order)  # of the epoch used last; a cache, not a state
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """How many global batches one pass over the data has."""
-        return self.packing.rows / self.rows
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of the global batch of `step` (from 0)."""

@@ -6,6 +6,7 @@ counts as an embedding. Weight decay touches matrices only: neither embeddings, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,8 +35,16 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.name not in ("muon", "adamw"):
             raise ConfigError(f"optimizer is {self.name!r}; use 'muon' or 'adamw'.")
-        if self.lr <= 0:
-            raise ConfigError(f"lr is {self.lr}; it must be above 0.")
+        for name in ("lr", "eps", "embedding_lr_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a finite number above 0.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"weight_decay is {self.weight_decay}; it must be a finite number of at least 0.")
+        if len(self.betas) != 2 or not all(0 <= average < 1 for average in (self.momentum, *self.betas)):
+            raise ConfigError(
+                f"momentum is {self.momentum} and betas are {self.betas}; momentum and both betas must be at least 0 "
+                "and below 1."
+            )
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -1,10 +1,11 @@
-"""Muon, with Muon Split: each parameter is orthogonalised as the matrices that it is made of.
+"""Muon, with Muon Split: in a parameter that stacks heads or experts, each is orthogonalised by itself.
 
-GLM-5 report, section 2.1 (Muon Split) and appendix A (momentum 0.95, five Newton-Schulz steps, update RMS 0.2). A fused
-parameter is cut into its own matrices first: W^UQ, W^UK and W^UV per head, stacked experts per expert, gate and up
-apart. Orthogonalising them as one matrix would tie the step of one head to the gradients of another, and MLA's
-attention logits then grow without bound. Each update is scaled by 0.2 sqrt(max(rows, columns)), which gives it the root
-mean square of an AdamW update (Moonlight, arXiv 2502.16982, section 2.2), so one learning rate serves both optimisers.
+GLM-5 report, section 2.1 (Muon Split) and appendix A (momentum 0.95, five Newton-Schulz steps, update RMS 0.2). W^UQ,
+W^UK and W^UV are cut per head, stacked experts per expert, gate and up apart; orthogonalising them as one matrix would
+tie the step of one head to the gradients of another, and MLA's attention logits then grow without bound. Non-rotary and
+rotary rows stay together: in each head of W^UQ (`q_b_proj`) and in `kv_a_proj_with_mqa`, which is one matrix. Each
+update is scaled by 0.2 sqrt(max(rows, columns)), which gives it the root mean square of an AdamW update (Moonlight,
+arXiv 2502.16982, section 2.2), so one learning rate serves both optimisers.
 
 Left out: shards of a matrix on several ranks (the gradient must be whole when `step` is called).
 """

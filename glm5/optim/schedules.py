@@ -26,8 +26,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.shape not in ("cosine", "linear", "constant"):
             raise ConfigError(f"schedule shape is {self.shape!r}; use 'cosine', 'linear' or 'constant'.")
-        if self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1:
-            raise ConfigError("a schedule needs warmup_steps of at least 0 and final_fraction between 0 and 1.")
+        if type(self.warmup_steps) is not int or self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1:
+            raise ConfigError("a schedule needs whole warmup_steps of at least 0 and final_fraction between 0 and 1.")
 
 
 def rate_at(schedule: Schedule, step: int, steps: int) -> float:

@@ -28,7 +28,7 @@ class IcePop:
     epsilon_high: float = 0.28
 
     def __post_init__(self) -> None:
-        if self.beta < 1 or not 0 <= self.epsilon_low <= 1 or self.epsilon_high < 0:
+        if not (self.beta >= 1 and 0 <= self.epsilon_low <= 1 and self.epsilon_high >= 0):  # so NaN fails too
             raise ConfigError(
                 "IcePop needs beta of at least 1, epsilon_low from 0 to 1 and epsilon_high of at least 0."
             )

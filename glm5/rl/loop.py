@@ -25,7 +25,7 @@ from rich.console import Console
 from glm5.checkpoint import load_model, save_model
 from glm5.engine import Engine
 from glm5.envs import Environment
-from glm5.errors import ConfigError, RunError
+from glm5.errors import RunError
 from glm5.files import replacing
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, build_optimizers
@@ -38,7 +38,8 @@ from glm5.rl.rollout import Sampler, Ticket
 from glm5.rl.update import Lesson, backward, select
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory, RunInterrupted
-from glm5.train.loop import interrupts, progress_bar, trained
+from glm5.train.checks import check_choice, check_counts, check_numbers
+from glm5.train.loop import LOWER_RATE, interrupts, progress_bar, trained
 from glm5.train.run_directory import directory_sha256, model_of
 
 
@@ -73,11 +74,13 @@ class RLConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "max_tokens", "rows", "max_attempts", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.group_size < 2:
-            raise ConfigError(f"group_size is {self.group_size}; a group needs 2 samples to compare.")
+        check_counts(self, "steps", "prompts_per_step", "max_tokens", "rows", "max_attempts")
+        check_counts(self, "checkpoint_every", "keep_checkpoints")
+        check_counts(self, "seed", least=0)
+        check_counts(self, "group_size", least=2)  # a sample is compared with its siblings
+        check_numbers(self, "clip_norm", above=0)
+        check_choice(self, "attention", "sparse", "dense")
+        check_choice(self, "normalisation", "sequence-mean", "token-mean")
 
 
 def train_policy(
@@ -128,15 +131,14 @@ def train_policy(
                 ledger.trained(lesson.sample)
             engine.update_weights(step + 1, model.state_dict())
 
-            run.append(
-                "metrics", {"step": step, **rollout_metrics(groups), **learning, **ledger.metrics(), **queue.state()}
-            )
+            rewarded = rollout_metrics(groups)
+            run.append("metrics", {"step": step, **rewarded, **learning, **ledger.metrics(), **queue.state()})
             _write_samples(run.path / "samples" / f"step-{step:08d}.jsonl", samples, ledger)
             seconds = time.perf_counter() - started
             speed = sum(len(sample.completion.token_ids) for sample in samples) / seconds
             times = {"seconds": round(seconds, 4), "sampling_seconds": round(sampled - started, 4)}
             run.append("speed", {"step": step, **times, "tokens_per_second": round(speed)})
-            show(step + 1, learning.get("loss", 0.0), speed)
+            show(step + 1, f"reward {rewarded['reward']:.3f}", speed)
             last, stop = step + 1 == config.steps, stopped()
             if last or stop or (step + 1) % config.checkpoint_every == 0:
                 run.save_checkpoint(step + 1, model, optimizers, keep=config.keep_checkpoints)
@@ -145,8 +147,8 @@ def train_policy(
                     f"Stopped after step {step + 1} of {config.steps} of rl; all is saved in {run.path}. "
                     "Run the same command with --resume to go on."
                 )
-    save_model(model.eval(), run.model_directory, tokenizer)
     write_rl_report(run.path)
+    save_model(model.eval(), run.model_directory, tokenizer)
     return run
 
 
@@ -166,7 +168,7 @@ def _learn(
     if not math.isfinite(values["grad_norm"]):
         raise RunError(
             f"The gradient norm is {values['grad_norm']} at weight version {version}, before the weights changed; "
-            "lower the learning rate, and look at the samples of the last step."
+            f"look at the samples of the last step, then {LOWER_RATE}."
         )
     for optimizer in optimizers:
         optimizer.step()

@@ -1,8 +1,9 @@
 """The first DSA stage: the lightning indexer learns alone from dense attention (DeepSeek-V3.2 report, section 2.1.1).
 
-Everything but the indexers is frozen; attention is dense; the loss is the KL divergence of the index scores to the
-head-summed attention, computed in blocks. How much of the attention the selection keeps is measured before and after:
-the bits per byte with sparse attention against those with dense attention on the same text.
+Everything but the indexers is frozen, that of the MTP module learns too; attention is dense; the loss is the KL
+divergence of the index scores to the head-summed attention, computed in blocks. How much of the attention the selection
+keeps is measured before and after: the bits per byte with sparse attention against those with dense attention on the
+same text.
 Left out: the second stage, in which the model trains under sparse attention.
 """
 
@@ -22,6 +23,7 @@ from glm5.files import write_json
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.text import Tokenizer
+from glm5.train.checks import check_counts
 from glm5.train.evaluate import Evaluation, evaluate_bits_per_byte
 from glm5.train.loop import LoopConfig, Stage, train
 from glm5.train.losses import Loss
@@ -50,6 +52,11 @@ class DSAConfig:
     heldout_documents: int | None = 12
     """Documents of the comparison of sparse with dense attention."""
     loop: LoopConfig = NANO_LOOP
+
+    def __post_init__(self) -> None:
+        check_counts(self, "rows", "length")
+        if self.heldout_documents is not None:
+            check_counts(self, "heldout_documents")
 
 
 def warm_up_indexer(
@@ -80,20 +87,19 @@ def warm_up_indexer(
         name="dsa",
         loader=Loader(data, rows=config.rows, length=config.length, seed=config.loop.seed),
         loss=indexer_loss,
-        learns=lambda name: ".indexer." in name and not name.startswith("mtp."),
+        learns=lambda name: ".indexer." in name,
     )
     train(stage, model, run, config.loop, console=console)
     found = dataclasses.asdict(evaluate(model, "sparse"))
     write_json(run.path / "evaluation.json", {"heldout": found, "row_length": config.length, "sanity_lines": lines})
-    save_model(model.eval(), run.model_directory, tokenizer)
     write_report(run.path)
+    save_model(model.eval(), run.model_directory, tokenizer)
     return run
 
 
 def indexer_loss(model: GLM5, batch: Batch) -> Loss:
-    """Mean KL over the full-indexer layers, under dense attention."""
-    output = model(
-        batch.input_ids_BT, None, batch.segment_ids_BT, attention="dense", collect={"indexer_kl"}, logits_to_keep=1
-    )
+    """Mean KL over the full-indexer layers and the MTP modules, under dense attention."""
+    collect = {"indexer_kl"} | ({"mtp"} if len(model.mtp) else set())
+    output = model(batch.input_ids_BT, None, batch.segment_ids_BT, attention="dense", collect=collect, logits_to_keep=1)
     kl = torch.stack(list(output.indexer_kl.values())).mean()
     return Loss(kl, {"indexer_kl": kl.detach()}, ())

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from glm5.data import IGNORED, TokenDataset, once
+from glm5.errors import InputError
 from glm5.model import GLM5
 from glm5.text import Tokenizer
 
@@ -44,6 +45,8 @@ def evaluate_bits_per_byte(
     attention: Literal["dense", "sparse"] = "dense",
 ) -> Evaluation:
     """Evaluates `model` on the first `documents` documents (default: all) in rows of `length` tokens."""
+    if min(length, rows, len(dataset) if documents is None else documents) < 1:
+        raise InputError("An evaluation needs at least one document, and rows of at least one token.")
     nats, tokens = 0.0, 0
     for batch in once(dataset, rows=rows, length=length, documents=documents):
         logits_BTV = model(batch.input_ids_BT, None, batch.segment_ids_BT, attention=attention).logits

@@ -23,14 +23,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from glm5.data import Batch, Loader
-from glm5.errors import ConfigError, RunError
+from glm5.errors import RunError
 from glm5.files import replacing
 from glm5.model import GLM5, RouterRecord
 from glm5.optim import OptimizerConfig, Schedule, build_optimizers, rate_at, set_rate, update_router_bias
+from glm5.train.checks import check_choice, check_counts, check_numbers
 from glm5.train.losses import Loss
 from glm5.train.run_directory import RunDirectory
 
 SPIKE_WINDOW = 20
+LOWER_RATE = "start a new run with a lower learning rate"
 
 
 class RunInterrupted(RunError):
@@ -49,7 +51,7 @@ class LoopConfig:
     router_bias_rate: float = 1e-3
     """Step of the router's correction bias; 0 leaves it alone."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: autocast over fp32 weights. Not faster at `nano` size on a CPU."""
+    """`bf16`: autocast over fp32 weights. A little faster on a CPU, at `nano` size too."""
     spike_factor: float | None = 3.0
     """Stop when the loss is this many times the median of the last 20 steps; None lets it pass."""
     checkpoint_every: int = 100
@@ -58,11 +60,13 @@ class LoopConfig:
     """Steps between evaluations and samples; 0: only after the last step."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.precision not in ("fp32", "bf16"):
-            raise ConfigError(f"precision is {self.precision!r}; use 'fp32' or 'bf16'.")
+        check_counts(self, "steps", "checkpoint_every", "keep_checkpoints")
+        check_counts(self, "seed", "evaluate_every", least=0)
+        check_numbers(self, "clip_norm", above=0)
+        check_numbers(self, "router_bias_rate")
+        if self.spike_factor is not None:
+            check_numbers(self, "spike_factor", above=1)
+        check_choice(self, "precision", "fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +112,7 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
             loss.total.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained(model), config.clip_norm).item()
             if not math.isfinite(norm):
-                raise unhealthy(f"The gradient norm of {stage.name} is {norm}", step, stage)
+                raise unhealthy(f"The gradient norm of {stage.name} is {norm}", step, stage, LOWER_RATE)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -128,7 +132,7 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
             run.append(
                 "speed", {"step": step, "seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds)}
             )
-            show(step + 1, value, tokens / seconds)
+            show(step + 1, f"loss {value:.3f}", tokens / seconds)
             stop = stopped()
             if last or stop or (step + 1) % config.checkpoint_every == 0:
                 run.save_checkpoint(step + 1, model, optimizers, keep=config.keep_checkpoints)
@@ -142,17 +146,17 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
 def check_loss(value: float, recent: list[float], step: int, stage: Stage, config: LoopConfig) -> None:
     """Raises RunError, with the batch's number, for a loss that no healthy run has."""
     if not math.isfinite(value):
-        raise unhealthy(f"The loss of {stage.name} is {value}", step, stage)
+        raise unhealthy(f"The loss of {stage.name} is {value}", step, stage, LOWER_RATE)
     if config.spike_factor and len(recent) == SPIKE_WINDOW and value > config.spike_factor * statistics.median(recent):
-        middle = statistics.median(recent)
-        raise unhealthy(f"The loss of {stage.name} jumped to {value:.3f} from a median of {middle:.3f}", step, stage)
+        problem = f"The loss of {stage.name} jumped to {value:.3f} from a median of {statistics.median(recent):.3f}"
+        raise unhealthy(problem, step, stage, f"resume with spike_factor=None to let it pass, or {LOWER_RATE}")
 
 
-def unhealthy(problem: str, step: int, stage: Stage) -> RunError:
+def unhealthy(problem: str, step: int, stage: Stage, remedy: str) -> RunError:
     """The error that names the batch behind a step that no healthy run has."""
     return RunError(
         f"{problem} at step {step}, before the weights changed. The batch is number {step} of seed {stage.loader.seed} "
-        f"(`loader.batch({step})` gives it again); look at it, or lower the learning rate."
+        f"(`loader.batch({step})` gives it again); look at it, then {remedy}."
     )
 
 
@@ -218,8 +222,8 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 @contextlib.contextmanager
 def progress_bar(
     name: str, first: int, steps: int, console: Console | None
-) -> Iterator[Callable[[int, float, float], None]]:
-    """A bar with loss, speed and time left; gives the function that moves it to (step, loss, tokens per second)."""
+) -> Iterator[Callable[[int, str, float], None]]:
+    """A bar with a text, speed and time left; gives the function that moves it to (step, text, tokens per second)."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
         TextColumn("{task.fields[state]}"), TimeRemainingColumn(), console=console,
@@ -227,7 +231,7 @@ def progress_bar(
     with bar:
         task: TaskID = bar.add_task(name, total=steps, completed=first, state="")
 
-        def show(step: int, loss: float, speed: float) -> None:
-            bar.update(task, completed=step, state=f"loss {loss:.3f}  {speed:,.0f} tokens/s")
+        def show(step: int, text: str, speed: float) -> None:
+            bar.update(task, completed=step, state=f"{text}  {speed:,.0f} tokens/s")
 
         yield show

@@ -20,6 +20,7 @@ from glm5.files import write_json
 from glm5.model import GLM5, initialize_
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.text import Tokenizer
+from glm5.train.checks import check_counts, check_numbers
 from glm5.train.evaluate import evaluate_bits_per_byte, sanity_lines
 from glm5.train.loop import LoopConfig, Stage, train
 from glm5.train.losses import Loss, balance_loss, mtp_loss, next_token_loss
@@ -56,6 +57,13 @@ class PretrainConfig:
     prompts: tuple[str, ...] = ("And the LORD said unto Moses,", "torch.nn.functional.", "The function returns")
     """Beginnings of the samples."""
     loop: LoopConfig = NANO_LOOP
+
+    def __post_init__(self) -> None:
+        check_counts(self, "rows", "length")
+        check_counts(self, "mtp_steps", least=0)
+        check_numbers(self, "mtp_weight", "balance_weight")
+        if self.heldout_documents is not None:
+            check_counts(self, "heldout_documents")
 
 
 def pretrain(
@@ -100,8 +108,8 @@ def pretrain(
     found = dataclasses.asdict(evaluate_bits_per_byte(model.eval(), heldout, length=config.length))
     lines = sanity_lines(data, heldout, tokenizer)
     write_json(run.path / "evaluation.json", {"heldout": found, "row_length": config.length, "sanity_lines": lines})
-    save_model(model, run.model_directory, tokenizer)
     write_report(run.path)
+    save_model(model, run.model_directory, tokenizer)
     return run
 
 

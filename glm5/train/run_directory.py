@@ -2,8 +2,8 @@
 
 `run.json` (configuration, hashes of data and parent, code and environment of each session), `metrics.jsonl` (one line a
 step; only values that follow from configuration and step, so that a repeated run gives the same bytes), `speed.jsonl`
-(wall-clock measurements), `checkpoints/` (the newest few, each whole or absent), `samples/`, `report.html`, and at the
-end `model/`, a Hugging Face directory. The presence of `model/` says that the run is finished.
+(wall-clock measurements), `checkpoints/` (the newest few, each whole or absent), `samples/`, `report.html`, and last of
+all `model/`, a Hugging Face directory. The presence of `model/` says that the run is finished.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -22,8 +23,11 @@ from torch import nn
 
 from glm5.config import ModelConfig
 from glm5.data.manifest import note_file, read_manifest
-from glm5.errors import RunError
+from glm5.errors import DataError, RunError
 from glm5.files import replacing, replacing_directory, sha256_of, write_json
+
+OPERATIONAL = frozenset({"checkpoint_every", "evaluate_every", "keep_checkpoints", "spike_factor"})
+"""Settings that watch over a run without changing what it learns: a resumed run may change them."""
 
 
 class RunDirectory:
@@ -58,7 +62,7 @@ class RunDirectory:
 
         config: the stage's dataclass. inputs: name -> SHA-256 of what the run reads. parent: SHA-256 of the model
         that it starts from. Raises RunError when the directory is taken, or when a resumed run was started
-        differently.
+        differently; `OPERATIONAL` settings may differ, each session notes its own.
         """
         plan = {"stage": stage, "config": plain(config), "inputs": inputs, "parent": parent}
         session = {
@@ -67,6 +71,7 @@ class RunDirectory:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
+            "settings": operational(plan),
         }
         sessions = []
         if (path / "run.json").exists():
@@ -97,7 +102,12 @@ class RunDirectory:
         return [json.loads(line) for line in lines]
 
     def rewind(self, step: int) -> None:
-        """Forgets the lines of `step` and later: they will be computed again."""
+        """Forgets the lines of `step` and later: they will be computed again. Raises RunError if earlier ones lack."""
+        if [values["step"] for values in self.read("metrics") if values["step"] < step] != list(range(step)):
+            raise RunError(
+                f"{self.path / 'metrics.jsonl'} lacks lines of the {step} steps before the newest checkpoint; restore "
+                "it, remove the checkpoints that are later than its last line, or start a new run."
+            )
         for name in ("metrics", "speed"):
             kept = [values for values in self.read(name) if values["step"] < step]
             with replacing(self.path / f"{name}.jsonl") as file:
@@ -112,6 +122,9 @@ class RunDirectory:
         self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], *, keep: int = 2
     ) -> None:
         """Saves the state before `step` is computed, then removes all but the newest `keep`."""
+        for name in ("metrics", "speed"):  # a checkpoint on the disk must not be ahead of its lines
+            with open(self.path / f"{name}.jsonl", "ab") as lines:
+                os.fsync(lines.fileno())
         with replacing_directory(self.path / "checkpoints" / f"step-{step:08d}") as beside:
             state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             with replacing(beside / "state.pt") as file:
@@ -126,8 +139,13 @@ class RunDirectory:
         found = self.checkpoints()
         if not found:
             return 0
-        step = int(read_manifest(found[-1], "training state")["step"])
-        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
+        *older, newest = found
+        try:
+            step = int(read_manifest(newest, "training state")["step"])
+        except DataError as error:
+            earlier = older[-1].name if older else "the beginning"
+            raise RunError(f"{newest} is damaged; remove that directory to resume from {earlier}.") from error
+        state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
@@ -186,10 +204,21 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def operational(values: dict[str, Any]) -> dict[str, Any]:
+    """The `OPERATIONAL` settings of a nested configuration, side by side."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in OPERATIONAL:
+            found[name] = value
+        elif isinstance(value, dict):
+            found |= operational(value)
+    return found
+
+
 def first_difference(old: Any, new: Any, name: str = "") -> str | None:
-    """`name (old, now new)` of the first value in which two nested dictionaries differ, or None."""
+    """`name (old, now new)` of the first value but `OPERATIONAL` in which nested dictionaries differ, or None."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
+        for key in sorted((old.keys() | new.keys()) - OPERATIONAL):
             found = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
             if found is not None:
                 return found

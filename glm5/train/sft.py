@@ -18,6 +18,7 @@ from glm5.data import Batch, Loader, open_dataset
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.text import Tokenizer
+from glm5.train.checks import check_choice, check_counts, check_numbers
 from glm5.train.loop import LoopConfig, Stage, train
 from glm5.train.losses import Loss, balance_loss, next_token_loss
 from glm5.train.report import write_report
@@ -45,6 +46,11 @@ class SFTConfig:
     balance_weight: float = 1e-4
     loop: LoopConfig = NANO_LOOP
 
+    def __post_init__(self) -> None:
+        check_counts(self, "rows", "length")
+        check_choice(self, "attention", "dense", "sparse")
+        check_numbers(self, "balance_weight")
+
 
 def sft(
     config: SFTConfig, run_directory: Path, *, resume: bool = False, console: Console | None = None
@@ -71,8 +77,8 @@ def sft(
         learns=lambda name: ".indexer." not in name and not name.startswith("mtp."),
     )
     train(stage, model, run, config.loop, console=console)
-    save_model(model.eval(), run.model_directory, tokenizer)
     write_report(run.path)
+    save_model(model.eval(), run.model_directory, tokenizer)
     return run
 
 

@@ -61,9 +61,18 @@ def test_an_epoch_is_every_transition_but_the_dropped_rest(dataset):
         remaining.remove(pair)  # raises when a pair came twice
 
 
+def test_each_epoch_visits_the_same_rows_in_an_order_of_its_own(dataset):
+    loader = Loader(dataset, rows=1, length=17, seed=0)
+    count = loader.packing.rows
+    first, second = (
+        [tuple(loader.batch(epoch * count + i).input_ids_BT[0].tolist()) for i in range(count)] for epoch in (0, 1)
+    )
+    assert sorted(first) == sorted(second) and first != second
+
+
 def test_steps_do_not_depend_on_what_was_asked_before(dataset):
     asked = Loader(dataset, rows=4, length=32, seed=7)
-    far = int(asked.steps_per_epoch) * 2 + 1
+    far = asked.packing.rows // 2 + 1  # in the third epoch
     for step in (0, far, 3, far, 0):
         fresh = Loader(dataset, rows=4, length=32, seed=7).batch(step)
         assert torch.equal(asked.batch(step).input_ids_BT, fresh.input_ids_BT)

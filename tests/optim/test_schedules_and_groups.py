@@ -26,7 +26,9 @@ def test_linear_and_constant():
     assert rate_at(Schedule(shape="constant"), 999, 1000) == 1.0
 
 
-@pytest.mark.parametrize("bad", [{"shape": "cosin"}, {"warmup_steps": -1}, {"final_fraction": 2.0}])
+@pytest.mark.parametrize(
+    "bad", [{"shape": "cosin"}, {"warmup_steps": -1}, {"warmup_steps": 1.5}, {"final_fraction": 2.0}]
+)
 def test_bad_schedules_are_refused(bad):
     with pytest.raises(ConfigError):
         Schedule(**bad)

@@ -1,9 +1,12 @@
 """The synchronous loop: accounts, provenance of tokens, invariance, exact resume, and that it learns."""
 
+import io
 import json
+import math
 
 import pytest
 import torch
+from rich.console import Console
 from speaker import speaker_model, speaker_tokenizer
 
 import glm5
@@ -190,7 +193,40 @@ def test_frozen_parts_do_not_move(parent, tmp_path):
     assert not {name for name in moved if ".indexer." in name or "e_score_correction_bias" in name}
 
 
-@pytest.mark.parametrize(("field", "value"), [("group_size", 1), ("steps", 0), ("prompts_per_step", 0), ("rows", 0)])
+def test_a_run_that_lost_lines_does_not_go_on_at_a_wrong_task(parent, tmp_path):
+    config = config_of(parent)
+    with pytest.raises(KeyboardInterrupt):
+        train_policy(config, Letters(stop_at=9), tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(RunError, match="lacks lines of the 2 steps before the newest checkpoint"):
+        train_policy(config, Letters(), tmp_path / "run", resume=True)
+
+
+def test_gradients_are_clipped_before_the_step(parent, tmp_path):
+    """A gradient far below AdamW's epsilon moves nothing."""
+    run = train_policy(config_of(parent, steps=2, clip_norm=1e-12), Letters(), tmp_path / "run")
+    assert max(line.get("grad_norm", 0.0) for line in run.read("metrics")) > 1e-3
+    before, after = (glm5.load_model(d, dtype=torch.float32).state_dict() for d in (parent, run.model_directory))
+    assert max((tensor - before[name]).abs().max().item() for name, tensor in after.items()) < 1e-6
+
+
+def test_progress_shows_the_reward_and_a_finished_run_has_its_report(parent, tmp_path, monkeypatch):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    with monkeypatch.context() as patch:
+        patch.setattr("glm5.rl.loop.write_rl_report", lambda path: path.died)
+        with pytest.raises(AttributeError):
+            train_policy(config_of(parent, steps=1), Letters(), tmp_path / "run", console=console)
+    assert "reward 0." in screen.getvalue() and "loss" not in screen.getvalue()
+    run = train_policy(config_of(parent, steps=1), Letters(), tmp_path / "run", resume=True)
+    assert run.finished and (run.path / "report.html").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("group_size", 1), ("steps", 0), ("steps", 2.5), ("prompts_per_step", 0), ("rows", 0), ("keep_checkpoints", 0),
+    ("seed", -1), ("clip_norm", -1), ("clip_norm", math.nan), ("attention", "spares"), ("normalisation", "mean"),
+])  # fmt: skip
 def test_wrong_settings_are_refused(parent, field, value):
-    with pytest.raises(ConfigError, match=f"{field} is {value}"):
+    with pytest.raises(ConfigError, match=f"{field} is {value!r}"):
         config_of(parent, **{field: value})

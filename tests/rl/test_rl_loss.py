@@ -73,7 +73,7 @@ def test_on_policy_it_is_the_plain_policy_gradient():
 
 
 def test_wrong_bounds_are_refused():
-    for wrong in ({"beta": 0.5}, {"epsilon_low": -0.1}, {"epsilon_low": 1.1}, {"epsilon_high": -1}):
+    for wrong in ({"beta": 0.5}, {"beta": math.nan}, {"epsilon_low": -0.1}, {"epsilon_low": 1.1}, {"epsilon_high": -1}):
         with pytest.raises(ConfigError, match="IcePop needs"):
             IcePop(**wrong)
 

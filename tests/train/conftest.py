@@ -3,11 +3,13 @@
 import dataclasses
 
 import pytest
+from small_runs import pretrain_config
 
 from glm5.config import PRESETS
 from glm5.data import Source, build_corpus, chat_documents, tokenize_corpus, write_dataset
 from glm5.data.arithmetic import problems
 from glm5.text import Tokenizer
+from glm5.train import pretrain
 
 WORDS = "lamp keeper stands beside seven grey stones while nobody counts rivers turning north"
 
@@ -39,3 +41,9 @@ def tiny(tmp_path_factory):
         num_experts_per_tok=2, index_n_heads=4, index_head_dim=16, index_topk=16,
     )  # fmt: skip
     return root, config
+
+
+@pytest.fixture(scope="session")
+def straight(tiny, tmp_path_factory):
+    """A finished run of six steps."""
+    return pretrain(pretrain_config(tiny), tmp_path_factory.mktemp("straight") / "run")

@@ -2,66 +2,20 @@
 
 import dataclasses
 import json
-import os
-import signal
 
 import pytest
 import torch
+from small_runs import StopAt, pretrain_config, same, state_of
 
 from glm5.checkpoint import load_model
 from glm5.data import Loader, open_dataset
-from glm5.errors import ConfigError, DataError, RunError
+from glm5.errors import ConfigError, RunError
 from glm5.model import GLM5, initialize_
-from glm5.optim import OptimizerConfig, Schedule
-from glm5.train import LoopConfig, PretrainConfig, RunInterrupted, SFTConfig, Stage, pretrain, sft, train
+from glm5.optim import OptimizerConfig
+from glm5.train import LoopConfig, RunInterrupted, SFTConfig, Stage, pretrain, sft, train
 from glm5.train.loop import check_loss
 from glm5.train.losses import Loss
 from glm5.train.run_directory import RunDirectory
-
-
-def pretrain_config(tiny, **loop) -> PretrainConfig:
-    root, model = tiny
-    settings = {"steps": 6, "checkpoint_every": 2, "evaluate_every": 3, "seed": 5, **loop}
-    settings.setdefault("optimizer", OptimizerConfig(lr=5e-3))
-    return PretrainConfig(
-        model=model, tokenizer=root / "tokenizer", train_data=root / "train", heldout_data=root / "heldout",
-        rows=2, length=32, mtp_steps=2, heldout_documents=2, prompts=("lamp",),
-        loop=LoopConfig(schedule=Schedule(warmup_steps=2), **settings),
-    )  # fmt: skip
-
-
-def state_of(run) -> dict:
-    return torch.load(run.checkpoints()[-1] / "state.pt", weights_only=True)
-
-
-def same(a, b) -> bool:
-    """Equality to the bit of nested states."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-class StopAt:
-    """Sends this process the signal of Ctrl-C when the progress of a run reaches a step."""
-
-    def __init__(self, monkeypatch, step: int) -> None:
-        original = Loader.batch
-
-        def batch(loader, number):
-            if number == step:
-                os.kill(os.getpid(), signal.SIGINT)
-            return original(loader, number)
-
-        monkeypatch.setattr(Loader, "batch", batch)
-
-
-@pytest.fixture(scope="module")
-def straight(tiny, tmp_path_factory):
-    return pretrain(pretrain_config(tiny), tmp_path_factory.mktemp("straight") / "run")
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
@@ -153,21 +107,6 @@ def test_refusals(tiny, straight, tmp_path):
         pretrain(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=300)), tmp_path / "a")
     with pytest.raises(RunError, match="neither a run nor a model"):
         sft(SFTConfig(parent=tmp_path, train_data=tiny[0] / "chat"), tmp_path / "b")
-    with pytest.raises(ConfigError, match="steps is 0"):
-        LoopConfig(steps=0)
-
-
-def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        StopAt(patch, step=2)
-        with pytest.raises(RunInterrupted):
-            pretrain(pretrain_config(tiny), tmp_path / "run")
-    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "state.pt"
-    data = bytearray(newest.read_bytes())
-    data[len(data) // 2] ^= 1
-    newest.write_bytes(data)
-    with pytest.raises(DataError, match="does not match the manifest"):
-        pretrain(pretrain_config(tiny), tmp_path / "run", resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tiny, straight, tmp_path):
@@ -204,3 +143,21 @@ def test_a_spike_stops(tiny):
 def test_bf16_autocast_trains(tiny, tmp_path):
     run = pretrain(pretrain_config(tiny, precision="bf16"), tmp_path / "run")
     assert run.finished and run.read("metrics")[-1]["lm"] < run.read("metrics")[0]["lm"]
+
+
+def test_gradients_are_clipped_before_the_step(tiny, tmp_path):
+    """A gradient far below AdamW's epsilon moves nothing; the metrics hold the norm before clipping."""
+    root, config = tiny
+    model = GLM5(config)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    stage = Stage(
+        name="s",
+        loader=Loader(open_dataset(root / "train"), rows=2, length=32, seed=9),
+        loss=lambda model, batch: Loss(model(batch.input_ids_BT, attention="dense").logits.square().mean() * 1e3, {}),
+    )
+    still = OptimizerConfig(name="adamw", lr=5e-3, weight_decay=0.0)
+    settings = LoopConfig(steps=2, optimizer=still, clip_norm=1e-12, router_bias_rate=0.0)
+    run = RunDirectory.start(tmp_path / "run", stage="s", config=settings, inputs={})
+    train(stage, model, run, settings)
+    assert max((value - before[name]).abs().max().item() for name, value in model.named_parameters()) < 1e-5
+    assert run.read("metrics")[0]["grad_norm"] > 0.1
