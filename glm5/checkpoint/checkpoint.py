@@ -23,6 +23,7 @@ from glm5.checkpoint.names import (
 from glm5.checkpoint.tensor_files import FLOAT_DTYPES, TensorFiles
 from glm5.config import ModelConfig
 from glm5.errors import CheckpointError, did_you_mean
+from glm5.files import restore_directory
 from glm5.model import GLM5
 from glm5.ops.quant import FP8_BLOCK, dequantize_fp8, fp8_scale_shape
 
@@ -42,9 +43,11 @@ class Checkpoint:
 
     def __init__(self, directory: str | Path, *, mtp: bool = True) -> None:
         self.directory = Path(directory)
+        restore_directory(self.directory)
         self.files = TensorFiles(self.directory)
         config = ModelConfig.from_pretrained(self.directory)
-        self.block = _fp8_block(config, self.directory)
+        stated = config.quantization_config
+        self.block: tuple[int, int] = tuple(stated["weight_block_size"]) if stated else FP8_BLOCK
         self._trunk_only = not mtp
         if not mtp or not self._holds_mtp(config):
             config = dataclasses.replace(config, num_nextn_predict_layers=0)
@@ -205,19 +208,3 @@ def model_layout(config: ModelConfig) -> Layout:
     """The layout of `GLM5(config)`, from its modules built without memory."""
     shapes = {name: tensor.shape for name, tensor in GLM5(config, device="meta").state_dict().items()}
     return build_layout(shapes, config.num_hidden_layers)
-
-
-def _fp8_block(config: ModelConfig, directory: Path) -> tuple[int, int]:
-    """The FP8 block size that config.json states; the published one where it states nothing."""
-    stated = config.quantization_config or {}
-    if stated.get("quant_method", "fp8") != "fp8" or stated.get("fmt", "e4m3") != "e4m3":
-        raise CheckpointError(
-            f"{directory}/config.json states quantization {stated.get('quant_method')!r} {stated.get('fmt', '')!r}; "
-            "only 'fp8' with 'e4m3' is read: use the BF16 or FP8 release of the model."
-        )
-    block = stated.get("weight_block_size") or FP8_BLOCK
-    if len(block) != 2 or not all(isinstance(side, int) and side > 0 for side in block):
-        raise CheckpointError(
-            f"weight_block_size in {directory}/config.json is {block!r}; it must be two whole numbers."
-        )
-    return int(block[0]), int(block[1])

@@ -50,7 +50,8 @@ def save_model(
     """Writes config.json, generation_config.json, safetensors shards with their index, and the tokenizer's files.
 
     The directory appears whole or not at all. A model that is already there is replaced at the very end; files beside
-    it that are not weights (a model card, a tokenizer when none is given) stay.
+    it that are not weights (a model card, a tokenizer when none is given) stay. Values are written as they are, NaN and
+    infinity too: `load_model(directory, check_finite=True)` refuses them.
 
     Args:
         dtype: float32 or bfloat16 on disk; None keeps the model's. With FP8, of the tensors that are not quantised.

@@ -6,7 +6,8 @@ published models: `latent_norm_eps` (the two norms inside MLA run at 1e-6, as `t
 
 Traps handled here: `head_dim` in the file is 64 in GLM-5 and 192 in GLM-5.2 and means nothing (rotary uses
 `qk_rope_head_dim`); `rope_theta` may stand at the top level or inside `rope_parameters`; IndexShare may be given as a
-list, as a pattern string or as a frequency and offset.
+list, as a pattern string or as a frequency and offset. Where a list and what it could be derived from are both given,
+they must agree.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from glm5.config.validation import check_fields, check_layers, check_object, check_rope_type, check_widths
 from glm5.errors import ConfigError, did_you_mean
 
 INDEXER_LETTERS = {"F": "full", "S": "shared"}
@@ -28,7 +30,14 @@ _IGNORED_FIELDS = {"head_dim", "qk_head_dim", "num_local_experts", "architecture
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape and numerics of one model. Frozen; use `dataclasses.replace` to change a field (it validates again)."""
+    """Shape and numerics of one model. Frozen; use `dataclasses.replace` to change a field (it validates again).
+
+    `mlp_layer_types` and `indexer_types` are derived when they are empty and are full ever after. So a replacement of
+    what they derive from (`num_hidden_layers`, `first_k_dense_replace`, `index_topk_freq`, `index_skip_topk_offset`,
+    `index_topk_pattern`) empties them too: `replace(config, index_topk_freq=4, indexer_types=())`. Without that it is
+    refused wherever the list says something else. The other way round, a list that replaces the derived one needs
+    `index_topk_freq=None` (or `first_k_dense_replace=None`) beside it.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -46,7 +55,8 @@ class ModelConfig:
     n_routed_experts: int
     num_experts_per_tok: int
     n_shared_experts: int = 1
-    first_k_dense_replace: int = 3
+    first_k_dense_replace: int | None = None
+    """Dense layers before the first sparse one; None means: counted from `mlp_layer_types`, or 3 without a list."""
     mlp_layer_types: tuple[str, ...] = ()
     """"dense" or "sparse" per layer; empty means: the first `first_k_dense_replace` layers are dense."""
     routed_scaling_factor: float = 2.5
@@ -59,7 +69,9 @@ class ModelConfig:
     index_topk: int = 2048
     indexer_types: tuple[str, ...] = ()
     """"full" or "shared" per layer; empty means: derived from the pattern, or from frequency and offset."""
-    index_topk_freq: int = 1
+    index_topk_freq: int | None = None
+    """Every how many layers one selects, after the first `index_skip_topk_offset`; None means: every layer, or as
+    `indexer_types` says."""
     index_skip_topk_offset: int = 2
     index_topk_pattern: str | None = None
     index_share_for_mtp_iteration: bool = False
@@ -97,29 +109,50 @@ class ModelConfig:
 
     # ---- construction -------------------------------------------------------------------------------------------
     def __post_init__(self) -> None:
-        for name in ("mlp_layer_types", "indexer_types"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if isinstance(self.eos_token_id, list):
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        for name in ("mlp_layer_types", "indexer_types", "eos_token_id"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if not self.mlp_layer_types:
-            dense = min(self.first_k_dense_replace, self.num_hidden_layers)
-            types = ("dense",) * dense + ("sparse",) * (self.num_hidden_layers - dense)
-            object.__setattr__(self, "mlp_layer_types", types)
-        if not self.indexer_types:
-            object.__setattr__(self, "indexer_types", self._derived_indexer_types())
-        self._validate()
+        check_fields(self)
+        check_widths(self)
+        for name, derived in (
+            ("mlp_layer_types", self._derived_mlp_layer_types()),
+            ("indexer_types", self._derived_indexer_types()),
+        ):
+            if not getattr(self, name):
+                object.__setattr__(self, name, derived)
+        check_layers(self)
+        self._compare_lists_with_their_sources()
+
+    def _derived_mlp_layer_types(self) -> tuple[str, ...]:
+        dense = 3 if self.first_k_dense_replace is None else self.first_k_dense_replace
+        return tuple("dense" if i < dense else "sparse" for i in range(self.num_hidden_layers))
 
     def _derived_indexer_types(self) -> tuple[str, ...]:
         """IndexShare schedule: the pattern if there is one, else full where max(i - offset + 1, 0) % freq == 0."""
         if self.index_topk_pattern is not None:
-            unknown = sorted(set(self.index_topk_pattern) - set(INDEXER_LETTERS))
-            if unknown:
-                raise ConfigError(f"index_topk_pattern holds {unknown[0]!r}; use only F (full) and S (shared).")
             return tuple(INDEXER_LETTERS[letter] for letter in self.index_topk_pattern)
-        freq, offset = max(self.index_topk_freq, 1), self.index_skip_topk_offset
+        freq, offset = self.index_topk_freq or 1, self.index_skip_topk_offset
         return tuple("full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(self.num_hidden_layers))
+
+    def _compare_lists_with_their_sources(self) -> None:
+        """A list wins over nothing that was given beside it: the two say the same, or the config is refused."""
+        dense = next((i for i, kind in enumerate(self.mlp_layer_types) if kind != "dense"), self.num_hidden_layers)
+        given = self.first_k_dense_replace
+        if given is not None and min(given, self.num_hidden_layers) != dense:
+            raise ConfigError(
+                f"first_k_dense_replace is {given}, but mlp_layer_types begins with {dense} dense layer(s); "
+                "leave mlp_layer_types empty to derive it, or first_k_dense_replace unset."
+            )
+        object.__setattr__(self, "first_k_dense_replace", dense)
+        source = "index_topk_freq" if self.index_topk_pattern is None else "index_topk_pattern"
+        if getattr(self, source) is not None and self.indexer_types != self._derived_indexer_types():
+            raise ConfigError(
+                f"indexer_types differs from what {source}={getattr(self, source)!r} makes of "
+                f"{self.num_hidden_layers} layers (index_skip_topk_offset={self.index_skip_topk_offset}); "
+                f"leave indexer_types empty to derive it, or {source} unset."
+            )
 
     @classmethod
     def from_preset(cls, name: str) -> ModelConfig:
@@ -143,11 +176,17 @@ class ModelConfig:
             raise ConfigError(f"{path} is not valid JSON ({error}); download or write it again.") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a {type(values).__name__}, not an object of fields; write it again.")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Builds a config from the fields of a `config.json`; unknown architectures are refused."""
+        """Builds a config from the fields of a `config.json`; unknown architectures are refused.
+
+        Beside `mlp_layer_types` a `first_k_dense_replace` of 3 says nothing: `transformers` writes this default always.
+        """
         model_type = values.get("model_type", "glm_moe_dsa")
         if model_type != "glm_moe_dsa":
             raise ConfigError(
@@ -171,8 +210,11 @@ class ModelConfig:
         if values.get("torch_dtype") is not None:
             fields.setdefault("dtype", values["torch_dtype"])
         fields["rope_parameters"] = _rope_parameters(values)
-        if isinstance(fields.get("index_topk_pattern"), list):
-            fields["indexer_types"] = tuple(fields.pop("index_topk_pattern"))
+        if fields.get("mlp_layer_types") and fields.get("first_k_dense_replace") == 3:
+            del fields["first_k_dense_replace"]
+        if isinstance(fields.get("index_topk_pattern"), list):  # of "full" and "shared"
+            letters = {kind: letter for letter, kind in INDEXER_LETTERS.items()}
+            fields["index_topk_pattern"] = "".join(letters.get(str(kind), "?") for kind in fields["index_topk_pattern"])
         required = {
             f.name
             for f in dataclasses.fields(cls)
@@ -180,7 +222,7 @@ class ModelConfig:
         }
         missing = sorted(required - fields.keys())
         if missing:
-            raise ConfigError(f"config.json lacks {', '.join(missing)}; add the field(s) or start from a preset.")
+            raise ConfigError(f"The config lacks {', '.join(missing)}; add the field(s) or start from a preset.")
         return cls(**fields, extra=extra)
 
     # ---- writing ------------------------------------------------------------------------------------------------
@@ -232,91 +274,15 @@ class ModelConfig:
             total += counts.mtp_active if active else counts.mtp
         return total
 
-    # ---- checks -------------------------------------------------------------------------------------------------
-    def _validate(self) -> None:
-        positive = (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank",
-            "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size",
-            "n_routed_experts", "num_experts_per_tok", "index_n_heads", "index_head_dim", "index_topk",
-            "max_position_embeddings", "n_group", "topk_group",
-        )  # fmt: skip
-        for name in positive:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-        for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 0.")
-        only = {
-            "num_key_value_heads": self.num_attention_heads, "hidden_act": "silu", "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
-            "attention_dropout": 0.0, "moe_layer_freq": 1,
-        }  # fmt: skip
-        for name, value in only.items():
-            if getattr(self, name) != value:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; GLM-5 has {value!r} and nothing else is built.")
-        if self.qk_rope_head_dim % 2:
-            raise ConfigError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary pairs need an even width.")
-        if self.index_head_dim < self.qk_rope_head_dim:
-            raise ConfigError(
-                f"index_head_dim ({self.index_head_dim}) is smaller than qk_rope_head_dim ({self.qk_rope_head_dim}); "
-                "the indexer rotates its first qk_rope_head_dim dimensions, so make it at least as wide."
-            )
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ConfigError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds n_routed_experts ({self.n_routed_experts})."
-            )
-        self._validate_groups()
-        self._validate_layers()
-        self._validate_rope()
-        for token in (self.bos_token_id, self.pad_token_id, *self.eos_token_ids):
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ConfigError(f"special token id {token} is outside the vocabulary of {self.vocab_size}.")
-        if self.mtp_hidden not in ("after_norm", "before_norm"):
-            raise ConfigError(f"mtp_hidden is {self.mtp_hidden!r}; use 'after_norm' or 'before_norm'.")
-
-    def _validate_groups(self) -> None:
-        if self.n_routed_experts % self.n_group:
-            raise ConfigError(f"n_routed_experts ({self.n_routed_experts}) does not split into n_group={self.n_group}.")
-        if self.topk_group > self.n_group:
-            raise ConfigError(f"topk_group ({self.topk_group}) exceeds n_group ({self.n_group}).")
-        group_size = self.n_routed_experts // self.n_group
-        if self.n_group > 1 and group_size < 2:
-            raise ConfigError(f"n_group={self.n_group} leaves {group_size} expert(s) a group; a group needs two.")
-        if self.num_experts_per_tok > group_size * self.topk_group:
-            raise ConfigError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {group_size * self.topk_group} experts "
-                f"of topk_group={self.topk_group} groups."
-            )
-
-    def _validate_layers(self) -> None:
-        for name, kinds in (("mlp_layer_types", ("dense", "sparse")), ("indexer_types", ("full", "shared"))):
-            types = getattr(self, name)
-            if len(types) != self.num_hidden_layers:
-                raise ConfigError(
-                    f"{name} lists {len(types)} layers, but num_hidden_layers is {self.num_hidden_layers}."
-                )
-            wrong = next((t for t in types if t not in kinds), None)
-            if wrong is not None:
-                raise ConfigError(f"{name} holds {wrong!r}; each entry is {kinds[0]!r} or {kinds[1]!r}.")
-        if self.indexer_types[0] != "full":
-            raise ConfigError("indexer_types starts with 'shared'; the first layer has no earlier selection to share.")
-
-    def _validate_rope(self) -> None:
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type != "default":
-            raise ConfigError(f"rope_type {rope_type!r} is not built; GLM-5 uses plain rotary embedding ('default').")
-        theta = self.rope_parameters.get("rope_theta")
-        if not isinstance(theta, int | float) or theta <= 0:
-            raise ConfigError(f"rope_theta is {theta!r}; it must be a positive number.")
-
 
 def _rope_parameters(values: dict[str, Any]) -> dict[str, Any]:
     """`rope_parameters` from its new place, or from the older `rope_theta` and `rope_scaling`."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if values.get(name) is not None:
+            check_object(name, values[name])
+            check_rope_type(values[name])  # both, for one that is not read could ask for something else
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    if "type" in rope:
-        rope.setdefault("rope_type", rope.pop("type"))
+    rope.pop("type", None)
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", values.get("rope_theta", 1_000_000))
     return rope

@@ -30,11 +30,6 @@ class ParameterCount:
     mtp: int
     mtp_active: int
 
-    @property
-    def moe_layer(self) -> int:
-        """Router and shared experts of one sparse layer (without the routed experts)."""
-        return self.router_layer + self.shared_experts_layer
-
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Counts for `config`; see `ParameterCount`."""

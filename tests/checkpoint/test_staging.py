@@ -66,6 +66,51 @@ def test_a_killed_process_leaves_the_earlier_model_whole(saved: Path, tmp_path: 
     assert_same_weights(other, glm5.load_model(directory))
 
 
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_process_killed_during_the_swap_loses_neither_model_nor_tokenizer(
+    renames: int, saved: Path, tmp_path: Path
+) -> None:
+    """Dead after the earlier model was moved aside, then after the new one took its place."""
+    directory = Path(shutil.copytree(saved, tmp_path / "m"))
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "figures").mkdir()
+    (directory / "figures" / "loss.svg").write_text("<svg/>")
+    (directory / "LICENSE").symlink_to("../LICENSE")
+    earlier, new = glm5.load_model(saved), build_model(seed=3)
+
+    child = os.fork()
+    if child == 0:
+        rename, done = os.rename, []
+
+        def dying(source: Path, target: Path) -> None:
+            rename(source, target)
+            done.append(target)
+            if len(done) == renames:
+                os._exit(7)
+
+        os.rename = dying
+        glm5.save_model(new, directory)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 7
+    assert directory.exists() == (renames == 2)
+
+    assert_same_weights(earlier if renames == 1 else new, glm5.load_model(directory))
+    glm5.save_model(earlier, directory)
+    assert_same_weights(earlier, glm5.load_model(directory))
+    assert (directory / "tokenizer.json").read_text() == "{}"
+    assert (directory / "figures" / "loss.svg").read_text() == "<svg/>"
+    assert os.readlink(directory / "LICENSE") == "../LICENSE"
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_conversion_sees_the_model_that_a_killed_save_moved_aside(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / ".m.old")
+    with pytest.raises(CheckpointError, match="m holds a model already"):
+        glm5.checkpoint.convert_checkpoint(saved, tmp_path / "m", "bf16")
+    assert files(tmp_path / "m") == files(saved)
+
+
 def test_a_refused_write_is_reported_and_undone(model: glm5.GLM5, saved: Path, tmp_path: Path) -> None:
     """The operating system refuses to grow any file past 50 kB, as a full disk would."""
     directory = Path(shutil.copytree(saved, tmp_path / "m"))
@@ -93,7 +138,7 @@ def test_the_earlier_model_comes_back_when_the_rename_fails(
             raise OSError("device went away")
         rename(source, target)
 
-    monkeypatch.setattr(staging.os, "rename", failing)
+    monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(CheckpointError, match="device went away"):
         glm5.save_model(model, directory)
     assert files(directory) == before

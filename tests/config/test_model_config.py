@@ -111,6 +111,60 @@ def test_index_share_pattern_and_list_agree():
     assert glm5.ModelConfig.from_dict(values).indexer_types == by_list.indexer_types
 
 
+@pytest.mark.parametrize(
+    ("config", "change", "sentence"),
+    [
+        ("nano", {"index_topk_freq": 4}, "indexer_types differs from what index_topk_freq=4 makes of 4 layers"),
+        ("nano", {"index_topk_pattern": "FSFS"}, "indexer_types differs from what index_topk_pattern='FSFS' makes"),
+        ("glm-5.2", {"index_topk_freq": 1}, "indexer_types differs from what index_topk_freq=1 makes of 78 layers"),
+        ("glm-5.2", {"index_skip_topk_offset": 2}, "(index_skip_topk_offset=2); leave indexer_types empty"),
+        ("glm-5.2", {"indexer_types": ("full",) * 78}, "or index_topk_freq unset"),
+        ("nano", {"first_k_dense_replace": 3}, "first_k_dense_replace is 3, but mlp_layer_types begins with 1 dense"),
+        ("nano", {"mlp_layer_types": ("sparse",) * 4}, "first_k_dense_replace is 1, but mlp_layer_types begins with 0"),
+        (
+            "nano",
+            {"num_hidden_layers": 6},
+            "lists 4 layers, but num_hidden_layers is 6; list every layer once, or leave",
+        ),
+    ],
+)
+def test_a_replacement_that_a_list_contradicts_is_refused(config, change, sentence):
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(PRESETS[config](), **change)
+    assert sentence in str(caught.value)
+
+
+def test_a_replacement_that_empties_the_list_is_derived_again():
+    nano = PRESETS["nano"]()
+    shared = dataclasses.replace(nano, index_topk_freq=2, index_skip_topk_offset=1, indexer_types=())
+    assert shared.indexer_types == ("full", "shared", "full", "shared")
+    assert dataclasses.replace(shared, index_topk_freq=None, indexer_types=()) == dataclasses.replace(
+        nano, index_skip_topk_offset=1
+    )
+    assert dataclasses.replace(nano, first_k_dense_replace=2, mlp_layer_types=()).mlp_layer_types == (
+        "dense", "dense", "sparse", "sparse",
+    )  # fmt: skip
+    listed = dataclasses.replace(nano, first_k_dense_replace=None, mlp_layer_types=("sparse", "dense") * 2)
+    assert listed.first_k_dense_replace == 0
+
+
+def test_an_edited_file_is_refused_and_named(tmp_path):
+    values = PRESETS["glm-5.2"]().to_dict() | {"index_topk_freq": 2}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"config\.json: indexer_types differs from what index_topk_freq=2"):
+        glm5.ModelConfig.from_pretrained(tmp_path)
+
+
+def test_the_default_that_transformers_writes_beside_a_list_says_nothing(tmp_path):
+    from transformers import GlmMoeDsaConfig
+
+    types = ["dense", "sparse", "dense"]
+    GlmMoeDsaConfig(num_hidden_layers=3, mlp_layer_types=types, num_experts_per_tok=2).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["first_k_dense_replace"] == 3
+    config = glm5.ModelConfig.from_pretrained(tmp_path)
+    assert config.mlp_layer_types == tuple(types) and config.first_k_dense_replace == 1
+
+
 def test_bf16_model_keeps_the_sensitive_tensors_in_fp32():
     model = glm5.GLM5(tiny_config(), dtype=torch.bfloat16)
     wide = {name for name, t in model.state_dict().items() if t.dtype == torch.float32}
@@ -118,6 +172,7 @@ def test_bf16_model_keeps_the_sensitive_tensors_in_fp32():
     assert wide
 
 
+FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 BAD_CONFIGS = [
     ({"model_type": "llama"}, "model_type 'llama' is not GLM-5"),
     ({"hidden_sizes": 64, "hidden_size": None}, "Did you mean 'hidden_size'"),
@@ -137,7 +192,44 @@ BAD_CONFIGS = [
     ({"indexer_types": ["shared", "full"]}, "starts with 'shared'"),
     ({"indexer_types": ["full"]}, "lists 1 layers"),
     ({"mlp_layer_types": ["dense", "wide"]}, "holds 'wide'"),
-    ({"index_topk_pattern": "FX", "indexer_types": None}, "holds 'X'"),
+    ({"mlp_layer_types": 5}, "mlp_layer_types is 5; it must be a list"),
+    ({"indexer_types": "full"}, "indexer_types is 'full'; it must be a list"),
+    ({"index_topk_pattern": "FX", "indexer_types": None}, "index_topk_pattern is 'FX'; write one F"),
+    ({"index_topk_pattern": ["full", "wide"], "indexer_types": None}, "index_topk_pattern is 'F?'; write one F"),
+    ({"index_topk_pattern": 5}, "index_topk_pattern is 5; write one F"),
+    ({"index_topk_pattern": ["full", "shared"]}, "indexer_types differs from what index_topk_pattern='FS' makes"),
+    ({"index_topk_freq": "4"}, "index_topk_freq is '4'; it must be a whole number of at least 1"),
+    ({"index_topk_freq": 0}, "index_topk_freq is 0; it must be a whole number of at least 1"),
+    ({"index_skip_topk_offset": -1}, "index_skip_topk_offset is -1; it must be a whole number of at least 0"),
+    ({"n_shared_experts": True}, "n_shared_experts is True; it must be a whole number"),
+    ({"first_k_dense_replace": 2}, "first_k_dense_replace is 2, but mlp_layer_types begins with 1 dense"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a positive number"),
+    ({"rms_norm_eps": -1}, "rms_norm_eps is -1; it must be a positive number"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a positive number"),
+    ({"latent_norm_eps": "1e-6"}, "latent_norm_eps is '1e-6'; it must be a positive number"),
+    ({"latent_norm_eps": 0}, "latent_norm_eps is 0; it must be a positive number"),
+    ({"latent_norm_eps": float("inf")}, "latent_norm_eps is inf; it must be a positive number"),
+    ({"routed_scaling_factor": "x"}, "routed_scaling_factor is 'x'; it must be a positive number"),
+    ({"initializer_range": -0.02}, "initializer_range is -0.02; it must be a positive number"),
+    ({"norm_topk_prob": "no"}, "norm_topk_prob is 'no'; it must be true or false"),
+    ({"dtype": ["bfloat16"]}, "dtype is ['bfloat16']; it must be a name"),
+    ({"quantization_config": "fp8"}, "quantization_config is 'fp8'; it must be an object"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config states 'awq'"),
+    ({"quantization_config": FP8_BLOCKS | {"fmt": "e5m2"}}, "states 'fp8' 'e5m2'; only 'fp8' with 'e4m3' is read"),
+    (
+        {"quantization_config": FP8_BLOCKS | {"weight_block_size": None}},
+        "weight_block_size in quantization_config is None",
+    ),
+    ({"quantization_config": FP8_BLOCKS | {"weight_block_size": [128]}}, "is [128]; it must be two whole numbers"),
+    ({"quantization_config": FP8_BLOCKS | {"weight_block_size": [128, "x"]}}, "it must be two whole numbers"),
+    ({"rope_parameters": 5}, "rope_parameters is 5; it must be an object"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type 'yarn'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type 'yarn'"),
+    ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan; it must be a positive number"),
+    ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6'; it must be a positive number"),
+    ({"eos_token_id": "7"}, "eos_token_id holds '7'; a token id is a whole number"),
+    ({"eos_token_id": ["a"]}, "eos_token_id holds 'a'; a token id is a whole number"),
+    ({"pad_token_id": 0.5}, "pad_token_id holds 0.5; a token id is a whole number"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type 'yarn'"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0"),
     ({"eos_token_id": 97}, "special token id 97"),
