@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_runs import state_of
 
 from glm5.checkpoint import load_model
 from glm5.data import IGNORED, Loader, open_dataset
@@ -89,6 +90,8 @@ def test_the_warm_up_moves_every_indexer_and_nothing_else(tiny, straight, tmp_pa
     moved = {name for name, value in after.state_dict().items() if not torch.equal(value, old[name])}
     assert moved and all(".indexer." in name for name in moved)
     assert {name.split(".self_attn")[0] for name in moved} == {"model.layers.0", "model.layers.1", "mtp.0"}
+    groups = [group for state in state_of(run)["optimizers"] for group in state["param_groups"]]
+    assert sum(len(group["params"]) for group in groups) == sum(".indexer." in n for n, _ in before.named_parameters())
     batch = Loader(open_dataset(root / "train"), rows=8, length=32, seed=1).batch(0)
     for term in (0, 1, 2):
         kl = [
