@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from glm5.engine import Engine, SamplingParams
-from glm5.errors import GLM5Error
+from glm5.errors import GLM5Error, InputError
 from glm5.text import AssistantStream, Tokenizer
 from glm5.train.run_directory import model_of
 
@@ -41,6 +41,8 @@ class ChatOptions:
 def run(options: ChatOptions) -> int:
     """Talks until /exit or the end of the input."""
     engine = Engine(model_of(options.model))
+    if engine.tokenizer is None:
+        raise InputError("A conversation needs a tokenizer; give a model directory that holds tokenizer.json.")
     console = Console()
     console.print(
         f"{options.model}: {engine.config.num_parameters() / 1e6:,.1f}M parameters. {HELP}",
@@ -85,7 +87,7 @@ def _answer(engine: Engine, messages: list[dict[str, Any]], options: ChatOptions
         max_tokens=options.max_tokens,
         seed=None if options.seed is None else options.seed + turn,
     )
-    parser = AssistantStream(thinking=options.thinking)
+    parser = AssistantStream(thinking=options.thinking, seed=f"turn {turn}")
     thinking = False
     tokens = engine.stream(prompt, params)
     try:

@@ -5,11 +5,10 @@ Left out for now: penalties, logit bias, prompt log-probabilities and structured
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
+from glm5.engine.checks import as_tuple, check_number, check_whole
 from glm5.errors import InputError
 
 MAX_LOGPROBS = 20
@@ -51,42 +50,26 @@ class SamplingParams:
     """How many of the likeliest tokens to report at each position. The sampled token's own is always reported."""
 
     def __post_init__(self) -> None:
-        stop: tuple[str, ...] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        stop_token_ids = tuple(self.stop_token_ids)
+        stop = (self.stop,) if isinstance(self.stop, str) else as_tuple("stop", self.stop, "strings")
+        stop_token_ids = as_tuple("stop_token_ids", self.stop_token_ids, "token ids")
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
-        _whole("n", self.n, 1, MAX_SAMPLES)
-        _number("temperature", self.temperature, 0.0, math.inf)
-        _number("top_p", self.top_p, 0.0, 1.0, above=True)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _whole("top_k", self.top_k, -1, None)
+        check_whole("n", self.n, 1, MAX_SAMPLES)
+        check_number("temperature", self.temperature, 0.0)
+        check_number("top_p", self.top_p, 0.0, 1.0, above=True)
+        check_number("min_p", self.min_p, 0.0, 1.0)
+        check_whole("top_k", self.top_k, -1)
         if self.max_tokens is not None:
-            _whole("max_tokens", self.max_tokens, 1, None)
-        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+            check_whole("max_tokens", self.max_tokens, 1)
+        check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
-            _whole("seed", self.seed, 0, 2**64 - 1)
+            check_whole("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:
-            _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            check_whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if len(stop) > MAX_STOPS or len(stop_token_ids) > MAX_STOPS:
             raise InputError(f"stop and stop_token_ids hold at most {MAX_STOPS} entries each; give fewer.")
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise InputError(f"stop holds {text!r}; each entry must be a text of at least one character.")
         for token in stop_token_ids:
-            _whole("stop_token_ids entry", token, 0, None)
-
-
-def _whole(name: str, value: Any, low: int, high: int | None) -> None:
-    """Refuses anything but an int in [low, high]; None leaves the upper end open."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise InputError(f"{name} is {value!r}; it must be a whole number {bounds}.")
-
-
-def _number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
-    """Refuses anything but a finite number in [low, high], or in (low, high] with `above`."""
-    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not real or value > high or value < low or (above and value == low):
-        lower = f"above {low:g}" if above else f"at least {low:g}"
-        upper = "" if math.isinf(high) else f" and at most {high:g}"
-        raise InputError(f"{name} is {value!r}; it must be a number {lower}{upper}.")
+            check_whole("stop_token_ids entry", token, 0)

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from glm5.engine import Engine, TokenDelta, TokenStream
 from glm5.errors import GLM5Error
 from glm5.serve.chat import ChatCompletion
-from glm5.serve.errors import ApiError, error_body, install_error_handlers
+from glm5.serve.errors import ApiError, error_body, error_status, install_error_handlers
 from glm5.serve.limits import BodyLimit, Gate, Limits
 from glm5.serve.schema import ChatRequest
 from glm5.text import Tokenizer
@@ -136,7 +136,7 @@ async def _events(completion: ChatCompletion, tokens: TokenStream, recorder: Rec
             yield _event(completion.usage_chunk())
         yield "data: [DONE]\n\n"
     except GLM5Error as error:
-        yield _event(error_body(400, str(error)))
+        yield _event(error_body(error_status(error), str(error)))
     except Exception:
         log.exception("a streamed request failed")
         yield _event(error_body(500, "The server failed on this request; its log has the reason."))

@@ -137,10 +137,8 @@ class ChatCompletion:
         return {"content": content, "refusal": None}
 
     def _token_logprob(self, token_id: int, logprob: float) -> dict[str, Any]:
-        spelling = token_bytes(
-            self.tokenizer, token_id
-        )  # may end inside a character, which the text then shows as U+FFFD
-        text = spelling.decode(errors="replace")
+        spelling = token_bytes(self.tokenizer, token_id)
+        text = spelling.decode(errors="replace")  # a token may end inside a character
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(spelling)}
 
 

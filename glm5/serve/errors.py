@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from glm5.errors import GLM5Error
+from glm5.errors import GLM5Error, InputError, TextError
 
 log = logging.getLogger("glm5.serve")
 
@@ -23,6 +23,11 @@ class ApiError(GLM5Error):
         self.status = status
         self.param = param
         self.code = code
+
+
+def error_status(error: GLM5Error) -> int:
+    """400 for what the client sent, 500 for what is wrong with the model."""
+    return 400 if isinstance(error, InputError | TextError) else 500
 
 
 def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -42,7 +47,9 @@ def install_error_handlers(app: FastAPI) -> None:
         return JSONResponse(body, error.status, headers)
 
     async def user_error(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(error_body(400, str(error)), 400)
+        assert isinstance(error, GLM5Error)
+        status = error_status(error)
+        return JSONResponse(error_body(status, str(error)), status)
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

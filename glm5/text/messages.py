@@ -26,7 +26,7 @@ _MARKERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
 def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Copies of the messages with plain contents; keys that are not named above stay. Raises `TextError`."""
-    if isinstance(messages, (str, bytes, Mapping)) or not messages:
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
         raise TextError("a conversation is a list of at least one message such as {'role': 'user', 'content': 'Hi'}")
     return [_prepare(message, f"message {i}") for i, message in enumerate(messages)]
 
@@ -35,6 +35,8 @@ def prepare_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, A
     """Copies of the tools: OpenAI's envelope or the bare function. Raises `TextError` for anything without a name."""
     if tools is None:
         return None
+    if not isinstance(tools, Sequence):
+        raise TextError(f"the tools are of type {type(tools).__name__}; give a list of them")
     prepared = []
     for i, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
@@ -62,11 +64,14 @@ def disarm(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, s
     for message in messages:
         if message["role"] == "assistant" and not isinstance(message.get("reasoning_content"), str):
             message["reasoning_content"], message["content"] = split_reasoning(message["content"])
-    everything = json.dumps([messages, tools], ensure_ascii=False, default=str)
-    marker = next((m for m in _MARKERS if m not in everything), None)
-    if marker is None:
-        raise TextError("the messages use all 32 Unicode noncharacters; remove them to encode with escape_special")
-    return _broken(messages, special, marker), _broken(tools, special, marker), marker
+    try:
+        everything = json.dumps([messages, tools], ensure_ascii=False, default=str)
+        marker = next((m for m in _MARKERS if m not in everything), None)
+        if marker is None:
+            raise TextError("the messages use all 32 Unicode noncharacters; remove them to encode with escape_special")
+        return _broken(messages, special, marker), _broken(tools, special, marker), marker
+    except RecursionError:
+        raise TextError("a message or a tool is nested too deeply; send a flatter one") from None
 
 
 def _broken(value: Any, special: re.Pattern[str], marker: str) -> Any:
@@ -91,7 +96,10 @@ def _prepare(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if role == "assistant":
         if prepared.get("reasoning_content") is None and isinstance(message.get("reasoning"), str):
             prepared["reasoning_content"] = message["reasoning"]
-        prepared["tool_calls"] = [_tool_call(call, where) for call in message.get("tool_calls") or []]
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, Sequence):
+            raise TextError(f"the tool_calls of {where} are of type {type(calls).__name__}; give a list of calls")
+        prepared["tool_calls"] = [_tool_call(call, where) for call in calls]
     return prepared
 
 
@@ -102,13 +110,23 @@ def _content(content: Any, role: str, where: str) -> Any:
         return ""
     if not isinstance(content, (list, tuple)):
         raise TextError(f"the content of {where} ({role}) is a {type(content).__name__}; give a string (json.dumps it)")
-    kinds = {"text" if isinstance(part, str) else part.get("type") for part in content}
-    if role == "tool" and kinds == {"tool_reference"}:
+    if role == "tool" and content and all(_kind(part) == "tool_reference" for part in content):
         return [dict(part) for part in content]
-    if kinds - {"text"}:
-        wrong = sorted(map(str, kinds - {"text"}))[0]
-        raise TextError(f"{where} ({role}) has a part of type {wrong!r}; GLM-5 reads text only")
-    return "".join(part if isinstance(part, str) else part["text"] for part in content)
+    return "".join(_text(part, f"{where} ({role})") for part in content)
+
+
+def _kind(part: Any) -> Any:
+    return part.get("type") if isinstance(part, Mapping) else None
+
+
+def _text(part: Any, where: str) -> str:
+    """The text of one part of a content."""
+    text = part.get("text") if _kind(part) == "text" else part
+    if isinstance(text, str):
+        return text
+    if _kind(part) == "text" or not isinstance(part, Mapping):
+        raise TextError(f"{where} has the part {part!r}; a part is {{'type': 'text', 'text': ...}} or a string")
+    raise TextError(f"{where} has a part of type {_kind(part)!r}; GLM-5 reads text only")
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
@@ -119,7 +137,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
             raise TextError(f"{where} calls {function['name']!r} with arguments that are not JSON: {error}") from None
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):

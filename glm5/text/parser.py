@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from glm5.text.messages import prepare_tools
 from glm5.text.specials import TERMINATORS
 from glm5.text.values import STRING, argument_types, to_json, typed
 
@@ -69,8 +70,11 @@ class AssistantStream:
     """Parses one assistant turn. `feed` pieces, `close` for the rest at the end, `finish` for the whole message."""
 
     def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None, thinking: bool = True, seed: str = "") -> None:
-        """`seed` goes into the identities of the calls: give the response's own, and they differ between turns."""
-        functions = [tool.get("function", tool) for tool in tools or []]
+        """`seed` goes into the identities of the calls: give the response's own, and they differ between turns.
+
+        Raises `TextError` for a tool without a name; a schema that cannot be read allows every type.
+        """
+        functions = [tool.get("function", tool) for tool in prepare_tools(tools) or []]
         self._parameters = {f["name"]: f.get("parameters") or {} for f in functions}
         self._thinking, self._seed = thinking, seed
         self._tail = ""  # what may turn out to be the terminators

@@ -31,7 +31,7 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
         return _compile(template).render(**variables)
     except jinja2.TemplateError as error:
         raise TextError(f"the chat template cannot render this conversation: {error}") from None
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RecursionError) as error:
         raise TextError(f"the chat template failed on this conversation: {type(error).__name__}: {error}") from error
 
 

@@ -21,11 +21,33 @@ STRING = frozenset({"string"})
 def argument_types(parameters: Mapping[str, Any], name: str) -> frozenset[str]:
     """The JSON types that a tool's schema allows for the argument; empty when it says nothing.
 
-    Follows `type` (also a list), `enum`, `const`, `anyOf`, `oneOf`, `allOf`, and `$ref` inside the same schema.
+    Follows `type` (also a list), `enum`, `const`, `anyOf`, `oneOf`, `allOf`, and `$ref` inside the same schema, each
+    reference once. Parts that are no schema say nothing.
     """
+    if not isinstance(parameters, Mapping):
+        return frozenset()
     properties = parameters.get("properties")
     schema = properties.get(name) if isinstance(properties, Mapping) else None
-    return _types(parameters.get("additionalProperties") if schema is None else schema, parameters, depth=0)
+    found: set[str] = set()
+    followed: set[str] = set()
+    waiting = [parameters.get("additionalProperties") if schema is None else schema]
+    while waiting:
+        schema = waiting.pop()
+        if not isinstance(schema, Mapping):
+            continue
+        declared = schema.get("type")
+        if declared:
+            found.update(each for each in [declared, *_list(declared)] if isinstance(each, str))
+            continue
+        values = [*_list(schema.get("enum")), *([schema["const"]] if "const" in schema else [])]
+        found.update(*map(_types_of, values))
+        for branch in ("anyOf", "oneOf", "allOf"):
+            waiting.extend(_list(schema.get(branch)))
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and reference not in followed:
+            followed.add(reference)
+            waiting.append(_resolve(reference, parameters))
+    return frozenset(found & JSON_TYPES)
 
 
 def typed(text: str, types: frozenset[str]) -> Any:
@@ -47,23 +69,14 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _types(schema: Any, root: Mapping[str, Any], depth: int) -> frozenset[str]:
-    if not isinstance(schema, Mapping) or depth > 16:  # a reference may point at itself
-        return frozenset()
-    found: set[str] = set()
-    declared = schema.get("type")
-    found.update([declared] if isinstance(declared, str) else declared if isinstance(declared, list) else [])
-    if not found:
-        values = [*schema.get("enum", []), *([schema["const"]] if "const" in schema else [])]
-        found.update(*map(_types_of, values))
-        for branch in ("anyOf", "oneOf", "allOf"):
-            found.update(*(_types(option, root, depth + 1) for option in schema.get(branch, [])))
-        found.update(_types(_resolve(schema.get("$ref"), root), root, depth + 1))
-    return frozenset(found & JSON_TYPES)
+def _list(value: Any) -> list[Any]:
+    """The value if it is a list, else nothing: a schema comes from a client and may hold anything anywhere."""
+    return list(value) if isinstance(value, list | tuple) else []
 
 
-def _resolve(reference: Any, root: Mapping[str, Any]) -> Any:
-    if not isinstance(reference, str) or not reference.startswith("#/"):
+def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
+    """What a JSON pointer inside the schema leads to; None if nothing."""
+    if not reference.startswith("#/"):
         return None
     node: Any = root
     for part in reference[2:].split("/"):

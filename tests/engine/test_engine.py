@@ -57,6 +57,23 @@ def test_logprobs_equal_one_forward_pass_over_the_whole_sequence(tiny_model):
     torch.testing.assert_close(top_TK, logprobs_TV.topk(4).values, atol=2e-5, rtol=0)
 
 
+def test_logprobs_are_the_raw_models_whatever_is_masked_and_filtered(tiny_model):
+    engine = Engine(tiny_model)
+    likeliest = engine.generate([PROMPTS[0]], GREEDY)[0].token_ids[0]
+    params = SamplingParams(
+        temperature=0.5, top_k=3, top_p=0.8, min_p=0.01, min_tokens=10, max_tokens=10, seed=3, logprobs=2,
+        stop_token_ids=[likeliest],
+    )  # fmt: skip
+    output = engine.generate([PROMPTS[0]], params)[0]
+    ids = torch.tensor([[*output.prompt_token_ids, *output.token_ids]])
+    logprobs_TV = tiny_model(ids).logits[0, 2:-1].detach().log_softmax(-1)
+    expected = logprobs_TV.gather(-1, ids[0, 3:, None])[:, 0]
+    assert likeliest not in output.token_ids  # it was masked
+    torch.testing.assert_close(torch.tensor(output.logprobs), expected, atol=2e-5, rtol=0)
+    top_token, top_logprob = output.outputs[0].top_logprobs[0][0]
+    assert top_token == likeliest and top_logprob == pytest.approx(float(logprobs_TV[0, likeliest]), abs=2e-5)
+
+
 def test_a_bfloat16_model_gives_the_logprobs_of_its_own_forward_pass():
     model = speaker_model().bfloat16()
     output = Engine(model).generate([[5, 6]], SamplingParams(seed=1, max_tokens=12, ignore_eos=True))[0]
@@ -156,6 +173,11 @@ def test_wrong_weights_are_refused_before_anything_changes(tiny_model):
     changed = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
     with pytest.raises(InputError, match=r"lm_head\.weight is"):
         engine.update_weights(3, {**changed, "lm_head.weight": torch.zeros(2, 2)})
+    for bad in (float("nan"), float("inf")):
+        poisoned = changed["lm_head.weight"].clone()
+        poisoned[3, 1] = bad
+        with pytest.raises(InputError, match=r"lm_head\.weight of version 3 holds NaN or infinity"):
+            engine.update_weights(3, {**changed, "lm_head.weight": poisoned})
     assert engine.version == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
 
@@ -165,7 +187,9 @@ def test_wrong_weights_are_refused_before_anything_changes(tiny_model):
     [([], {}, "empty"), ([320], {}, "320, which is no token id"), ([-1], {}, "no token id below 320"),
      (["a"], {}, "no token id"), ([1] * 500, {"max_tokens": 13}, r"500 prompt tokens \+ 13 new.*limit is 512"),
      ([1] * 512, {"max_tokens": None}, "512 prompt tokens, but the context limit is 512"),
-     ([1], {"stop": "x"}, "need a tokenizer")],
+     ([1], {"stop": "x"}, "need a tokenizer"),
+     ([1], {"stop_token_ids": [320], "min_tokens": 2}, "stop_token_ids holds 320, which is no token id below 320"),
+     (None, {}, "a NoneType; give a list of token ids"), (torch.tensor([1]), {}, "a Tensor; give a list of token ids")],
 )  # fmt: skip
 def test_requests_that_cannot_run_are_refused_before_work_starts(tiny_model, prompt, params, sentence):
     engine = Engine(tiny_model)
@@ -176,6 +200,17 @@ def test_requests_that_cannot_run_are_refused_before_work_starts(tiny_model, pro
 
 
 def test_other_refusals(tiny_model):
+    for prompts in (None, torch.tensor([[1, 2]]), 5):
+        with pytest.raises(InputError, match="list of lists"):
+            Engine(tiny_model).generate(prompts)
+    with pytest.raises(InputError, match="a dict; give one SamplingParams"):
+        Engine(tiny_model).generate([[1]], {"n": 2})
+    with pytest.raises(InputError, match="settings are a dict"):
+        Engine(tiny_model).stream([1], {"n": 2})
+    with pytest.raises(InputError, match=r"max_model_len is 0; .* from 2 to 512"):
+        Engine(tiny_model, max_model_len=0)
+    with pytest.raises(InputError, match=r"max_num_seqs is '3'; .* whole number"):
+        Engine(tiny_model, max_num_seqs="3")
     with pytest.raises(InputError, match="list of lists"):
         Engine(tiny_model).generate([1, 2, 3])
     with pytest.raises(InputError, match="2 prompts and 1 SamplingParams"):

@@ -108,7 +108,10 @@ def test_logprobs_are_those_of_the_model_itself():
      ("max_tokens", 0, "max_tokens is 0"), ("max_tokens", True, "whole number"), ("seed", -1, "seed is -1"),
      ("seed", 2**64, "seed is"), ("logprobs", 21, "from 0 to 20"), ("stop", [""], "at least one character"),
      ("stop", [3], "stop holds 3"), ("stop_token_ids", [-1], "whole number"), ("min_tokens", 17, "from 0 to 16"),
-     ("stop", ["x"] * 65, "at most 64")],
+     ("stop", ["x"] * 65, "at most 64"), ("stop", 5, "stop is 5; give a list"),
+     ("stop_token_ids", 5, "stop_token_ids is 5; give a list"), ("stop_token_ids", "5", "is '5'; give a list"),
+     ("top_p", float("nan"), "top_p is nan"), ("min_p", float("nan"), "min_p is nan"),
+     ("temperature", 10**400, "it must be a number"), ("max_tokens", "5", "max_tokens is '5'")],
 )  # fmt: skip
 def test_bad_settings_are_refused_with_a_sentence(field, value, sentence):
     with pytest.raises(InputError, match=sentence):

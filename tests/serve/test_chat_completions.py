@@ -4,6 +4,7 @@ import json
 
 import anyio
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -128,6 +129,44 @@ def test_tool_calls_are_typed_by_the_schema():
     assert json.loads(call["function"]["arguments"]) == {"a": 12, "note": "é"}
 
 
+def test_calls_have_identities_of_their_own():
+    client = client_of(f"</think>{CALL}{CALL}")
+    replies = [ask(client, tools=[ADD], n=2, temperature=0).json() for _ in range(2)]
+    ids = [c["id"] for reply in replies for choice in reply["choices"] for c in choice["message"]["tool_calls"]]
+    assert len(set(ids)) == len(ids) == 8
+    events = events_of(ask(client, tools=[ADD], stream=True))
+    assert not {call["id"] for call in joined(events)["tool_calls"]} & set(ids)
+
+
+@pytest.mark.parametrize("schema", [{"anyOf": 5}, {"type": {"a": 1}}, {"enum": 1}, 5])
+def test_an_argument_with_a_broken_schema_may_be_anything(schema):
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": schema}}}}
+    (call,) = ask(client_of(f"</think>{CALL}"), tools=[tool]).json()["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["a"] == 12
+
+
+@pytest.mark.parametrize("depth", [100, 300, 600, 900, 5_000, 100_000])
+def test_no_depth_of_a_tool_breaks_the_server(depth):
+    parameters = '{"a": ' * depth + "1" + "}" * depth
+    tools = [{"type": "function", "function": {"name": "add", "parameters": "HERE"}}]
+    body = json.dumps({"model": "tiny", "max_tokens": 2, "messages": USER, "tools": tools}).replace(
+        '"HERE"', parameters
+    )
+    response = FUZZED.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 400), response.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_gives_no_numbers_is_the_servers_fault_and_has_a_sentence(stream):
+    model = speaker_model()
+    with torch.no_grad():
+        model.lm_head.weight[7, 0] = torch.nan
+    response = ask(client_of(model=model), stream=stream)
+    error = json.loads(response.text.split("data: ")[-1])["error"]
+    assert error["type"] == "server_error" and "NaN or infinite logits" in error["message"]
+    assert response.status_code == (200 if stream else 500)
+
+
 def test_a_conversation_with_tool_results_renders_as_the_template_does():
     messages = [
         {"role": "developer", "content": "Be brief."},
@@ -224,6 +263,7 @@ def test_models_and_health():
         ({"n": 0}, 400, "n: "),
         ({"n": 17}, 400, "n = 16"),
         ({"stop": [""]}, 400, "stop holds ''"),
+        ({"min_tokens": 2, "stop_token_ids": [1000000]}, 400, "stop_token_ids holds 1000000"),
         ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
         ({"logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),

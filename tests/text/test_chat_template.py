@@ -170,6 +170,15 @@ BAD: dict[str, tuple[Any, str]] = {
     "an image": ([{"role": "user", "content": [{"type": "image_url"}]}], "part of type 'image_url'; GLM-5 reads text only"),
     "arguments that are not JSON": ([said("", None, ("f", "{a"))], "message 0 calls 'f' with arguments that are not JSON"),
     "arguments that are a list": ([said("", None, ("f", "[1]"))], "arguments that are not a JSON object"),
+    "a number": (5, "a list of at least one message"),
+    "a part that is a number": ([{"role": "user", "content": [5]}], r"message 0 \(user\) has the part 5"),
+    "a part without its text": ([{"role": "user", "content": [{"type": "text"}]}], r"message 0 \(user\) has the part"),
+    "a part whose text is a number": ([{"role": "tool", "content": [{"type": "text", "text": 5}]}], r"message 0 \(tool\) has the part"),
+    "a part whose type is a list": ([{"role": "user", "content": [{"type": ["text"]}]}], r"part of type \['text'\]"),
+    "calls that are a number": ([{"role": "assistant", "tool_calls": 5}], "the tool_calls of message 0 are of type int"),
+    "a call that is a number": ([{"role": "assistant", "tool_calls": [5]}], "a tool call of message 0 has no function name"),
+    "arguments nested too deeply": ([said("", None, ("f", '{"a": ' + "[" * 100_000))], "message 0 calls 'f' with arguments that are not JSON"),
+    "arguments with an endless number": ([said("", None, ("f", '{"a": ' + "9" * 5_000 + "}"))], "message 0 calls 'f' with arguments that are not JSON"),
     "a call without a name": ([{"role": "assistant", "tool_calls": [{"id": "x"}]}], "a tool call of message 0 has no function name"),
 }  # fmt: skip
 
@@ -186,6 +195,7 @@ def test_bad_messages_give_a_sentence(tokenizer: Tokenizer, case: str) -> None:
     [
         ({"tools": [{"type": "function"}]}, "tool 0 has no name"),
         ({"tools": ["f"]}, "tool 0 has no name"),
+        ({"tools": 5}, "the tools are of type int"),
         ({"reasoning_effort": "huge"}, "use 'low', 'high' or 'max'"),
         ({"escape_special": True, "tokenize": False}, "escape_special needs tokenize=True"),
     ],
@@ -193,6 +203,16 @@ def test_bad_messages_give_a_sentence(tokenizer: Tokenizer, case: str) -> None:
 def test_bad_options_give_a_sentence(tokenizer: Tokenizer, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(TextError, match=sentence):
         tokenizer.apply_chat_template([USER], **options)
+
+
+@pytest.mark.parametrize("escape_special", [False, True])
+def test_a_tool_nested_too_deeply_gives_a_sentence(tokenizer: Tokenizer, escape_special: bool) -> None:
+    schema: Any = {}
+    for _ in range(5_000):
+        schema = {"a": schema}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    with pytest.raises(TextError, match=r"nested too deeply|RecursionError"):
+        tokenizer.apply_chat_template([USER], [tool], escape_special=escape_special)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,44 @@ def test_types_of_arguments_that_the_schema_does_not_name() -> None:
     assert argument_types({}, "x") == set()
 
 
+BROKEN = [
+    {"anyOf": 5}, {"oneOf": {"a": 1}}, {"allOf": "string"}, {"anyOf": [5, None]}, {"enum": 5}, {"type": 5},
+    {"type": {"a": 1}}, {"type": [[1], None]}, {"$ref": 5}, {"$ref": "#/nowhere/5"}, 5, [], "string",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", BROKEN, ids=str)
+def test_a_broken_schema_says_nothing(schema: Any) -> None:
+    assert argument_types({"properties": {"x": schema}}, "x") == set()
+    assert argument_types({"properties": schema, "additionalProperties": schema}, "x") == set()
+    assert argument_types(schema, "x") == set()
+    beside = {"anyOf": [schema, {"type": "integer"}]}
+    assert argument_types({"properties": {"x": beside}}, "x") == {"integer"}
+
+
+class Counted(dict):
+    """A dict that counts how often it is looked at."""
+
+    looks = 0
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.looks += 1
+        return super().get(key, default)
+
+
+def test_a_reference_is_followed_once() -> None:
+    loop = Counted(anyOf=[{"$ref": "#/$defs/Loop"}, {"$ref": "#/$defs/Loop"}, {"type": "null"}])
+    assert argument_types({"properties": {"x": {"$ref": "#/$defs/Loop"}}, "$defs": {"Loop": loop}}, "x") == {"null"}
+    assert loop.looks < 10
+
+
+def test_a_deeply_nested_schema_is_read() -> None:
+    schema: Any = {"type": "integer"}
+    for _ in range(5_000):
+        schema = {"anyOf": [schema]}
+    assert argument_types({"properties": {"x": schema}}, "x") == {"integer"}
+
+
 @pytest.mark.parametrize(
     ("text", "types", "value"),
     [
