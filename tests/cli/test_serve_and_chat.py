@@ -15,6 +15,7 @@ from rich.console import Console
 from speaker import ScriptedModel, speaker_model, speaker_tokenizer
 
 import glm5
+from glm5.cli import chat as chat_verb
 from glm5.cli.chat import ChatOptions, converse
 from glm5.cli.serve import ServeOptions, run
 from glm5.engine import Engine
@@ -149,6 +150,26 @@ def test_commands_and_refusals_leave_the_conversation_as_it_was():
     _, screen, prompts = talk("</think>ok", ["one", "/new", "/what", "x" * 600, "two"])
     assert "/exit ends" in screen and "context limit is 512" in screen
     assert prompts[-1] == "[gMASK]<sop><|user|>two<|assistant|><think>"
+
+
+def test_calls_of_different_turns_have_different_identities(monkeypatch):
+    ids = []
+
+    class Seen(glm5.AssistantStream):
+        def finish(self):
+            message = super().finish()
+            ids.extend(call["id"] for call in message["tool_calls"])
+            return message
+
+    monkeypatch.setattr(chat_verb, "AssistantStream", Seen)
+    talk("</think><tool_call>f</tool_call>", ["one", "two"])
+    assert len(ids) == len(set(ids)) == 2
+
+
+def test_a_conversation_needs_a_tokenizer(tmp_path):
+    glm5.save_model(speaker_model(), tmp_path)
+    with pytest.raises(InputError, match=r"needs a tokenizer.*tokenizer\.json"):
+        chat_verb.run(ChatOptions(model=tmp_path))
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests_text_data import TOOLS, assistant_messages, awkward_text, splits
 
 from glm5 import AssistantStream, parse_assistant
+from glm5.errors import TextError
 from glm5.text import Tokenizer
 
 W = "<tool_call>get_weather"
@@ -230,3 +231,15 @@ def test_an_ended_stream_takes_no_more() -> None:
     stream.finish()
     with pytest.raises(RuntimeError, match="has ended"):
         stream.feed("x")
+
+
+@pytest.mark.parametrize("tools", [5, ["f"], [{"function": {}}], [{"function": {"name": 5}}]], ids=str)
+def test_tools_without_a_name_give_a_sentence(tools: Any) -> None:
+    with pytest.raises(TextError, match=r"of type int; give a list|tool 0 has no name"):
+        AssistantStream(tools)
+
+
+@pytest.mark.parametrize("parameters", [5, [], None, {"properties": 5}, {"properties": {"a": {"anyOf": 5}}}], ids=str)
+def test_parameters_that_are_no_schema_allow_anything(parameters: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    assert parsed(f"<tool_call>f{arg('a', '12')}</tool_call>", False, tools) == (None, None, [("f", {"a": 12})])
