@@ -82,7 +82,7 @@ def random_ids(config: glm5.ModelConfig, rows: int, tokens: int, seed: int) -> t
     return torch.randint(10, config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def prefill(ours: glm5.GLM5, theirs: GlmMoeDsaForCausalLM | None, tokens: int, options: Options) -> Result:
     ids = random_ids(ours.config, 1, tokens, options.seed)
 
@@ -104,7 +104,7 @@ def prefill(ours: glm5.GLM5, theirs: GlmMoeDsaForCausalLM | None, tokens: int, o
                   memory["ours"], memory.get("theirs", 0))  # fmt: skip
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(ours: glm5.GLM5, theirs: GlmMoeDsaForCausalLM | None, tokens: int, options: Options) -> Result:
     steps = options.decode_steps
     ids = random_ids(ours.config, 1, tokens, options.seed)

@@ -1,6 +1,6 @@
 """Stacked expert weights and the three ways of running them; `reference.experts` is the truth.
 
-- few tokens: gather the chosen weights and multiply in one batch (a decode step touches `num_experts_per_tok` experts);
+- few tokens on a CPU (decoding): one pair of token and expert after another;
 - many tokens: sort by expert and call `torch.nn.functional.grouped_mm`;
 - dtypes or widths that grouped_mm does not take: the reference loop.
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from glm5.ops import reference
 from glm5.ops.linear import LowRank
 
-GATHER_LIMIT = 8
-"""Tokens up to which gathering the chosen weights beats sorting (measured on CPU: 1 to 4 tokens win clearly)."""
+FEW_TOKENS = 8
+"""Tokens of a decode step: sorting them by expert would cost more than it saves (measured on a CPU)."""
 
 
 class Experts(nn.Module):
@@ -50,9 +50,10 @@ class Experts(nn.Module):
 
 def run_experts(x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Chooses the way of running by shape and dtype; all give the sum of `reference.experts`."""
-    if x_ND.shape[0] <= GATHER_LIMIT and not torch.is_grad_enabled():
-        return gathered_experts(x_ND, chosen_NK, weights_NK, gate_up, down)
-    grouped = (torch.bfloat16, torch.float32) if x_ND.device.type == "cpu" else (torch.bfloat16,)
+    on_cpu = x_ND.device.type == "cpu"
+    if on_cpu and x_ND.shape[0] <= FEW_TOKENS and not torch.is_grad_enabled():
+        return paired_experts(x_ND, chosen_NK, weights_NK, gate_up, down)
+    grouped = (torch.bfloat16, torch.float32) if on_cpu else (torch.bfloat16,)
     if x_ND.dtype in grouped and _aligned(gate_up) and _aligned(down):
         return grouped_experts(x_ND, chosen_NK, weights_NK, gate_up, down)
     return reference.experts(x_ND, chosen_NK, weights_NK, gate_up, down)
@@ -63,14 +64,16 @@ def _aligned(weight: Tensor) -> bool:
     return all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
 
 
-def gathered_experts(x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """One batched product over (token, chosen expert) pairs; copies the chosen weights."""
-    tokens, per_token = chosen_NK.shape
-    flat = chosen_NK.flatten()
-    x = x_ND.repeat_interleave(per_token, 0).unsqueeze(-1)
-    gate, up = torch.bmm(gate_up.index_select(0, flat), x).squeeze(-1).chunk(2, dim=-1)
-    y = torch.bmm(down.index_select(0, flat), (F.silu(gate) * up).unsqueeze(-1)).view(tokens, per_token, -1)
-    return torch.bmm(weights_NK.unsqueeze(1), y).squeeze(1)
+def paired_experts(x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """One (token, expert) pair after another, on views of the weights: nothing is sorted or copied."""
+    rows = []
+    for x_1D, chosen, weights in zip(x_ND.split(1), chosen_NK.tolist(), weights_NK.tolist(), strict=True):
+        y_1D = torch.zeros_like(x_1D)
+        for expert, weight in zip(chosen, weights, strict=True):
+            gate, up = F.linear(x_1D, gate_up[expert]).chunk(2, dim=-1)
+            y_1D.add_(F.linear(F.silu(gate) * up, down[expert]), alpha=weight)
+        rows.append(y_1D)
+    return torch.cat(rows)
 
 
 def grouped_experts(x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

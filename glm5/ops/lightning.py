@@ -62,11 +62,12 @@ def select(
         _lightning.pack(k_SI.data_ptr(), panels.data_ptr(), keys, width)
     threads = torch.get_num_threads()
     step = max(16 * threads, CALL_BUDGET // (keys * heads * width))
+    starts = (q_THI, 4 * heads * width), (w_TH, 4 * heads), (lo_T, 8), (hi_T, 8), (chosen_TK, 8 * k)  # bytes a query
     for first in range(0, tokens, step):
-        part = slice(first, first + step)
-        tensors = q_THI[part], k_SI, panels, w_TH[part], lo_T[part], hi_T[part], chosen_TK[part]
-        addresses = (0 if x is None else x.data_ptr() for x in tensors)
-        _lightning.select(*addresses, min(step, tokens - first), keys, heads, width, k, threads, variant)
+        q, w, lo, hi, chosen = (x.data_ptr() + first * size for x, size in starts)
+        copy = 0 if panels is None else panels.data_ptr()
+        count = min(step, tokens - first)
+        _lightning.select(q, k_SI.data_ptr(), copy, w, lo, hi, chosen, count, keys, heads, width, k, threads, variant)
     return chosen_TK
 
 

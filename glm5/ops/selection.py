@@ -31,8 +31,9 @@ def select(q_BTHI: Tensor, k_BSI: Tensor, w_BTH: Tensor, spans: Spans, k: int) -
         q_BTHI, k_BSI, w_BTH = q_BTHI.float(), k_BSI.float(), w_BTH.float()
     cpu_fp32 = q_BTHI.device.type == "cpu" and q_BTHI.dtype == torch.float32
     one_row = lightning.select if cpu_fp32 and lightning.available() else _select_row
-    inputs = [x.contiguous() for x in (q_BTHI, k_BSI, w_BTH, spans.lo_BT, spans.hi_BT)]
-    return torch.stack([one_row(q, keys, w, lo, hi, k) for q, keys, w, lo, hi in zip(*inputs, strict=True)])
+    inputs = (x.contiguous() for x in (q_BTHI, k_BSI, w_BTH, spans.lo_BT, spans.hi_BT))
+    chosen = [one_row(q, keys, w, lo, hi, k) for q, keys, w, lo, hi in zip(*inputs, strict=True)]
+    return chosen[0].unsqueeze(0) if len(chosen) == 1 else torch.stack(chosen)
 
 
 def _select_row(q_THI: Tensor, k_SI: Tensor, w_TH: Tensor, lo_T: Tensor, hi_T: Tensor, k: int) -> Tensor:

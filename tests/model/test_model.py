@@ -152,11 +152,11 @@ def test_only_selected_latents_are_read(monkeypatch):
     chosen = kept.selection[0][0, -1]
     original = attention.sparse_attention
 
-    def poisoned(q, latents, selected, *rest):
+    def poisoned(q, latents, selected, *rest, full):
         mask = torch.ones(latents.shape[1], dtype=torch.bool)
         mask[selected[0, -1]] = False
         latents = latents.masked_fill(mask[None, :, None], 1e9)
-        return original(q[:, -1:], latents, selected[:, -1:], *rest).expand(-1, q.shape[1], -1, -1)
+        return original(q[:, -1:], latents, selected[:, -1:], *rest, full=full).expand(-1, q.shape[1], -1, -1)
 
     monkeypatch.setattr(attention, "sparse_attention", poisoned)
     torch.testing.assert_close(model(IDS[:1]).logits[0, -1], kept.logits[0, -1])

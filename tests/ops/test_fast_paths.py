@@ -169,7 +169,7 @@ def test_indexer_kl_against_torch():
 # ---- experts --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 5, 64])
-@pytest.mark.parametrize("function", [experts.gathered_experts, experts.grouped_experts])
+@pytest.mark.parametrize("function", [experts.paired_experts, experts.grouped_experts])
 def test_experts_are_the_reference(function, tokens, dtype):
     x, gate_up, down = draw(tokens, 16), draw(8, 32, 16), draw(8, 16, 16)
     chosen = draw(tokens, 8).argsort(-1)[:, :3]
