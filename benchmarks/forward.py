@@ -43,6 +43,8 @@ class Options:
     """Contexts measured on both sides."""
     alone: tuple[int, ...] = (32768,)
     """Contexts measured on our side only."""
+    train: bool = True
+    """Measure the training step."""
     repeats: int = 3
     decode_steps: int = 16
     threads: int = 1
@@ -124,7 +126,7 @@ def decode(ours: glm5.GLM5, theirs: GlmMoeDsaForCausalLM | None, tokens: int, op
             ours(token, cache=cache, logits_to_keep=1)
 
     calls: dict[str, Callable[[], object]] = {"ours": our_steps}
-    extra: dict[str, Any] = {"ours_cache_bytes": cache.bytes_per_token}
+    extra: dict[str, Any] = {"cache bytes per token, ours": cache.bytes_per_token}
     if theirs is not None:
         their_cache = theirs(ids, use_cache=True, logits_to_keep=1).past_key_values
 
@@ -133,7 +135,7 @@ def decode(ours: glm5.GLM5, theirs: GlmMoeDsaForCausalLM | None, tokens: int, op
                 theirs(token, past_key_values=their_cache, use_cache=True, logits_to_keep=1)
 
         calls["theirs"] = their_steps
-        extra["theirs_cache_bytes"] = their_bytes_per_token(their_cache, tokens)
+        extra["cache bytes per token, transformers"] = round(their_bytes_per_token(their_cache, tokens))
     times = alternate(calls, options.repeats)
     return Result("decode", tokens, times["ours"], times.get("theirs"), steps, extra=extra)
 
@@ -192,17 +194,15 @@ def main() -> None:
     logging.set_verbosity_error()
     ours, theirs = both_models(options.seed)
     results: list[Result] = []
-    for attention in ("sparse", "dense"):
+    for attention in ("sparse", "dense") if options.train else ():
         results.append(train(ours, theirs, attention, options))
     ours.eval(), theirs.eval()
     for tokens in options.lengths:
         results += [prefill(ours, theirs, tokens, options), decode(ours, theirs, tokens, options)]
     for tokens in options.alone:
         results += [prefill(ours, None, tokens, options), decode(ours, None, tokens, options)]
-    caches = next(r.extra for r in results if r.task == "decode")
-    facts = {**machine(), "seed": options.seed, "repeats": options.repeats,
-             "cache bytes per token, ours": caches["ours_cache_bytes"],
-             "cache bytes per token, transformers": round(caches["theirs_cache_bytes"])}  # fmt: skip
+    cache = next(r.extra for r in results if r.task == "decode")
+    facts = {**machine(), "seed": options.seed, "repeats": options.repeats, **cache}
     table = Table(*HEADER, title="nano, fp32: tokens per second, median (slowest to fastest)")
     for result in results:
         table.add_row(*row(result))
