@@ -54,5 +54,8 @@ def mtp_loss(output: ModelOutput, batch: Batch) -> Tensor:
 
 
 def balance_loss(output: ModelOutput) -> Tensor:
-    """Mean over the sparse layers of the sequence-level balance term; 1.0 is perfect balance."""
-    return torch.stack([record.balance for record in output.router]).mean()
+    """Sum over the sparse layers of the sequence-level balance term, each 1.0 where balance is perfect.
+
+    A sum, because the published weight of 1e-4 belongs to the term of one layer.
+    """
+    return torch.stack([record.balance for record in output.router]).sum()
