@@ -95,10 +95,10 @@ def _aside(path: Path) -> Path:
 def _remove_leftovers(path: Path, beside: Path) -> None:
     """Removes what killed processes were writing for `path`."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+\.partial")  # not a glob: `m` must spare `.m.fp8.7.partial`
-    for found in path.parent.iterdir() if path.parent.is_dir() else ():
+    shutil.rmtree(beside, ignore_errors=True)
+    for found in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
         if pattern.fullmatch(found.name):
-            if found != beside:
-                os.rename(found, beside)  # in one step, so that a process still alive cannot swap a half-removed one in
+            os.rename(found, beside)  # in one step, so that a process still alive cannot swap a half-removed one in
             shutil.rmtree(beside)
 
 

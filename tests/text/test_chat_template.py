@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tests_text_data import TOOLS, assistant_messages, awkward_text
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from glm5.errors import TextError
-from glm5.text import Tokenizer
+from glm5.text import SPECIAL_TOKENS, Tokenizer
 
 USER = {"role": "user", "content": "Hi"}
 TOOLS_HEAD = (
@@ -261,6 +261,7 @@ def test_escaped_text_adds_no_special_token(
 @given(messages=CONVERSATIONS)
 def test_harmless_text_is_not_changed_by_escaping(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> None:
     harmless = [{**m, "content": "naïve  東京 < 3"} if m["role"] != "assistant" else m for m in messages]
+    assume(not any(token in repr(harmless) for token in SPECIAL_TOKENS))
     assert tokenizer.apply_chat_template(harmless, TOOLS, escape_special=True) == tokenizer.apply_chat_template(
         harmless, TOOLS
     )
