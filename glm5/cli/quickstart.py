@@ -38,8 +38,8 @@ StageConfig = TypeVar("StageConfig", PretrainConfig, DSAConfig, SFTConfig)
 
 LARGEST, OPERATIONS = 20, "+-"
 """The arithmetic that SFT shows, RL practises and the evaluation asks about."""
-SFT_STEPS = 100
-"""Two thirds of what would master the training problems: policy gradients need something left to improve."""
+SFT_STEPS = 130
+"""Fewer than what would master the training problems: policy gradients need something left to improve."""
 RL_STEPS = 120
 RL_OPTIMIZER = OptimizerConfig(name="adamw", lr=5e-4, betas=(0.9, 0.98), weight_decay=0.0)
 
