@@ -97,10 +97,7 @@ class MLA(nn.Module):
             if selected_BTK is None:
                 o_BTHC = attention.absorbed_attention(q_BTHC, latents_BSC, run.spans, c.kv_lora_rank, self.scale)
             else:
-                full = run.spans.single and run.spans.start >= selected_BTK.shape[2] and not run.replay.positions
-                o_BTHC = attention.sparse_attention(
-                    q_BTHC, latents_BSC, selected_BTK, c.kv_lora_rank, self.scale, full=full
-                )
+                o_BTHC = attention.sparse_attention(q_BTHC, latents_BSC, selected_BTK, c.kv_lora_rank, self.scale)
             o_BTHV = self._unabsorb(o_BTHC)
         else:
             k_BSHN, v_BSHV = self._expand(latents_BSC)

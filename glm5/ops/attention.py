@@ -77,33 +77,27 @@ def absorbed_attention(q_BTHC: Tensor, latents_BSC: Tensor, spans: Spans, value_
 
 
 def sparse_attention(
-    q_BTHC: Tensor, latents_BSC: Tensor, selected_BTK: Tensor, value_width: int, scale: float, *, full: bool = False
+    q_BTHC: Tensor, latents_BSC: Tensor, selected_BTK: Tensor, value_width: int, scale: float
 ) -> Tensor:
-    """Absorbed attention [B, T, H, value_width] over the selected latents; only those are gathered and read.
-
-    full: the caller knows that every query selected as many keys as it may, so that nothing is padded.
-    """
+    """Absorbed attention [B, T, H, value_width] over the selected latents; only those are gathered and read."""
 
     def block(q_BQHC: Tensor, latents_BSC: Tensor, selected_BQK: Tensor) -> Tensor:
         batch, queries, heads, _ = q_BQHC.shape
-        gathered = gather_latents(latents_BSC, selected_BQK, full=full).flatten(0, 1)  # [B*Q, K, C]
+        gathered = gather_latents(latents_BSC, selected_BQK).flatten(0, 1)  # [B*Q, K, C]
         scores = _scores(q_BQHC.flatten(0, 1), gathered) * scale  # [B*Q, H, K]
-        if full:
-            p = torch.softmax(scores, dim=-1)
-        else:
-            missing = (selected_BQK < 0).flatten(0, 1)[:, None]
-            p = torch.softmax(scores.masked_fill(missing, torch.finfo(scores.dtype).min), dim=-1)
-            p = p.masked_fill(missing, 0.0)  # a query that selected nothing attends to nothing
+        missing = (selected_BQK < 0).flatten(0, 1)[:, None]
+        p = torch.softmax(scores.masked_fill(missing, torch.finfo(scores.dtype).min), dim=-1)
+        p = p.masked_fill(missing, 0.0)  # a query that selected nothing attends to nothing
         return (p.to(gathered.dtype) @ gathered[..., :value_width]).view(batch, queries, heads, value_width)
 
     per_query = q_BTHC.shape[0] * selected_BTK.shape[2] * max(latents_BSC.shape[2], q_BTHC.shape[2])
     return _in_blocks(block, q_BTHC, (latents_BSC,), (selected_BTK,), per_query=per_query)
 
 
-def gather_latents(latents_BSC: Tensor, selected_BTK: Tensor, *, full: bool = False) -> Tensor:
+def gather_latents(latents_BSC: Tensor, selected_BTK: Tensor) -> Tensor:
     """The selected rows [B, T, K, C]; missing entries (-1) give row 0, which the caller masks."""
     batch, keys, width = latents_BSC.shape
-    rows = selected_BTK if full else selected_BTK.clamp_min(0)
+    rows = selected_BTK.clamp_min(0)
     if batch > 1:
         rows = rows + torch.arange(batch, device=rows.device)[:, None, None] * keys
     return latents_BSC.reshape(batch * keys, width).index_select(0, rows.flatten()).view(*selected_BTK.shape, width)

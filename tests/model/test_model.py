@@ -148,11 +148,11 @@ def test_only_selected_latents_are_read(monkeypatch):
     chosen = kept.selection[0][0, -1]
     original = attention.sparse_attention
 
-    def poisoned(q, latents, selected, *rest, full):
+    def poisoned(q, latents, selected, *rest):
         mask = torch.ones(latents.shape[1], dtype=torch.bool)
         mask[selected[0, -1]] = False
         latents = latents.masked_fill(mask[None, :, None], 1e9)
-        return original(q[:, -1:], latents, selected[:, -1:], *rest, full=full).expand(-1, q.shape[1], -1, -1)
+        return original(q[:, -1:], latents, selected[:, -1:], *rest).expand(-1, q.shape[1], -1, -1)
 
     monkeypatch.setattr(attention, "sparse_attention", poisoned)
     torch.testing.assert_close(model(IDS[:1]).logits[0, -1], kept.logits[0, -1])
@@ -165,6 +165,15 @@ def test_layers_that_share_an_indexer_select_alike():
     assert list(out.indexer_kl) == [0]
     own = tiny_model(1)(IDS, collect={"selection"})
     assert not torch.equal(own.selection[0], own.selection[1])
+
+
+def test_an_indexer_whose_scores_are_no_numbers_selects_nothing_and_breaks_nothing():
+    """Damaged weights are found by `load_model(check_finite=True)`; a pass over them must not end in a bad index."""
+    model = tiny_model(1)
+    model.model.layers[0].self_attn.indexer.wk.weight[0, 0] = torch.nan
+    cache = LatentCache(model.config, batch=2, capacity=60)
+    model(IDS[:, :40], cache=cache)
+    assert model(IDS[:, 40:41], cache=cache).logits.shape == (2, 1, 97)
 
 
 def test_replay_reproduces_and_overrides():
