@@ -1,10 +1,10 @@
 """Training memory per device under a parallel plan.
 
-The world is `data * context * tensor * pipeline` devices. Weights are BF16, gradients FP32, and the optimizer keeps
+The axes are those of `ParallelPlan`. Weights are BF16, gradients FP32, and the optimizer keeps
 FP32 masters beside its states: one momentum for a Muon matrix, two moments for AdamW. Under Muon the vocabulary tables,
 norms and vectors stay with AdamW (GLM-5 report, appendix A). `shard` says what is cut over the devices that would
-otherwise hold equal copies (`data * context` for dense weights; for routed experts, which `expert` devices share, all
-devices of a pipeline stage over `expert`). Activations count the tensors that backward needs, in BF16; with activation
+otherwise hold equal copies (`data_shard * context` for dense weights; for routed experts, which `expert` of them share,
+those times `tensor` over `expert`). Activations count the tensors that backward needs, in BF16; with activation
 checkpointing each layer keeps its input only, and one layer is recomputed at a time. The fullest device is that of the
 first or last pipeline stage under a 1F1B schedule.
 
@@ -19,6 +19,7 @@ from typing import Literal
 
 from glm5.config import ModelConfig
 from glm5.errors import InputError
+from glm5.parallel import ParallelPlan
 from glm5.planner.hardware import Hardware
 from glm5.planner.memory import RESERVE
 from glm5.planner.quantity import Quantity, derive, given
@@ -31,19 +32,9 @@ _LOGIT_CHUNK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
-    """A parallel plan for training."""
+class TrainingPlan(ParallelPlan):
+    """The parallel plan of a run, and what else decides over its memory."""
 
-    data: int = 1
-    """Data-parallel replicas (with `shard full`: fully sharded data parallelism)."""
-    tensor: int = 1
-    """Tensor-parallel devices (sequence parallel between the matrices)."""
-    expert: int = 1
-    """Devices that share the routed experts of a layer; divides data * context * tensor."""
-    pipeline: int = 1
-    """Pipeline stages."""
-    context: int = 1
-    """Context-parallel devices: each holds a part of every sequence."""
     micro_batch: int = 1
     """Sequences per forward pass of a replica."""
     sequence: int = 4096
@@ -57,33 +48,16 @@ class TrainingPlan:
     mtp: bool = True
     """Train the MTP layer too."""
 
-    @property
-    def devices(self) -> int:
-        """Devices of the world."""
-        return self.data * self.context * self.tensor * self.pipeline
-
-    def check(self, config: ModelConfig) -> None:
+    def check(self, config: ModelConfig, *, length: int | None = None) -> None:
         """Raises `InputError` for a plan that `config` cannot be trained under."""
-        for name in ("data", "tensor", "expert", "pipeline", "context", "micro_batch", "sequence"):
+        for name in ("micro_batch", "sequence"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         check_dtype(self.optimizer, Optimizer, "optimizer")
         check_dtype(self.shard, Shard, "shard")
         if self.sequence > config.max_position_embeddings:
             raise InputError(f"sequence {self.sequence:,} is beyond the {config.max_position_embeddings:,} positions.")
-        if self.sequence % self.context:
-            raise InputError(
-                f"A sequence of {self.sequence} tokens does not divide over context={self.context} devices."
-            )
-        if config.num_attention_heads % self.tensor:
-            raise InputError(f"{config.num_attention_heads} heads do not divide over tensor={self.tensor} devices.")
-        if self.pipeline > config.num_hidden_layers:
-            raise InputError(f"{config.num_hidden_layers} layers cannot fill pipeline={self.pipeline} stages.")
-        if self.expert > config.n_routed_experts or config.n_routed_experts % self.expert:
-            raise InputError(f"{config.n_routed_experts} experts do not divide over expert={self.expert} devices.")
-        stage = self.data * self.context * self.tensor
-        if stage % self.expert:
-            raise InputError(f"expert={self.expert} does not divide the {stage} devices of a pipeline stage.")
+        super().check(config, length=self.sequence)
 
 
 @dataclass(frozen=True)
@@ -178,8 +152,8 @@ def _sharded(name: str, width: str, shares: Shares, plan: TrainingPlan, cut: boo
         return derive(name, "B", f"{width} * (dense + experts / expert)", dense=dense, experts=shares.all,
                       expert=plan.expert, source=source)  # fmt: skip
     return derive(
-        name, "B", f"{width} * (dense / (data * context) + experts / (data * context * tensor))", dense=dense,
-        data=plan.data, context=plan.context, experts=shares.all, tensor=plan.tensor, source=f"{source}, sharded",
+        name, "B", f"{width} * (dense / shards + experts / (shards * tensor))", dense=dense,
+        shards=plan.shards, experts=shares.all, tensor=plan.tensor, source=f"{source}, sharded",
     )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def test_explain_shows_formulas(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "= layers * row + indexer_layers * indexer_key\n    = 79 * 1152 + 79 * 256" in text
     assert CLASSES["datacenter"].why in text
-    assert run(options("--train", "--parallel.data", "8", "--hardware", "H200x8", "nano", "--explain")) == 0
+    assert run(options("--train", "--parallel.data-shard", "8", "--hardware", "H200x8", "nano", "--explain")) == 0
     assert "= min(tokens, chunk) * vocabulary / tensor * (4 + 4)" in capsys.readouterr().out
 
 
@@ -83,7 +83,7 @@ def test_training_plan_from_flags(capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(capsys.readouterr().out)
     assert result["fits"] is True and result["plan"]["pipeline"] == 13
     assert result["optimizer"]["inputs"]["muon"] > result["optimizer"]["inputs"]["adamw"]
-    assert run(options("glm-5", "--train", "--hardware", "H100x8", "--parallel.data", "8")) == 1
+    assert run(options("glm-5", "--train", "--hardware", "H100x8", "--parallel.data-shard", "8")) == 1
     assert "does not fit" in capsys.readouterr().out
 
 
@@ -148,7 +148,7 @@ BAD_FLAGS: list[tuple[list[str], str]] = [
     (["--train", "--parallel.tensor", "3"], "heads do not divide"),
     (["--train", "--parallel.pipeline", "79"], "cannot fill"),
     (["--train", "--parallel.context", "3"], "does not divide over context"),
-    (["--train", "--parallel.data", "0"], "data is 0"),
+    (["--train", "--parallel.data-shard", "0"], "data_shard is 0"),
     (["--train", "--parallel.sequence", "300000"], "positions"),
     (["--train", "--parallel.optimizer", "moun"], "Did you mean 'muon'"),
     (["--train", "--parallel.shard", "ful"], "Did you mean 'full'"),

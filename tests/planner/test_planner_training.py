@@ -32,7 +32,7 @@ def test_one_device_by_hand() -> None:
 
 
 def test_sharding_levels() -> None:
-    sizes = {"data": 8, "expert": 8}
+    sizes = {"data_shard": 8, "expert": 8}
     none, optimizer, gradients, full = (
         plan(NANO, shard=shard, **sizes) for shard in ("none", "optimizer", "gradients", "full")
     )
@@ -69,7 +69,7 @@ def test_pipeline_stage_is_the_fullest_one() -> None:
 
 
 def test_muon_needs_less_than_adamw() -> None:
-    muon, adamw = plan(GLM5, data=64, expert=64), plan(GLM5, data=64, expert=64, optimizer="adamw")
+    muon, adamw = plan(GLM5, data_shard=64, expert=64), plan(GLM5, data_shard=64, expert=64, optimizer="adamw")
     assert muon.optimizer.value / adamw.optimizer.value == pytest.approx(8 / 12, rel=0.01)
     states = 2 + 4 + 12
     assert (adamw.weights.value + adamw.gradients.value + adamw.optimizer.value) * 64 == pytest.approx(
