@@ -15,13 +15,12 @@ EPSILON = 1e-7
 
 
 def orthogonalise(matrices: torch.Tensor, *, steps: int = STEPS) -> torch.Tensor:
-    """The nearest matrices with (about) equal singular values, in bfloat16: for G = U S V^T, about U V^T.
+    """The nearest matrices with (about) equal singular values, in `working_dtype`: for G = U S V^T, about U V^T.
 
-    `matrices` is [count, rows, columns]; every matrix is treated by itself. bfloat16 is enough, because the result is
-    a direction that the learning rate scales, and it is the type in which the method was published.
+    `matrices` is [count, rows, columns]; every matrix is treated by itself.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.to(working_dtype(matrices.device))
     tall = x.shape[-2] > x.shape[-1]
     if tall:  # iterate on the smaller Gram matrix
         x = x.mT
@@ -31,3 +30,12 @@ def orthogonalise(matrices: torch.Tensor, *, steps: int = STEPS) -> torch.Tensor
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, in which the method was published and which is enough: the result is a direction that a rate scales.
+
+    float32 on a processor without bfloat16 instructions: emulated products are slower than float32 ones by far.
+    """
+    slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
+    return torch.float32 if slow else torch.bfloat16

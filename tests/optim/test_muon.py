@@ -122,3 +122,8 @@ def test_no_gradient_means_no_change():
     before = parameter.detach().clone()
     Muon([(parameter, whole)], lr=1.0).step()
     assert torch.equal(parameter, before)
+
+
+def test_the_working_type_has_instructions_on_this_processor():
+    native = torch.cpu._is_avx512_bf16_supported()
+    assert orthogonalise(gradients((1, 4, 6), 1)[0]).dtype == (torch.bfloat16 if native else torch.float32)
