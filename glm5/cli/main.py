@@ -36,6 +36,13 @@ def plan(arguments: Sequence[str]) -> int:
     return run(_parse(PlanOptions, "plan", arguments))
 
 
+def data(arguments: Sequence[str]) -> int:
+    """Build corpora and token shards, look into them, check them"""
+    from glm5.cli.data import run
+
+    return run(arguments)
+
+
 def evaluate(arguments: Sequence[str]) -> int:
     """Score a model on an environment"""
     from glm5.cli.eval import EvalOptions, run
@@ -74,6 +81,7 @@ def report(arguments: Sequence[str]) -> int:
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "quickstart": quickstart,
     "plan": plan,
+    "data": data,
     "eval": evaluate,
     "serve": serve,
     "chat": chat,

@@ -9,6 +9,7 @@ reads them.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +40,8 @@ class TokenDocument:
 
 @dataclass
 class _Shard:
-    ids: list[int] = field(default_factory=list)
-    learn: list[bool] = field(default_factory=list)
+    ids: array[int] = field(default_factory=lambda: array("I"))  # 4 bytes a token; a list would take 8 and an object
+    learn: bytearray = field(default_factory=bytearray)
     starts: list[int] = field(default_factory=lambda: [0])
     byte_counts: list[int] = field(default_factory=list)
 
@@ -76,6 +77,11 @@ class TokenDataset:
         """Hash of the manifest, which holds the hash of every file."""
         return sha256_of(self.directory / "manifest.json")
 
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens are not to be learned."""
+        return any(mask is not None for mask in self._learn)
+
     def ids(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """Token ids `start` to `stop` of a document."""
         return self._slice(self._tokens[self._shard_of[document]], document, start, stop).astype(np.int64)
@@ -108,20 +114,33 @@ def write_dataset(
     parent_sha256: str | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> TokenDataset:
-    """Writes `documents` as a dataset, in place of an older one. `parent_sha256` names their corpus."""
+    """Writes `documents` as a dataset, in place of an older one. `parent_sha256` names their corpus.
+
+    Documents of fewer than two tokens predict nothing; they are left out and counted in the manifest.
+    """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     directory.parent.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
     totals = {"documents": 0, "tokens": 0, "bytes": 0}
+    too_short = 0
+
+    def long_enough() -> Iterator[TokenDocument]:
+        nonlocal too_short
+        for document in documents:
+            if len(document.ids) < 2:
+                too_short += 1
+            else:
+                yield document
+
     with replacing_directory(directory) as beside:
-        for shard in _shards(documents, shard_tokens):
+        for shard in _shards(long_enough(), shard_tokens):
             name = f"shard-{len(names):05d}"
             names.append(name)
-            _save(beside / f"{name}.tokens.npy", np.array(shard.ids, dtype=dtype))
+            _save(beside / f"{name}.tokens.npy", np.frombuffer(shard.ids, dtype=np.uint32).astype(dtype))
             _save(beside / f"{name}.starts.npy", np.array(shard.starts, dtype=np.int64))
             _save(beside / f"{name}.bytes.npy", np.array(shard.byte_counts, dtype=np.int64))
             if not all(shard.learn):
-                _save(beside / f"{name}.learn.npy", np.array(shard.learn, dtype=bool))
+                _save(beside / f"{name}.learn.npy", np.frombuffer(shard.learn, dtype=bool))
             totals["documents"] += len(shard.byte_counts)
             totals["tokens"] += len(shard.ids)
             totals["bytes"] += sum(shard.byte_counts)
@@ -133,6 +152,7 @@ def write_dataset(
             "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "vocab_size": tokenizer.vocab_size,
             **totals,
+            "too_short": too_short,
             "shards": names,
             "files": {path.name: note_file(path) for path in sorted(beside.glob("*.npy"))},
         }
@@ -164,8 +184,8 @@ def _shards(documents: Iterable[TokenDocument], shard_tokens: int) -> Iterator[_
     """Groups whole documents until a shard has at least `shard_tokens` tokens."""
     shard = _Shard()
     for document in documents:
-        shard.ids += document.ids
-        shard.learn += document.learn if document.learn is not None else [True] * len(document.ids)
+        shard.ids.extend(document.ids)
+        shard.learn += bytes(document.learn if document.learn is not None else b"\1" * len(document.ids))
         shard.starts.append(len(shard.ids))
         shard.byte_counts.append(document.byte_count)
         if len(shard.ids) >= shard_tokens:

@@ -53,7 +53,7 @@ def test_once_covers_every_transition_exactly_once(dataset):
 
 def test_an_epoch_is_every_transition_but_the_dropped_rest(dataset):
     loader = Loader(dataset, rows=1, length=17, seed=0)
-    epoch = transitions(loader.batch(step) for step in range(loader.packing.rows))
+    epoch = transitions(loader.batch(step) for step in range(loader.streams[0].packing.rows))
     everything = expected_transitions(dataset)
     assert len(everything) - len(epoch) < 17
     remaining = sorted(everything)
@@ -63,7 +63,7 @@ def test_an_epoch_is_every_transition_but_the_dropped_rest(dataset):
 
 def test_each_epoch_visits_the_same_rows_in_an_order_of_its_own(dataset):
     loader = Loader(dataset, rows=1, length=17, seed=0)
-    count = loader.packing.rows
+    count = loader.streams[0].packing.rows
     first, second = (
         [tuple(loader.batch(epoch * count + i).input_ids_BT[0].tolist()) for i in range(count)] for epoch in (0, 1)
     )
@@ -72,7 +72,7 @@ def test_each_epoch_visits_the_same_rows_in_an_order_of_its_own(dataset):
 
 def test_steps_do_not_depend_on_what_was_asked_before(dataset):
     asked = Loader(dataset, rows=4, length=32, seed=7)
-    far = asked.packing.rows // 2 + 1  # in the third epoch
+    far = asked.streams[0].packing.rows // 2 + 1  # in the third epoch
     for step in (0, far, 3, far, 0):
         fresh = Loader(dataset, rows=4, length=32, seed=7).batch(step)
         assert torch.equal(asked.batch(step).input_ids_BT, fresh.input_ids_BT)
@@ -130,6 +130,14 @@ def test_chat_rows_learn_the_answer_and_its_end_only(tokenizer, tmp_path):
         turns = text.replace("</think>", "").split("<|user|>")[:-1]
         assert turns and all(turn in answers for turn in turns)
     assert len(chat) == 40
+
+
+def test_documents_that_predict_nothing_are_counted_and_left_out(tokenizer, tmp_path):
+    documents = [TokenDocument(ids, 1) for ids in ([], [5], [5, 6, 7], [])]
+    made = write_dataset(tmp_path / "d", documents, tokenizer)
+    assert len(made) == 1 and made.manifest["too_short"] == 3 and made.manifest["tokens"] == 3
+    with pytest.raises(DataError, match="the source is empty"):
+        write_dataset(tmp_path / "none", documents[:2], tokenizer)
 
 
 def test_refusals(dataset, tokenizer, tmp_path):

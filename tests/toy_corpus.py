@@ -1,4 +1,4 @@
-"""Small documents for the tests of this room."""
+"""Small documents for the tests of data and of its verb."""
 
 from glm5.data import Source
 

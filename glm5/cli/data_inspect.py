@@ -1,0 +1,135 @@
+"""`glm5 data inspect DATASET`: counts and lengths of a dataset, or the batch of one step as text."""
+
+from __future__ import annotations
+
+import json as json_text
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from glm5.data import Batch, Loader, open_corpus, open_dataset
+from glm5.data.inspection import describe_dataset, spans
+from glm5.data.verify import tokenizer_beside
+from glm5.errors import DataError
+from glm5.text import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """What a dataset holds; with --step, the batch that a run with these settings reads at that step.
+
+    Grey text is read but not learned. A line begins each document of a row.
+    """
+
+    dataset: Annotated[Path, tyro.conf.Positional]
+    """A dataset, a corpus, or a whole build."""
+    step: int | None = None
+    """Print the batch of this step (from 0)."""
+    rows: int = 8
+    """Rows of a batch, as in the run."""
+    length: int = 256
+    """Tokens of a row, as in the run."""
+    seed: int = 0
+    """The run's seed."""
+    packing: Literal["cut", "keep_whole"] = "cut"
+    """keep_whole for chat data."""
+    tokenizer: Path | None = None
+    """The tokenizer's directory; looked for beside the dataset when left out."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def inspect(options: InspectOptions) -> int:
+    """Prints the description, or the batch."""
+    directory = options.dataset
+    if options.step is None:
+        found = describe(directory)
+        if options.json:
+            print(json_text.dumps(found))
+        else:
+            show(found, Console())
+        return 0
+    if options.step < 0:
+        raise DataError(f"there is no step {options.step}; steps count from 0.")
+    if (directory / "train" / "manifest.json").is_file():
+        directory = directory / "train"
+    place = options.tokenizer or tokenizer_beside(directory)
+    if place is None:
+        raise DataError(f"there is no tokenizer beside {directory}; give its directory with --tokenizer.")
+    tokenizer = Tokenizer.from_pretrained(place)
+    loader = Loader(
+        open_dataset(directory, tokenizer),
+        rows=options.rows,
+        length=options.length,
+        seed=options.seed,
+        packing=options.packing,
+    )
+    batch = loader.batch(options.step)
+    if options.json:
+        rows = [[{"segment": s, "learned": k, "text": t} for s, k, t in spans(batch, row, tokenizer)]
+                for row in range(options.rows)]  # fmt: skip
+        print(json_text.dumps({"step": options.step, "seed": options.seed, "rows": rows}))
+    else:
+        show_batch(batch, tokenizer, Console(), options.step)
+    return 0
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """Counts of a build, a corpus or a dataset."""
+    try:
+        kind = json_text.loads((directory / "manifest.json").read_text(encoding="utf-8")).get("kind")
+    except FileNotFoundError:
+        raise DataError(f"{directory} has no manifest.json, so nothing was built there; check the path.") from None
+    except (ValueError, AttributeError):
+        raise DataError(f"{directory / 'manifest.json'} is damaged; build it again.") from None
+    if kind == "corpus":
+        manifest = open_corpus(directory).manifest
+        return {"kind": kind, **{k: v for k, v in manifest.items() if k not in ("kind", "files")}}
+    if kind == "data build":
+        parts = {name: describe_dataset(open_dataset(directory / name)) for name in ("train", "heldout")}
+        return {**describe(directory / "corpus"), "kind": kind, "datasets": parts}
+    return {"kind": "token dataset", "datasets": {directory.name: describe_dataset(open_dataset(directory))}}
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """The description as tables."""
+    if "sources" in found:
+        table = Table(title="sources")
+        for head in ("name", "documents", "MB", "dropped", "licence"):
+            table.add_column(head, justify="right" if head in ("documents", "MB", "dropped") else "left")
+        for source in found["sources"]:
+            dropped = source["empty_or_repeated"]
+            size = f"{source['bytes'] / 1e6:.2f}"
+            table.add_row(source["name"], f"{source['documents']:,}", size, f"{dropped:,}", source["licence"])
+        console.print(table)
+    for name, part in found.get("datasets", {}).items():
+        title = (
+            f"{name}: {part['documents']:,} documents, {part['tokens']:,} tokens, {part['learned_tokens']:,} learned"
+        )
+        table = Table(title=title)
+        for head in ("document length", "documents", "tokens", "share of tokens"):
+            table.add_column(head, justify="right")
+        for line in part["lengths"]:
+            share = f"{line['tokens'] / part['tokens']:.1%}"
+            table.add_row(f"{line['from']:,} to {line['to']:,}", f"{line['documents']:,}", f"{line['tokens']:,}", share)
+        console.print(table)
+
+
+def show_batch(batch: Batch, tokenizer: Tokenizer, console: Console, step: int) -> None:
+    """Every row as text; what is not learned is grey, or between double brackets where there is no colour."""
+    for row in range(len(batch.input_ids_BT)):
+        console.rule(f"step {step}, row {row}", align="left")
+        last, text = 0, "\n"
+        for segment, learned, text in spans(batch, row, tokenizer):
+            if segment != last:
+                console.print(Text(f"\n--- document {segment} of the row", style="bold"))
+                last = segment
+            marked = text if learned or console.is_terminal else f"[[{text}]]"
+            console.print(Text(marked, style="" if learned else "dim"), end="", soft_wrap=True)
+        if not text.endswith("\n"):
+            console.print()

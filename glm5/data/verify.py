@@ -1,0 +1,86 @@
+"""Checks everything that was built under a directory: every file against its manifest, every link to its parent."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glm5.data.manifest import read_manifest
+from glm5.data.shards import tokenizer_sha256
+from glm5.errors import DataError, GLM5Error
+from glm5.files import sha256_of
+from glm5.text import Tokenizer
+
+KINDS = ("data build", "corpus", "token dataset")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One directory with a manifest, and what is wrong with it."""
+
+    directory: Path
+    kind: str
+    files: int
+    problems: tuple[str, ...]
+
+
+def verify(root: Path) -> list[Finding]:
+    """Rehashes all builds, corpora and datasets at or under `root`. Raises DataError when there are none."""
+    manifests = [path for path in sorted(root.rglob("manifest.json")) if not in_hidden(path, root)]
+    found = [finding for path in manifests if (finding := check(path)) is not None]
+    if not found:
+        raise DataError(f"{root} holds no corpus and no dataset; give a directory that `glm5 data build` wrote.")
+    return found
+
+
+def check(path: Path) -> Finding | None:
+    """What is wrong with the directory of one manifest; None for another program's manifest."""
+    directory = path.parent
+    try:
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return Finding(directory, "unknown", 0, (f"{path} is not JSON; build it again.",))
+    kind = manifest.get("kind") if isinstance(manifest, dict) else None
+    if kind not in KINDS:
+        return None
+    problems = []
+    for name, noted in manifest.get("files", {}).items():
+        try:
+            read_manifest(directory, kind, files={name: noted})
+        except DataError as error:
+            problems.append(str(error))
+    problems += broken_links(directory, manifest)
+    return Finding(directory, kind, len(manifest.get("files", {})), tuple(problems))
+
+
+def broken_links(directory: Path, manifest: dict[str, Any]) -> list[str]:
+    """A dataset that stands beside a corpus and a tokenizer must come from them."""
+    problems = []
+    corpus, tokenizer = directory.parent / "corpus" / "manifest.json", tokenizer_beside(directory)
+    parent = manifest.get("parent_sha256")
+    if parent is not None and corpus.is_file() and sha256_of(corpus) != parent:
+        problems.append(f"{directory} was made from another corpus than {corpus.parent}; tokenise the corpus again.")
+    if "tokenizer_sha256" in manifest and tokenizer is not None:
+        try:
+            same = tokenizer_sha256(Tokenizer.from_pretrained(tokenizer)) == manifest["tokenizer_sha256"]
+        except GLM5Error as error:
+            problems.append(str(error))
+        else:
+            if not same:
+                problems.append(f"{directory} was made with another tokenizer than {tokenizer}; tokenise again.")
+    return problems
+
+
+def tokenizer_beside(dataset: Path) -> Path | None:
+    """The tokenizer that a build keeps beside its datasets, or one level up."""
+    for parent in dataset.absolute().parents[:2]:
+        if (parent / "tokenizer" / "tokenizer.json").is_file():
+            return parent / "tokenizer"
+    return None
+
+
+def in_hidden(path: Path, root: Path) -> bool:
+    """Half-written leftovers of killed writers have hidden names."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)

@@ -1,0 +1,125 @@
+"""`glm5 data build|inspect|verify`: what they print, what they refuse, and that nothing is half-written."""
+
+import json
+from pathlib import Path
+
+import pytest
+from toy_corpus import source
+
+from glm5.cli.main import main
+from glm5.data import build as build_module
+from glm5.data.build import build_data
+from glm5.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("build") / "out"
+    build_data(out, [source()], vocab_size=400, heldout_per_thousand=100)
+    return out
+
+
+def test_the_same_sources_give_the_same_bytes(built, tmp_path):
+    again = build_data(tmp_path / "again", [source()], vocab_size=400, heldout_per_thousand=100)
+    for file in sorted(path.relative_to(built) for path in built.rglob("*") if path.is_file()):
+        assert (built / file).read_bytes() == (again.directory / file).read_bytes(), file
+
+
+def test_inspect_describes_and_prints_a_step(built, capsys):
+    assert main(["data", "inspect", str(built), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sources"][0]["documents"] == 300
+    train = found["datasets"]["train"]
+    assert sum(line["documents"] for line in train["lengths"]) == train["documents"] > 200
+    assert sum(line["tokens"] for line in train["lengths"]) == train["tokens"] == train["learned_tokens"]
+
+    step = ["data", "inspect", str(built), "--step", "2", "--rows", "2", "--length", "40", "--seed", "5"]
+    assert main([*step, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 2 and {part["segment"] for part in rows[0]} >= {0, 1}
+    assert not rows[0][0]["learned"]  # the first token of a row is nobody's target
+    assert main(step) == 0
+    text = capsys.readouterr().out
+    assert "step 2, row 1" in text and "--- document 1 of the row" in text and "[[" in text
+
+
+def test_verify_names_what_is_broken(built, capsys, tmp_path):
+    build_data(tmp_path / "out", [source()], vocab_size=400, heldout_per_thousand=100)
+    assert main(["data", "verify", str(tmp_path)]) == 0
+    assert "broken" not in capsys.readouterr().out
+    shard = tmp_path / "out/train/shard-00000.tokens.npy"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"xy")
+    (tmp_path / "out/heldout/shard-00000.starts.npy").unlink()
+    (tmp_path / "out/tokenizer/tokenizer.json").write_text("{}")
+    assert main(["data", "verify", str(tmp_path), "--json"]) == 1
+    checked = {
+        Path(line["directory"]).name: line["problems"] for line in json.loads(capsys.readouterr().out)["checked"]
+    }
+    assert "shard-00000.tokens.npy does not match" in checked["train"][0]
+    assert "shard-00000.starts.npy is listed in the manifest but missing" in checked["heldout"][0]
+    assert "tokenizer.json" in checked["out"][0] and not checked["corpus"]
+
+
+def test_verify_finds_a_dataset_of_another_corpus(tmp_path):
+    for name, seed in (("a", 100), ("b", 200)):
+        build_data(tmp_path / name, [source()], vocab_size=400, heldout_per_thousand=seed)
+    (tmp_path / "a/corpus").rename(tmp_path / "a/old")
+    (tmp_path / "b/corpus").rename(tmp_path / "a/corpus")
+    (tmp_path / "a/tokenizer").rename(tmp_path / "a/old_tokenizer")
+    (tmp_path / "b/tokenizer").rename(tmp_path / "a/tokenizer")
+    from glm5.data.verify import verify
+
+    found = {finding.directory.name: " ".join(finding.problems) for finding in verify(tmp_path / "a")}
+    assert "another corpus" in found["train"] and "another tokenizer" in found["heldout"]
+
+
+def test_an_interrupted_build_leaves_what_was_there(built, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    build_data(out, [source()], vocab_size=400, heldout_per_thousand=100)
+    before = (out / "manifest.json").read_bytes()
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "tokenize_corpus", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build_data(out, [source()], vocab_size=400, heldout_per_thousand=50, overwrite=True)
+    assert (out / "manifest.json").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+    build_data(out, [source()], vocab_size=400, heldout_per_thousand=50, overwrite=True)
+    assert (out / "manifest.json").read_bytes() != before
+
+
+def test_a_taken_directory_is_refused(built, tmp_path):
+    with pytest.raises(DataError, match="replace it with --overwrite"):
+        build_data(built, [source()])
+    (tmp_path / "mine.txt").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match="not a data build"):
+            build_data(tmp_path, [source()], overwrite=overwrite)
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["verify", "{}"], "holds no corpus and no dataset"),
+        (["inspect", "{}"], "has no manifest.json"),
+        (["inspect", "{}", "--step", "-1"], "no step -1"),
+        (["inspect", "{}", "--step", "1"], "give its directory with --tokenizer"),
+        (["build", "{}/out", "--tokenizer", "{}"], "no tokenizer.json"),
+    ],
+    ids=" ".join,
+)
+def test_user_errors_are_one_sentence(arguments, sentence, tmp_path, capsys):
+    assert main(["data", *(part.format(tmp_path) for part in arguments)]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("subverb", "wrong", "near"), [("build", "--vocab-sise", "--vocab-size"),
+                                                        ("inspect", "--stepp", "--step")])  # fmt: skip
+def test_a_misspelt_option_is_refused(subverb, wrong, near, capsys):
+    with pytest.raises(SystemExit):
+        main(["data", subverb, "x", wrong, "3"])
+    captured = capsys.readouterr()
+    assert near in captured.err + captured.out
