@@ -150,6 +150,7 @@ class Chain:
             tokenizer=self.out / "tokenizer",
             train_data=self.out / "data/train",
             heldout_data=self.out / "data/heldout",
+            mtp_steps=1,
         )
         done = pretrain(with_steps(config, self.options.pretrain_steps), **self.run_directory("pretrain"))
         return self.show_bits_per_byte(done)

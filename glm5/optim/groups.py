@@ -7,6 +7,7 @@ counts as an embedding. Weight decay touches matrices only: neither embeddings, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,10 +66,17 @@ def split_of(name: str, config: ModelConfig) -> Split:
 
 
 def build_optimizers(
-    model: nn.Module, model_config: ModelConfig, config: OptimizerConfig
+    model: nn.Module,
+    model_config: ModelConfig,
+    config: OptimizerConfig,
+    *,
+    only: Callable[[str], bool] = lambda name: True,
 ) -> list[torch.optim.Optimizer]:
-    """The optimisers of all parameters of `model` that require a gradient; each is stepped once per step."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    """The optimisers of all parameters of `model` that require a gradient; each is stepped once per step.
+
+    only: whether the parameter of that name belongs to these optimisers; for parts with rates of their own.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and only(name)]
     if not trainable:
         raise ConfigError("nothing is left to train: every parameter of the model is frozen.")
     matrices = [(name, p) for name, p in trainable if is_matrix(name, p)]

@@ -39,7 +39,8 @@ from glm5.rl.update import Lesson, backward, select
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory, RunInterrupted
 from glm5.train.checks import check_choice, check_counts, check_numbers
-from glm5.train.loop import LOWER_RATE, interrupts, progress_bar, trained
+from glm5.train.guards import LOWER_RATE
+from glm5.train.progress import interrupts, progress_bar
 from glm5.train.run_directory import directory_sha256, model_of
 
 
@@ -164,7 +165,7 @@ def _learn(
     values = backward(
         model, lessons, config.loss, normalisation=config.normalisation, attention=config.attention, rows=config.rows
     )
-    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained(model), config.clip_norm).item()
+    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm).item()
     if not math.isfinite(values["grad_norm"]):
         raise RunError(
             f"The gradient norm is {values['grad_norm']} at weight version {version}, before the weights changed; "

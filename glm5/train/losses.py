@@ -1,8 +1,8 @@
-"""The losses of language-model training: next token, multi-token prediction, expert balance.
+"""The losses of language-model training: next token, multi-token prediction, expert balance, indexer KL.
 
-GLM-5 report, appendix A (weights as in GLM-4.5: MTP 0.3, sequence-level balance 1e-4). Each is a mean over the
-positions that the batch marks as targets. Left out: sums over micro-batches and
-ranks (every batch here is one forward pass).
+GLM-5 report, appendix A (weights as in GLM-4.5: MTP 0.3, sequence-level balance 1e-4); DeepSeek-V3.2 report, equations
+3 and 4 for the indexer. Each is a mean over what the *step* counts: a micro-batch divides its sum by the `Counts` of
+the whole step, so that the micro-batches of a step add up to the loss of one large batch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glm5.data import IGNORED, Batch
-from glm5.model import ModelOutput, RouterRecord
+from glm5.model import GLM5, ModelOutput, RouterRecord
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the means of one step divide by: one vector, so that micro-batches and ranks are added at once."""
+
+    values: Tensor
+    """int64: rows, real tokens, next-token targets, then the targets of each draft step."""
+
+    @property
+    def rows(self) -> Tensor:
+        return self.values[0]
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.values[1]
+
+    def targets(self, ahead: int = 0) -> Tensor:
+        """Targets of the next token (0) or of draft step `ahead - 1`."""
+        return self.values[2 + ahead]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a stage's loss function gives the loop."""
+    """What a stage's loss function gives the loop for a micro-batch: its share of the step's loss."""
 
     total: Tensor
     """The scalar to differentiate."""
@@ -29,12 +49,54 @@ class Loss:
     """For the router-bias update."""
 
 
-def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over the targets that are not IGNORED; 0 when there is none."""
+def count(batch: Batch, drafts: int) -> Counts:
+    """The counts of a batch of which `drafts` draft steps are trained."""
+    targets = [batch.targets_BT, *(mtp_targets(batch, step) for step in range(drafts))]
+    rows = torch.tensor(len(batch.input_ids_BT), device=batch.input_ids_BT.device)
+    tokens = (batch.segment_ids_BT >= 0).sum()
+    return Counts(torch.stack([rows, tokens, *((part != IGNORED).sum() for part in targets)]))
+
+
+def language_loss(
+    model: GLM5,
+    batch: Batch,
+    counts: Counts | None = None,
+    *,
+    attention: str,
+    mtp_weight: float = 0.0,
+    balance_weight: float = 0.0,
+    indexer_weight: float = 0.0,
+) -> Loss:
+    """next token + mtp_weight x MTP + balance_weight x balance + indexer_weight x KL of the indexers.
+
+    The KL has no gradient outside the indexers and the others none inside: the model detaches both (DSA report, 2.1.1).
+    """
+    drafts = bool(mtp_weight) and len(model.mtp) > 0 and model.mtp_steps > 0
+    counts = counts or count(batch, model.mtp_steps if drafts else 0)
+    collect = {"router"} | ({"mtp"} if drafts else set()) | ({"indexer_kl"} if indexer_weight else set())
+    output = model(batch.input_ids_BT, None, batch.segment_ids_BT, attention=attention, collect=collect)
+    total = next_token_loss(output.logits, batch.targets_BT, counts.targets())
+    parts = {"lm": total.detach()}
+    for name, weight, found in (
+        ("mtp", mtp_weight, mtp_loss(output, batch, counts) if drafts else None),
+        ("balance", balance_weight, balance_loss(output, counts) if output.router else None),
+        ("indexer_kl", indexer_weight, kl_loss(output, batch, counts) if indexer_weight else None),
+    ):
+        if found is not None:
+            total = total + weight * found
+            parts[name] = found.detach()
+    return Loss(total, parts, output.router)
+
+
+def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Cross-entropy in nats over the targets that are not IGNORED, divided by `targets` (default: their own number).
+
+    0 when there is none.
+    """
     total = F.cross_entropy(
         logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
     )
-    return total / (targets_BT != IGNORED).sum().clamp(min=1)
+    return total / ((targets_BT != IGNORED).sum() if targets is None else targets).clamp(min=1)
 
 
 def mtp_targets(batch: Batch, step: int) -> Tensor:
@@ -47,15 +109,25 @@ def mtp_targets(batch: Batch, step: int) -> Tensor:
     return targets_BT
 
 
-def mtp_loss(output: ModelOutput, batch: Batch) -> Tensor:
+def mtp_loss(output: ModelOutput, batch: Batch, counts: Counts) -> Tensor:
     """Mean over the draft steps of their cross-entropies."""
-    losses = [next_token_loss(logits, mtp_targets(batch, step)) for step, logits in enumerate(output.mtp_logits)]
+    losses = [
+        next_token_loss(logits, mtp_targets(batch, step), counts.targets(step + 1))
+        for step, logits in enumerate(output.mtp_logits)
+    ]
     return torch.stack(losses).mean()
 
 
-def balance_loss(output: ModelOutput) -> Tensor:
+def balance_loss(output: ModelOutput, counts: Counts) -> Tensor:
     """Sum over the sparse layers of the sequence-level balance term, each 1.0 where balance is perfect.
 
-    A sum, because the published weight of 1e-4 belongs to the term of one layer.
+    A sum, because the published weight of 1e-4 belongs to the term of one layer. A mean over the rows.
     """
-    return torch.stack([record.balance for record in output.router]).sum()
+    total = torch.stack([record.balance for record in output.router]).sum()
+    return total * (output.logits.shape[0] / counts.rows)
+
+
+def kl_loss(output: ModelOutput, batch: Batch, counts: Counts) -> Tensor:
+    """Mean KL over the real tokens, and over the full-indexer layers and the MTP modules."""
+    kl = torch.stack(list(output.indexer_kl.values())).mean()
+    return kl * ((batch.segment_ids_BT >= 0).sum() / counts.tokens.clamp(min=1))

@@ -6,27 +6,23 @@ DSA stages.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from glm5.checkpoint import save_model
 from glm5.config import ModelConfig
-from glm5.data import Batch, Loader, open_dataset
+from glm5.data import Loader, open_dataset
 from glm5.errors import ConfigError
-from glm5.files import write_json
 from glm5.model import GLM5, initialize_
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.text import Tokenizer
-from glm5.train.checks import check_counts, check_numbers
 from glm5.train.evaluate import evaluate_bits_per_byte, sanity_lines
-from glm5.train.loop import LoopConfig, Stage, train
-from glm5.train.losses import Loss, balance_loss, mtp_loss, next_token_loss
-from glm5.train.report import write_report
+from glm5.train.job import Job, check_stage, during, perform, sampler
+from glm5.train.loop import LoopConfig, Stage
+from glm5.train.losses import language_loss
 from glm5.train.run_directory import RunDirectory, directory_sha256
-from glm5.train.sample import sample_text
 
 NANO_LOOP = LoopConfig(
     steps=550,
@@ -49,8 +45,8 @@ class PretrainConfig:
     length: int = 256
     """Tokens in a row."""
     mtp_weight: float = 0.3
-    mtp_steps: int = 1
-    """Draft steps that share the one MTP module (the report trains 3)."""
+    mtp_steps: int = 3
+    """Draft steps that share the one MTP module (GLM-5 report, section 2.1)."""
     balance_weight: float = 1e-4
     heldout_documents: int | None = 12
     """Documents of each evaluation during training; the last one reads all."""
@@ -59,17 +55,18 @@ class PretrainConfig:
     loop: LoopConfig = NANO_LOOP
 
     def __post_init__(self) -> None:
-        check_counts(self, "rows", "length")
-        check_counts(self, "mtp_steps", least=0)
-        check_numbers(self, "mtp_weight", "balance_weight")
-        if self.heldout_documents is not None:
-            check_counts(self, "heldout_documents")
+        check_stage(self)
 
 
 def pretrain(
     config: PretrainConfig, run_directory: Path, *, resume: bool = False, console: Console | None = None
 ) -> RunDirectory:
     """Trains a model from random weights; gives the finished run. With `resume`, goes on where the run stopped."""
+    return perform(pretrain_job(config), run_directory, resume=resume, console=console)
+
+
+def pretrain_job(config: PretrainConfig) -> Job:
+    """The stage with its inputs opened."""
     tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -77,54 +74,36 @@ def pretrain(
             "train a smaller tokenizer."
         )
     data, heldout = (open_dataset(path, tokenizer) for path in (config.train_data, config.heldout_data))
-    inputs = {
-        "train_data": data.sha256,
-        "heldout_data": heldout.sha256,
-        "tokenizer": directory_sha256(config.tokenizer),
-    }
-    run = RunDirectory.start(run_directory, stage="pretrain", config=config, inputs=inputs, resume=resume)
-    if run.finished:
-        return run
-
-    def loss(model: GLM5, batch: Batch) -> Loss:
-        return pretrain_loss(model, batch, mtp_weight=config.mtp_weight, balance_weight=config.balance_weight)
-
-    def evaluate(model: GLM5) -> dict[str, float]:
-        found = evaluate_bits_per_byte(model, heldout, length=config.length, documents=config.heldout_documents)
-        return {"heldout_bits_per_byte": found.bits_per_byte}
-
-    model = GLM5(config.model)
-    initialize_(model, config.model.initializer_range, seed=config.loop.seed)
-    model.mtp_steps = config.mtp_steps if len(model.mtp) else 0
+    judge = functools.partial(evaluate_bits_per_byte, dataset=heldout, length=config.length)
     stage = Stage(
         name="pretrain",
         loader=Loader(data, rows=config.rows, length=config.length, seed=config.loop.seed),
-        loss=loss,
+        loss=functools.partial(
+            language_loss, attention="dense", mtp_weight=config.mtp_weight, balance_weight=config.balance_weight
+        ),
         learns=lambda name: ".indexer." not in name,
-        evaluate=evaluate,
-        sample=lambda model: sample_text(model, tokenizer, config.prompts),
+        evaluate=during(functools.partial(judge, documents=config.heldout_documents)),
+        sample=sampler(tokenizer, config.prompts, "dense"),
     )
-    train(stage, model, run, config.loop, console=console)
-    found = dataclasses.asdict(evaluate_bits_per_byte(model.eval(), heldout, length=config.length))
-    lines = sanity_lines(data, heldout, tokenizer)
-    write_json(run.path / "evaluation.json", {"heldout": found, "row_length": config.length, "sanity_lines": lines})
-    write_report(run.path)
-    save_model(model, run.model_directory, tokenizer)
-    return run
+    return Job(
+        config=config,
+        stage=stage,
+        tokenizer=tokenizer,
+        inputs={
+            "train_data": data.sha256,
+            "heldout_data": heldout.sha256,
+            "tokenizer": directory_sha256(config.tokenizer),
+        },
+        make_model=lambda: random_model(config),
+        judge=judge,
+        row_length=config.length,
+        after=lambda model: sanity_lines(data, heldout, tokenizer),
+    )
 
 
-def pretrain_loss(model: GLM5, batch: Batch, *, mtp_weight: float, balance_weight: float) -> Loss:
-    """next token + mtp_weight x MTP + balance_weight x balance, with dense attention."""
-    collect = {"router"} | ({"mtp"} if mtp_weight and len(model.mtp) else set())
-    output = model(batch.input_ids_BT, None, batch.segment_ids_BT, attention="dense", collect=collect)
-    total = next_token_loss(output.logits, batch.targets_BT)
-    parts = {"lm": total.detach()}
-    if output.mtp_logits:
-        drafts = mtp_loss(output, batch)
-        total = total + mtp_weight * drafts
-        parts["mtp"] = drafts.detach()
-    if output.router:
-        balance = balance_loss(output)
-        total = total + balance_weight * balance
-        parts["balance"] = balance.detach()
-    return Loss(total, parts, output.router)
+def random_model(config: PretrainConfig) -> GLM5:
+    """The model before its first step; the seed alone decides its weights."""
+    model = GLM5(config.model)
+    initialize_(model, config.model.initializer_range, seed=config.loop.seed)
+    model.mtp_steps = config.mtp_steps if len(model.mtp) else 0
+    return model

@@ -49,13 +49,15 @@ def sample_text(
     max_tokens: int = 60,
     temperature: float = 0.8,
     seed: int = 0,
+    attention: str = "dense",
 ) -> str:
     """Continuations of `prompts`, each after the mark that begins a document, with a line between them."""
     parts = []
     for prompt in prompts:
         ids = [tokenizer.pad_id, *tokenizer.encode(prompt)]
         found = sample_ids(
-            model, ids, max_tokens=max_tokens, temperature=temperature, seed=seed, stop=[tokenizer.pad_id]
-        )
+            model, ids, max_tokens=max_tokens, temperature=temperature, seed=seed, stop=[tokenizer.pad_id],
+            attention=attention,
+        )  # fmt: skip
         parts.append(prompt + tokenizer.decode(found))
     return "\n\n---\n\n".join(parts) + "\n"

@@ -13,7 +13,7 @@ from glm5.errors import ConfigError, RunError
 from glm5.model import GLM5, initialize_
 from glm5.optim import OptimizerConfig
 from glm5.train import LoopConfig, RunInterrupted, SFTConfig, Stage, pretrain, sft, train
-from glm5.train.loop import check_loss
+from glm5.train.guards import trouble_with
 from glm5.train.losses import Loss
 from glm5.train.run_directory import RunDirectory
 
@@ -116,28 +116,27 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tiny, straigh
     stage = Stage(
         name="broken",
         loader=Loader(open_dataset(root / "train"), rows=2, length=32, seed=9),
-        loss=lambda model, batch: Loss(model.lm_head.weight.sum() * float("nan"), {}),
+        loss=lambda model, batch, counts: Loss(model.lm_head.weight.sum() * float("nan"), {}),
     )
     run = RunDirectory.start(tmp_path / "run", stage="broken", config=LoopConfig(steps=3), inputs={})
-    with pytest.raises(RunError, match=r"is nan at step 0.*number 0 of seed 9"):
+    with pytest.raises(RunError, match=r"loss is nan at step 0 of broken.*number 0 of seed 9"):
         train(stage, model, run, LoopConfig(steps=3))
     assert same(before, dict(model.state_dict()))
     overflow = dataclasses.replace(
-        stage, loss=lambda model, batch: Loss((model.lm_head.weight[0, 0].abs() * 0).sqrt(), {})
+        stage, loss=lambda model, batch, counts: Loss((model.lm_head.weight[0, 0].abs() * 0).sqrt(), {})
     )
-    with pytest.raises(RunError, match=r"gradient norm of broken is nan at step 0"):
+    with pytest.raises(RunError, match=r"gradient norm is nan at step 0 of broken"):
         train(overflow, model, run, LoopConfig(steps=3))
     assert same(before, dict(model.state_dict()))
 
 
-def test_a_spike_stops(tiny):
-    root, _ = tiny
-    stage = Stage(name="s", loader=Loader(open_dataset(root / "train"), rows=2, length=32, seed=9), loss=None)
-    config = LoopConfig(steps=1)
-    check_loss(5.9, [2.0] * 20, 7, stage, config)
-    with pytest.raises(RunError, match=r"jumped to 6.100 from a median of 2.000 at step 7"):
-        check_loss(6.1, [2.0] * 20, 7, stage, config)
-    check_loss(6.1, [2.0] * 19, 7, stage, config)  # too early to know
+def test_a_spike_is_three_times_the_median():
+    healthy = {"grad_norm": 1.0}
+    assert trouble_with(5.9, healthy, [2.0] * 20, 3.0) is None
+    assert trouble_with(6.1, healthy, [2.0] * 20, 3.0) == "loss jumped to 6.100 from a median of 2.000"
+    assert trouble_with(6.1, healthy, [2.0] * 19, 3.0) is None  # too early to know
+    assert trouble_with(6.1, healthy, [2.0] * 20, None) is None
+    assert trouble_with(2.0, {"grad_norm": 1.0, "indexer_grad_norm": float("inf")}, [], None) == "gradient norm is inf"
 
 
 def test_bf16_autocast_trains(tiny, tmp_path):
@@ -153,7 +152,9 @@ def test_gradients_are_clipped_before_the_step(tiny, tmp_path):
     stage = Stage(
         name="s",
         loader=Loader(open_dataset(root / "train"), rows=2, length=32, seed=9),
-        loss=lambda model, batch: Loss(model(batch.input_ids_BT, attention="dense").logits.square().mean() * 1e3, {}),
+        loss=lambda model, batch, counts: Loss(
+            model(batch.input_ids_BT, attention="dense").logits.square().mean() * 1e3, {}
+        ),
     )
     still = OptimizerConfig(name="adamw", lr=5e-3, weight_decay=0.0)
     settings = LoopConfig(steps=2, optimizer=still, clip_norm=1e-12, router_bias_rate=0.0)

@@ -9,7 +9,8 @@ from small_runs import StopAt, pretrain_config, same, state_of
 
 from glm5.errors import RunError
 from glm5.optim import OptimizerConfig
-from glm5.train import RunDirectory, RunInterrupted, loop, pretrain
+from glm5.train import RunDirectory, RunInterrupted, guards, pretrain
+from glm5.train.job import perform
 
 
 @pytest.fixture
@@ -30,9 +31,9 @@ def assert_equal(run, other):
 
 
 def test_after_a_spike_the_run_goes_on_as_its_sentence_says(tiny, straight, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "SPIKE_WINDOW", 3)
-    monkeypatch.setattr(loop.statistics, "median", lambda values: next(iter(values)) / 4)
-    with pytest.raises(RunError, match="look at it, then resume with spike_factor=None to let it pass, or start a new"):
+    monkeypatch.setattr(guards, "SPIKE_WINDOW", 3)
+    monkeypatch.setattr(guards.statistics, "median", lambda values: next(iter(values)) / 4)
+    with pytest.raises(RunError, match="look at it, then resume with spike_factor=None to let it pass, or on_spike"):
         pretrain(pretrain_config(tiny), tmp_path / "run")
     again = pretrain(pretrain_config(tiny, spike_factor=None, keep_checkpoints=9), tmp_path / "run", resume=True)
     assert_equal(again, straight)
@@ -90,7 +91,7 @@ def test_the_only_checkpoint_damaged(tiny, stopped):
 def test_a_finished_run_has_its_report(tiny, tmp_path, monkeypatch):
     """A kill while the report is written leaves a run that is not finished."""
     with monkeypatch.context() as patch:
-        patch.setitem(pretrain.__globals__, "write_report", lambda path: path.died)
+        patch.setitem(perform.__globals__, "write_report", lambda path: path.died)
         with pytest.raises(AttributeError):
             pretrain(pretrain_config(tiny, steps=2), tmp_path / "run")
     run = pretrain(pretrain_config(tiny, steps=2), tmp_path / "run", resume=True)

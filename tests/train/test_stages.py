@@ -10,8 +10,7 @@ from glm5.model import GLM5, initialize_
 from glm5.optim import OptimizerConfig
 from glm5.train import LoopConfig, SFTConfig, sft
 from glm5.train.dsa import DSAConfig, indexer_loss, warm_up_indexer
-from glm5.train.pretrain import pretrain_loss
-from glm5.train.sft import sft_loss
+from glm5.train.losses import language_loss
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +27,11 @@ def assert_report_before_model(run):
 
 def test_pretrain_minimises_the_weighted_sum_of_its_parts(tiny, model):
     batch = Loader(open_dataset(tiny[0] / "train"), rows=2, length=32, seed=0).batch(0)
-    loss = pretrain_loss(model, batch, mtp_weight=0.7, balance_weight=5.0)
+    loss = language_loss(model, batch, attention="dense", mtp_weight=0.7, balance_weight=5.0)
     total = loss.parts["lm"] + 0.7 * loss.parts["mtp"] + 5.0 * loss.parts["balance"]
     torch.testing.assert_close(loss.total.detach(), total)
     assert min(part.item() for part in loss.parts.values()) > 0.5  # so that none could be left out unseen
-    assert "mtp" not in pretrain_loss(model, batch, mtp_weight=0.0, balance_weight=0.0).parts
+    assert "mtp" not in language_loss(model, batch, attention="dense", mtp_weight=0.0, balance_weight=0.0).parts
 
 
 def test_sft_learns_from_masked_targets_alone(tiny, straight, tmp_path):
@@ -58,7 +57,7 @@ def test_sft_learns_from_masked_targets_alone(tiny, straight, tmp_path):
 
 def test_sft_runs_under_the_attention_that_it_is_given(tiny, model):
     batch = Loader(open_dataset(tiny[0] / "chat"), rows=2, length=64, seed=0, packing="keep_whole").batch(0)
-    losses = [sft_loss(model, batch, attention=form, balance_weight=0.0).total for form in ("dense", "sparse")]
+    losses = [language_loss(model, batch, attention=form, balance_weight=0.0).total for form in ("dense", "sparse")]
     assert losses[0] != losses[1]
 
 

@@ -1,0 +1,170 @@
+"""From a stage's configuration to its finished run: what all stages have in common around the loop.
+
+A stage's file turns its configuration into a `Job` (inputs opened and hashed, the `Stage` for the loop, how its model
+begins and how it is judged); `perform` does the job. The model directory is written last and says that the run is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from glm5.checkpoint import load_model, save_model
+from glm5.data import TokenDataset, open_dataset
+from glm5.files import write_json
+from glm5.model import GLM5
+from glm5.text import Tokenizer
+from glm5.train.checks import check_counts, check_numbers
+from glm5.train.evaluate import Evaluation, evaluate_bits_per_byte
+from glm5.train.loop import LoopConfig, Stage, train
+from glm5.train.report import write_report
+from glm5.train.run_directory import RunDirectory, directory_sha256, model_of
+from glm5.train.sample import sample_text
+
+Judge = Callable[[GLM5], Evaluation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What every stage sets that starts from an earlier one."""
+
+    parent: Path
+    """The run or model directory to start from; its tokenizer is used."""
+    train_data: Path
+    heldout_data: Path | None = None
+    """Text that no stage trains on; bits per byte are measured before and after. None: not measured."""
+    heldout_documents: int | None = 12
+    """Documents of each evaluation; None: all."""
+    prompts: tuple[str, ...] = ()
+    """Beginnings of the samples."""
+    rows: int = 8
+    length: int = 256
+    """Tokens in a row."""
+    mtp_weight: float = 0.3
+    mtp_steps: int = 3
+    """Draft steps that share the one MTP module (GLM-5 report, section 2.1)."""
+    balance_weight: float = 1e-4
+    loop: LoopConfig
+
+    def __post_init__(self) -> None:
+        check_stage(self)
+
+
+def check_stage(config: Any) -> None:
+    """Raises ConfigError for shared settings that no stage can use."""
+    check_counts(config, "rows", "length")
+    check_counts(config, "mtp_steps", least=0)
+    check_numbers(config, "mtp_weight", "balance_weight")
+    if config.heldout_documents is not None:
+        check_counts(config, "heldout_documents")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A stage with its inputs opened: all that makes the run."""
+
+    config: Any
+    """The stage's dataclass; its `loop` drives the loop."""
+    stage: Stage
+    tokenizer: Tokenizer
+    inputs: dict[str, str]
+    """name -> SHA-256 of what the run reads."""
+    parent: str | None = None
+    """SHA-256 of the model that it starts from."""
+    make_model: Callable[[], GLM5]
+    """The model before the first step."""
+    judge: Judge | None = None
+    """Bits per byte of the finished model."""
+    row_length: int = 0
+    """Tokens in a row of that evaluation."""
+    before: Callable[[GLM5], dict[str, float]] = lambda model: {}
+    """Bits per byte to hold the result against: of the model before the first step, ..."""
+    after: Callable[[GLM5], dict[str, float]] = lambda model: {}
+    """... and of the finished one under other conditions, or of other models."""
+
+
+def perform(job: Job, run_directory: Path, *, resume: bool = False, console: Console | None = None) -> RunDirectory:
+    """Does the job; gives the finished run. With `resume`, goes on where it stopped."""
+    run = RunDirectory.start(
+        run_directory, stage=job.stage.name, config=job.config, inputs=job.inputs, parent=job.parent, resume=resume
+    )
+    if run.finished:
+        return run
+    model = job.make_model().eval()
+    lines = job.before(model)
+    train(job.stage, model, run, job.config.loop, console=console)
+    model.eval()
+    if job.judge is not None:
+        evaluation = {
+            "heldout": dataclasses.asdict(job.judge(model)),
+            "row_length": job.row_length,
+            "sanity_lines": lines | job.after(model),
+        }
+        write_json(run.path / "evaluation.json", evaluation)
+    write_report(run.path)
+    save_model(model, run.model_directory, job.tokenizer)
+    return run
+
+
+class Parent:
+    """What a stage starts from: the parent's model and tokenizer, the datasets, and their hashes."""
+
+    def __init__(self, config: StageConfig) -> None:
+        self.config = config
+        self.directory = model_of(config.parent)
+        self.sha256 = directory_sha256(self.directory)
+        self.tokenizer = Tokenizer.from_pretrained(self.directory)
+        self.data = open_dataset(config.train_data, self.tokenizer)
+        self.inputs = {"train_data": self.data.sha256}
+        self.heldout: TokenDataset | None = None
+        if config.heldout_data is not None:
+            self.heldout = open_dataset(config.heldout_data, self.tokenizer)
+            self.inputs["heldout_data"] = self.heldout.sha256
+
+    def model(self) -> GLM5:
+        """The parent's model in fp32, with the draft steps that this stage trains."""
+        model = load_model(self.directory, dtype=torch.float32)
+        model.mtp_steps = self.config.mtp_steps if len(model.mtp) else 0
+        return model
+
+    def judge(self, attention: Literal["dense", "sparse"], length: int | None = None) -> Judge | None:
+        """Measures bits per byte of the held-out text; None when there is none."""
+        if self.heldout is None:
+            return None
+        return functools.partial(
+            evaluate_bits_per_byte, dataset=self.heldout, length=length or self.config.length,
+            documents=self.config.heldout_documents, attention=attention,
+        )  # fmt: skip
+
+    def job(self, stage: Stage, make_model: Callable[[], GLM5], **judged: Any) -> Job:
+        """The job of a stage that starts here."""
+        return Job(
+            config=self.config, stage=stage, tokenizer=self.tokenizer, inputs=self.inputs, parent=self.sha256,
+            make_model=make_model, **{"row_length": self.config.length, **judged},
+        )  # fmt: skip
+
+
+def sampler(tokenizer: Tokenizer, prompts: tuple[str, ...], attention: str) -> Callable[[GLM5], str] | None:
+    """Writes samples after `prompts`; None when there are none."""
+    if not prompts:
+        return None
+    return lambda model: sample_text(model, tokenizer, prompts, attention=attention)
+
+
+def during(judge: Judge | None) -> Callable[[GLM5], dict[str, float]] | None:
+    """The evaluation that joins the metrics."""
+    if judge is None:
+        return None
+    return lambda model: {"heldout_bits_per_byte": judge(model).bits_per_byte}
+
+
+def named(name: str, judge: Judge | None, model: GLM5) -> dict[str, float]:
+    """One line of an evaluation."""
+    return {} if judge is None else {name: judge(model).bits_per_byte}
