@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from glm5.data import Batch, Loader
+from glm5.data import Batch
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.train.job import Job, Parent, StageConfig, during, named, perform
@@ -52,7 +52,7 @@ def dsa_job(config: DSAConfig) -> Job:
     dense, sparse = parent.judge("dense"), parent.judge("sparse")
     stage = Stage(
         name="dsa1",
-        loader=Loader(parent.data, rows=config.rows, length=config.length, seed=config.loop.seed),
+        loader=parent.loader(),
         loss=indexer_loss,
         learns=lambda name: ".indexer." in name,
         evaluate=during(sparse),

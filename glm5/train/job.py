@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 
 from glm5.checkpoint import load_model, save_model
-from glm5.data import TokenDataset, open_dataset
+from glm5.data import BatchWarmup, Loader, Mixture, Share, TokenDataset, open_dataset, open_mixture
+from glm5.data.mixture import Packing
 from glm5.files import write_json
 from glm5.model import GLM5
 from glm5.text import Tokenizer
@@ -28,6 +29,7 @@ from glm5.train.report import write_report
 from glm5.train.run_directory import RunDirectory, directory_sha256, model_of
 from glm5.train.sample import sample_text
 
+Data = Path | tuple[Share, ...]
 Judge = Callable[[GLM5], Evaluation]
 
 
@@ -37,7 +39,8 @@ class StageConfig:
 
     parent: Path
     """The run or model directory to start from; its tokenizer is used."""
-    train_data: Path
+    train_data: Data
+    """A dataset directory, or the shares of a mixture."""
     heldout_data: Path | None = None
     """Text that no stage trains on; bits per byte are measured before and after. None: not measured."""
     heldout_documents: int | None = 12
@@ -47,6 +50,8 @@ class StageConfig:
     rows: int = 8
     length: int = 256
     """Tokens in a row."""
+    warmup: BatchWarmup | None = None
+    """Fewer rows in the first batches."""
     mtp_weight: float = 0.3
     mtp_steps: int = 3
     """Draft steps that share the one MTP module (GLM-5 report, section 2.1)."""
@@ -121,12 +126,16 @@ class Parent:
         self.directory = model_of(config.parent)
         self.sha256 = directory_sha256(self.directory)
         self.tokenizer = Tokenizer.from_pretrained(self.directory)
-        self.data = open_dataset(config.train_data, self.tokenizer)
+        self.data = open_data(config.train_data, self.tokenizer)
         self.inputs = {"train_data": self.data.sha256}
         self.heldout: TokenDataset | None = None
         if config.heldout_data is not None:
             self.heldout = open_dataset(config.heldout_data, self.tokenizer)
             self.inputs["heldout_data"] = self.heldout.sha256
+
+    def loader(self, packing: Packing = "cut") -> Loader:
+        """Rows of the training data as the configuration says."""
+        return loader_of(self.config, self.data, packing)
 
     def model(self) -> GLM5:
         """The parent's model in fp32, with the draft steps that this stage trains."""
@@ -149,6 +158,18 @@ class Parent:
             config=self.config, stage=stage, tokenizer=self.tokenizer, inputs=self.inputs, parent=self.sha256,
             make_model=make_model, **{"row_length": self.config.length, **judged},
         )  # fmt: skip
+
+
+def open_data(data: Data, tokenizer: Tokenizer) -> Mixture:
+    """The training data, checked."""
+    return open_mixture((Share(path=data),) if isinstance(data, Path) else data, tokenizer)
+
+
+def loader_of(config: Any, data: Mixture, packing: Packing = "cut") -> Loader:
+    """The loader of a stage with `rows`, `length`, `warmup` and the seed of its loop."""
+    return Loader(
+        data, rows=config.rows, length=config.length, seed=config.loop.seed, packing=packing, warmup=config.warmup
+    )
 
 
 def sampler(tokenizer: Tokenizer, prompts: tuple[str, ...], attention: str) -> Callable[[GLM5], str] | None:

@@ -13,13 +13,13 @@ from pathlib import Path
 from rich.console import Console
 
 from glm5.config import ModelConfig
-from glm5.data import Loader, open_dataset
+from glm5.data import BatchWarmup, open_dataset
 from glm5.errors import ConfigError
 from glm5.model import GLM5, initialize_
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.text import Tokenizer
 from glm5.train.evaluate import evaluate_bits_per_byte, sanity_lines
-from glm5.train.job import Job, check_stage, during, perform, sampler
+from glm5.train.job import Data, Job, check_stage, during, loader_of, open_data, perform, sampler
 from glm5.train.loop import LoopConfig, Stage
 from glm5.train.losses import language_loss
 from glm5.train.run_directory import RunDirectory, directory_sha256
@@ -39,11 +39,14 @@ class PretrainConfig:
 
     model: ModelConfig
     tokenizer: Path
-    train_data: Path
+    train_data: Data
+    """A dataset directory, or the shares of a mixture."""
     heldout_data: Path
     rows: int = 8
     length: int = 256
     """Tokens in a row."""
+    warmup: BatchWarmup | None = None
+    """Fewer rows in the first batches (GLM-5 report: 16M to 64M tokens)."""
     mtp_weight: float = 0.3
     mtp_steps: int = 3
     """Draft steps that share the one MTP module (GLM-5 report, section 2.1)."""
@@ -73,11 +76,11 @@ def pretrain_job(config: PretrainConfig) -> Job:
             f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {config.model.vocab_size:,}; "
             "train a smaller tokenizer."
         )
-    data, heldout = (open_dataset(path, tokenizer) for path in (config.train_data, config.heldout_data))
+    data, heldout = open_data(config.train_data, tokenizer), open_dataset(config.heldout_data, tokenizer)
     judge = functools.partial(evaluate_bits_per_byte, dataset=heldout, length=config.length)
     stage = Stage(
         name="pretrain",
-        loader=Loader(data, rows=config.rows, length=config.length, seed=config.loop.seed),
+        loader=loader_of(config, data),
         loss=functools.partial(
             language_loss, attention="dense", mtp_weight=config.mtp_weight, balance_weight=config.balance_weight
         ),
@@ -97,7 +100,7 @@ def pretrain_job(config: PretrainConfig) -> Job:
         make_model=lambda: random_model(config),
         judge=judge,
         row_length=config.length,
-        after=lambda model: sanity_lines(data, heldout, tokenizer),
+        after=lambda model: sanity_lines(data.datasets[0], heldout, tokenizer),
     )
 
 

@@ -136,9 +136,14 @@ class RunDirectory:
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old)
 
-    def load_checkpoint(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-        """Loads the newest checkpoint, checked against its hash; gives the step to go on with, 0 when there is none."""
-        found = self.checkpoints()
+    def load_checkpoint(
+        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], *, at_most: int | None = None
+    ) -> int:
+        """Loads the newest checkpoint (of a step of at most `at_most`), checked against its hash.
+
+        Gives the step to go on with, 0 when there is no checkpoint.
+        """
+        found = [path for path in self.checkpoints() if at_most is None or step_of(path) <= at_most]
         if not found:
             return 0
         *older, newest = found
@@ -162,6 +167,11 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         return (self.model_directory / "config.json").exists()
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step before which a checkpoint was saved, from its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def model_of(path: Path) -> Path:

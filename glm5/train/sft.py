@@ -14,7 +14,6 @@ from typing import Literal
 
 from rich.console import Console
 
-from glm5.data import Loader
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.train.checks import check_choice
 from glm5.train.job import Job, Parent, StageConfig, during, named, perform, sampler
@@ -57,9 +56,7 @@ def sft_job(config: SFTConfig) -> Job:
     judge = parent.judge(config.attention)
     stage = Stage(
         name="sft",
-        loader=Loader(
-            parent.data, rows=config.rows, length=config.length, seed=config.loop.seed, packing="keep_whole"
-        ),
+        loader=parent.loader("keep_whole"),
         loss=functools.partial(
             language_loss, attention=config.attention, mtp_weight=config.mtp_weight,
             balance_weight=config.balance_weight,

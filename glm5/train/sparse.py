@@ -13,7 +13,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from glm5.data import Loader
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.train.checks import check_numbers
 from glm5.train.job import Job, Parent, StageConfig, during, named, perform, sampler
@@ -55,7 +54,7 @@ def sparse_job(config: SparseConfig) -> Job:
     dense, sparse = parent.judge("dense"), parent.judge("sparse")
     stage = Stage(
         name="dsa2",
-        loader=Loader(parent.data, rows=config.rows, length=config.length, seed=config.loop.seed),
+        loader=parent.loader(),
         loss=functools.partial(
             language_loss, attention="sparse", mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
             indexer_weight=config.indexer_weight,
