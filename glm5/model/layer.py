@@ -56,7 +56,7 @@ class DecoderLayer(nn.Module):
         y_BTD, chosen_BTK, scores_BTE = self.mlp(x_BTD, run.replay.experts.get(self.layer))
         record = None
         if "router" in run.collect:
-            record = record_router(self.layer, chosen_BTK, scores_BTE, run.spans.valid_BT)
+            record = record_router(self.layer, chosen_BTK, scores_BTE, run.spans.valid_BT, run.rows)
         return h_BTD + y_BTD, record
 
 

@@ -11,7 +11,7 @@ share. Which form runs (`ops/attention.py`):
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from glm5.config import ModelConfig
 from glm5.model.cache import Cache
 from glm5.model.indexer import Indexer
 from glm5.model.output import Replay
+from glm5.model.rows import Rows
 from glm5.ops import attention, selection
 from glm5.ops.indexer_loss import Index, indexer_kl
 from glm5.ops.linear import Linear
@@ -32,24 +33,33 @@ GATHER_COST = 16
 """Multiplications that take as long as gathering one value and, in training, scattering its gradient (on a CPU)."""
 
 
-@dataclass
 class Pass:
-    """What one forward pass carries from layer to layer."""
+    """What one forward pass carries from layer to layer.
 
-    spans: Spans
-    rotation: Rotation
-    indexer_rotation: Rotation
-    sparse: bool
-    collect: frozenset[str]
-    replay: Replay
-    cache: Cache | None
-    # Of the last full-indexer layer; layers that share its indexer read them
-    full_layer: int = 0
-    index: Index | None = None
-    selected_BTK: Tensor | None = None
-    # What `collect` asked for
-    selection: dict[int, Tensor] = field(default_factory=dict)
-    kl_terms: dict[int, list[Tensor]] = field(default_factory=dict)
+    Not a dataclass: FSDP looks into dataclasses for tensors and hands on a copy, and what a layer writes would be lost.
+    """
+
+    def __init__(
+        self,
+        *,
+        spans: Spans,
+        rotation: Rotation,
+        indexer_rotation: Rotation,
+        sparse: bool,
+        collect: frozenset[str],
+        replay: Replay,
+        cache: Cache | None,
+        rows: Rows,
+    ) -> None:
+        self.spans, self.rotation, self.indexer_rotation = spans, rotation, indexer_rotation
+        self.sparse, self.collect, self.replay, self.cache, self.rows = sparse, collect, replay, cache, rows
+        # Of the last full-indexer layer; layers that share its indexer read them
+        self.full_layer = 0
+        self.index: Index | None = None
+        self.selected_BTK: Tensor | None = None
+        # What `collect` asked for
+        self.selection: dict[int, Tensor] = {}
+        self.kl_terms: dict[int, list[Tensor]] = {}
 
 
 class MLA(nn.Module):
@@ -71,6 +81,8 @@ class MLA(nn.Module):
         self.o_proj = Linear(c.num_attention_heads * c.v_head_dim, c.hidden_size, **place)
         self.indexer = Indexer(c, **place) if indexer_type == "full" else None
         self.scale = c.qk_head_dim**-0.5
+        self.sum_heads: Callable[[Tensor], Tensor] | None = None
+        """Adds what other processes hold of a sum over heads (tensor parallel)."""
 
     def forward(self, x_BTD: Tensor, run: Pass) -> Tensor:
         """Attention output [B, T, D]; updates `run` with this layer's selection and what it collects."""
@@ -83,6 +95,7 @@ class MLA(nn.Module):
         rope_BTHR = rotate(rope_BTHR, run.rotation)
         q_rope_BTHR, k_rope_BTR = rope_BTHR[:, :, :-1], rope_BTHR[:, :, -1]
         latents_BSC = torch.cat((self.kv_a_layernorm(c_kv_BTC), k_rope_BTR), dim=-1)
+        latents_BSC = run.rows.gather(latents_BSC)
         if run.cache is not None:
             latents_BSC = run.cache.append_latents(self.layer, latents_BSC)
 
@@ -111,6 +124,7 @@ class MLA(nn.Module):
         assert self.indexer is not None
         with torch.set_grad_enabled("indexer_kl" in run.collect and torch.is_grad_enabled()):
             q_BTHI, k_BSI, w_BTH = self.indexer(x_BTD, c_q_BTC, run.indexer_rotation)
+            k_BSI = run.rows.gather(k_BSI)
         if run.cache is not None:
             k_BSI = run.cache.append_keys(self.layer, k_BSI)
         run.full_layer, run.index, run.selected_BTK = self.layer, (q_BTHI, k_BSI, w_BTH), None
@@ -137,7 +151,7 @@ class MLA(nn.Module):
             assert run.index is not None
             with torch.no_grad():
                 q_BTHC = self._absorb(q_nope_BTHN, q_rope_BTHR)
-            term = indexer_kl(q_BTHC, latents_BSC, self.scale, run.index, run.spans, selected_BTK)
+            term = indexer_kl(q_BTHC, latents_BSC, self.scale, run.index, run.spans, selected_BTK, self.sum_heads)
             run.kl_terms.setdefault(run.full_layer, []).append(term)
 
     # ---- the two forms ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from glm5.config import ModelConfig
 from glm5.model.output import RouterRecord
+from glm5.model.rows import Rows, WholeRows
 from glm5.ops.experts import Experts
 from glm5.ops.linear import Linear
 from glm5.ops.precision import full_precision
@@ -94,21 +95,24 @@ class MoE(nn.Module):
         return y_ND.view_as(x_BTD), chosen_NK.unflatten(0, lead), scores_NE.unflatten(0, lead)
 
 
-def record_router(layer: int, chosen_BTK: Tensor, scores_BTE: Tensor, valid_BT: Tensor) -> RouterRecord:
+def record_router(
+    layer: int, chosen_BTK: Tensor, scores_BTE: Tensor, valid_BT: Tensor, rows: Rows = WholeRows()
+) -> RouterRecord:
     """Load and sequence-level balance loss of one layer; the balance loss is differentiable through the scores.
 
     The load counts the experts that ran. The balance loss counts those that the scores alone would have chosen, without
-    the correction bias: the bias corrects the choice, the loss the scores.
+    the correction bias: the bias corrects the choice, the loss the scores. Of rows cut over processes, load and loss
+    are this process's summands.
     """
     experts, per_token = scores_BTE.shape[-1], chosen_BTK.shape[-1]
     valid_BT1 = valid_BT[..., None].to(scores_BTE.dtype)
-    tokens_B1 = valid_BT1.sum(1).clamp_min(1.0)
+    tokens_B1 = rows.total(valid_BT1.sum(1)).clamp_min(1.0)
 
     def hits(choice_BTK: Tensor) -> Tensor:
         return torch.zeros_like(scores_BTE).scatter_(-1, choice_BTK, 1.0) * valid_BT1
 
     preferred_BTK = scores_BTE.detach().topk(per_token, dim=-1).indices
-    frequency_BE = hits(preferred_BTK).sum(1) * experts / (per_token * tokens_B1)
+    frequency_BE = rows.total(hits(preferred_BTK).sum(1)) * experts / (per_token * tokens_B1)
     share_BTE = scores_BTE / scores_BTE.sum(-1, keepdim=True)
     probability_BE = (share_BTE * valid_BT1).sum(1) / tokens_B1
     return RouterRecord(

@@ -19,6 +19,7 @@ from glm5.model.initialization import initialize_
 from glm5.model.layer import DecoderLayer, MTPModule
 from glm5.model.mla import Pass
 from glm5.model.output import ModelOutput, Replay, RouterRecord
+from glm5.model.rows import Rows, WholeRows
 from glm5.ops.linear import Linear
 from glm5.ops.norm import RMSNorm
 from glm5.ops.rotary import rotation
@@ -70,6 +71,8 @@ class GLM5(nn.Module):
         )
         self.mtp_steps = len(self.mtp)
         """Draft steps that `collect={"mtp"}` runs; the last module serves every further step."""
+        self.rows: Rows = WholeRows()
+        """Which tokens of the rows it is given this process computes."""
         if not self.lm_head.weight.is_meta:
             initialize_(self, config.initializer_range)
 
@@ -101,7 +104,8 @@ class GLM5(nn.Module):
         if logits_to_keep < 0:
             raise InputError(f"logits_to_keep is {logits_to_keep}; give 0 for all positions or a positive number.")
         sparse = attention == "sparse"
-        if input_ids_BT.shape[1] > CHUNK and not (torch.is_grad_enabled() or wanted or replay):
+        long = input_ids_BT.shape[1] > CHUNK and isinstance(self.rows, WholeRows)
+        if long and not (torch.is_grad_enabled() or wanted or replay):
             return self._in_chunks(input_ids_BT, positions_BT, segment_ids_BT, cache, sparse, logits_to_keep)
         return self._run(input_ids_BT, positions_BT, segment_ids_BT, cache, sparse, logits_to_keep, wanted, replay)
 
@@ -146,16 +150,26 @@ class GLM5(nn.Module):
         replay: Replay | None = None,
     ) -> ModelOutput:
         """One pass over checked inputs."""
+        h_BTD = self.model.embed_tokens(self.rows.part(input_ids_BT))
         spans = _spans(input_ids_BT, positions_BT, segment_ids_BT, cache)
         if replay:
             check_replay(self.config, replay, spans)
-        run = self._pass(spans, cache, sparse, collect, replay or Replay())
+        run = self._pass(h_BTD.dtype, spans, cache, sparse, collect, replay or Replay())
         records: list[RouterRecord | None] = []
-
-        h_BTD = self.model.embed_tokens(input_ids_BT)
         for layer in self.model.layers:
             h_BTD, record = layer(h_BTD, run)
             records.append(record)
+        return self.finish(h_BTD, input_ids_BT, run, records, logits_to_keep)
+
+    def finish(
+        self,
+        h_BTD: Tensor,
+        input_ids_BT: Tensor,
+        run: Pass,
+        records: list[RouterRecord | None],
+        logits_to_keep: int = 0,
+    ) -> ModelOutput:
+        """From the last layer's state to everything that `run` was asked for; `records` are the layers' so far."""
         normed_BTD = self.model.norm(h_BTD)
         state_BTD = normed_BTD if self.config.mtp_hidden == "after_norm" else h_BTD
 
@@ -164,19 +178,28 @@ class GLM5(nn.Module):
             draft_BTD = state_BTD
             for step in range(self.mtp_steps):
                 next_BT = F.pad(input_ids_BT[:, step + 1 :], (0, min(step + 1, input_ids_BT.shape[1])))
-                draft_BTD, record = self._module(step).draft(draft_BTD, self.model.embed_tokens(next_BT), run)
+                next_BTD = self.model.embed_tokens(self.rows.part(next_BT))
+                draft_BTD, record = self._module(step).draft(draft_BTD, next_BTD, run)
                 records.append(record)
                 mtp_logits.append(self.lm_head(draft_BTD))
-        if cache is not None:
-            cache.commit()
+        if run.cache is not None:
+            run.cache.commit()
         return ModelOutput(
             logits=self.lm_head(normed_BTD[:, -logits_to_keep:]),
             hidden=state_BTD if "hidden" in run.collect else None,
             mtp_logits=tuple(mtp_logits),
             router=tuple(record for record in records if record is not None),
             selection=run.selection,
-            indexer_kl={layer: torch.stack(terms).mean() for layer, terms in run.kl_terms.items()},
+            indexer_kl=self.mean_kl(run),
         )
+
+    def mean_kl(self, run: Pass) -> dict[int, Tensor]:
+        """Per full-indexer layer the mean over its terms; of rows cut over processes, this one's summand."""
+        if not run.kl_terms:
+            return {}
+        queries = run.spans.valid_BT.sum()
+        share = queries.clamp_min(1) / self.rows.total(queries).clamp_min(1)
+        return {layer: torch.stack(terms).mean() * share for layer, terms in run.kl_terms.items()}
 
     def draft(
         self,
@@ -203,7 +226,7 @@ class GLM5(nn.Module):
                 f"give one state of {self.config.hidden_size} values per id."
             )
         spans = _spans(next_ids_BT, positions_BT, None, cache)
-        run = self._pass(spans, cache, attention == "sparse", frozenset(), Replay())
+        run = self._pass(hidden_BTD.dtype, spans, cache, attention == "sparse", frozenset(), Replay())
         state_BTD, _ = self._module(step).draft(hidden_BTD, self.model.embed_tokens(next_ids_BT), run)
         if cache is not None:
             cache.commit()
@@ -214,9 +237,18 @@ class GLM5(nn.Module):
         assert isinstance(module, MTPModule)
         return module
 
-    def _pass(self, spans: Spans, cache: Cache | None, sparse: bool, collect: frozenset[str], replay: Replay) -> Pass:
-        c = self.config
-        dtype = self.lm_head.weight.dtype
+    def _pass(
+        self,
+        dtype: torch.dtype,
+        spans: Spans,
+        cache: Cache | None,
+        sparse: bool,
+        collect: frozenset[str],
+        replay: Replay,
+    ) -> Pass:
+        c, part = self.config, self.rows.part
+        spans = self.rows.spans(spans)
+        replay = Replay(*({i: part(x) for i, x in kept.items()} for kept in (replay.experts, replay.positions)))
         tables = {
             layout: rotation(spans.positions_BT, c.qk_rope_head_dim, c.rope_theta, dtype, interleaved=layout)
             for layout in {c.rope_interleave, c.indexer_rope_interleave}
@@ -229,6 +261,7 @@ class GLM5(nn.Module):
             collect=collect,
             replay=replay,
             cache=cache,
+            rows=self.rows,
         )
 
 
