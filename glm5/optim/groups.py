@@ -25,6 +25,8 @@ class OptimizerConfig:
 
     name: Literal["muon", "adamw"] = "muon"
     """`muon`: Muon for the matrices, AdamW for the rest. `adamw`: AdamW for everything."""
+    split: bool = True
+    """Muon takes heads, and the gate and up of an expert, apart; without, it takes each weight as one matrix."""
     lr: float = 2e-4
     momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
@@ -53,15 +55,15 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name
 
 
-def split_of(name: str, config: ModelConfig) -> Split:
-    """How Muon cuts the matrix called `name` (a dotted parameter name of `GLM5`)."""
+def split_of(name: str, config: ModelConfig, *, split: bool = True) -> Split:
+    """How Muon cuts the matrix called `name` (a dotted parameter name of `GLM5`); plain Muon when `split` is False."""
     owner = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    if owner == "q_b_proj":  # W^UQ
-        return heads(config.num_attention_heads, config.qk_head_dim)
-    if owner == "kv_b_proj":  # W^UK on top of W^UV in every head
-        return heads(config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim)
     if ".experts." in name:
-        return experts(2 if owner == "gate_up_proj" else 1)
+        return experts(2 if owner == "gate_up_proj" and split else 1)
+    if owner == "q_b_proj" and split:  # W^UQ
+        return heads(config.qk_head_dim)
+    if owner == "kv_b_proj" and split:  # W^UK on top of W^UV in every head
+        return heads(config.qk_nope_head_dim, config.v_head_dim)
     return whole
 
 
@@ -86,7 +88,7 @@ def build_optimizers(
         plain_groups.append({"params": others, "weight_decay": 0.0, "lr": config.lr * config.embedding_lr_scale})
     optimizers: list[torch.optim.Optimizer] = []
     if config.name == "muon" and matrices:
-        pairs = [(p, split_of(name, model_config)) for name, p in matrices]
+        pairs = [(p, split_of(name, model_config, split=config.split)) for name, p in matrices]
         optimizers.append(Muon(pairs, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay))
     elif matrices:
         plain_groups.append({"params": [p for _, p in matrices], "weight_decay": config.weight_decay, "lr": config.lr})
