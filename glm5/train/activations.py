@@ -7,7 +7,7 @@ the second run finds what the first one found and changes nothing. Gradients equ
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -31,10 +31,11 @@ def _recomputing(forward: Callable[[Tensor, Pass], Any]) -> Callable[[Tensor, Pa
     def run_layer(h_BTD: Tensor, run: Pass) -> tuple[Tensor, RouterRecord | None]:
         if not h_BTD.requires_grad and not any(p.requires_grad for p in forward.__self__.parameters()):  # type: ignore[attr-defined]
             return forward(h_BTD, run)
-        found = dataclasses.replace(run)
+        found = copy.copy(run)
 
         def compute(h_BTD: Tensor) -> tuple[Tensor, RouterRecord | None, Pass]:
-            mine = dataclasses.replace(found, selection={}, kl_terms={})
+            mine = copy.copy(found)
+            mine.selection, mine.kl_terms = {}, {}
             h_BTD, record = forward(h_BTD, mine)
             return h_BTD, record, mine
 
