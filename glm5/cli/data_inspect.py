@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glm5.data import Batch, Loader, open_corpus, open_dataset
+from glm5.data import Batch, Loader, Share, open_corpus, open_dataset, open_mixture
+from glm5.data.build import shares_of
 from glm5.data.inspection import describe_dataset, spans
 from glm5.data.verify import tokenizer_beside
 from glm5.errors import DataError
@@ -56,14 +57,13 @@ def inspect(options: InspectOptions) -> int:
         return 0
     if options.step < 0:
         raise DataError(f"there is no step {options.step}; steps count from 0.")
-    if (directory / "train" / "manifest.json").is_file():
-        directory = directory / "train"
-    place = options.tokenizer or tokenizer_beside(directory)
+    shares = shares_of(directory) if (directory / "train").is_dir() else (Share(path=directory),)
+    place = options.tokenizer or tokenizer_beside(shares[0].path)
     if place is None:
         raise DataError(f"there is no tokenizer beside {directory}; give its directory with --tokenizer.")
     tokenizer = Tokenizer.from_pretrained(place)
     loader = Loader(
-        open_dataset(directory, tokenizer),
+        open_mixture(shares, tokenizer),
         rows=options.rows,
         length=options.length,
         seed=options.seed,
@@ -91,7 +91,8 @@ def describe(directory: Path) -> dict[str, Any]:
         manifest = open_corpus(directory).manifest
         return {"kind": kind, **{k: v for k, v in manifest.items() if k not in ("kind", "files")}}
     if kind == "data build":
-        parts = {name: describe_dataset(open_dataset(directory / name)) for name in ("train", "heldout")}
+        names = json_text.loads((directory / "manifest.json").read_text(encoding="utf-8"))["datasets"]
+        parts = {name: describe_dataset(open_dataset(directory / name)) for name in names}
         return {**describe(directory / "corpus"), "kind": kind, "datasets": parts}
     return {"kind": "token dataset", "datasets": {directory.name: describe_dataset(open_dataset(directory))}}
 
@@ -103,7 +104,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         for head in ("name", "documents", "MB", "dropped", "licence"):
             table.add_column(head, justify="right" if head in ("documents", "MB", "dropped") else "left")
         for source in found["sources"]:
-            dropped = source["empty_or_repeated"]
+            dropped = sum(entry["documents"] for entry in source["dropped"].values())
             size = f"{source['bytes'] / 1e6:.2f}"
             table.add_row(source["name"], f"{source['documents']:,}", size, f"{dropped:,}", source["licence"])
         console.print(table)

@@ -2,27 +2,28 @@
 
     OUT/corpus  OUT/tokenizer  OUT/train  OUT/heldout  OUT/manifest.json
 
+With `separate`, OUT/train holds a dataset per source, and `shares_of(OUT)` gives them with their weights for a mixture.
 The directory appears when all of it is finished, in place of an older build; a build that is stopped or fails leaves
 what was there before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm5.data.corpus import SPLITS, build_corpus
-from glm5.data.manifest import note_file
-from glm5.data.shards import tokenize_corpus, tokenizer_sha256
+from glm5.data.corpus import Corpus, Progress, build_corpus
+from glm5.data.manifest import note_file, read_manifest, room_on_disk
+from glm5.data.mixture import Share
+from glm5.data.recipe import DataRecipe
+from glm5.data.shards import TokenDataset, tokenize_corpus, tokenizer_sha256
 from glm5.data.sources import Source
 from glm5.errors import DataError
 from glm5.files import replacing_directory, write_json
 from glm5.text import Tokenizer
-
-Progress = Callable[[str, int, int | None], None]
-"""Told (what is being done, how much is done, of how much or None)."""
 
 
 @dataclass(frozen=True)
@@ -35,47 +36,79 @@ class Built:
 
 def build_data(
     out: Path,
-    sources: Sequence[Source] | None = None,
+    recipe: DataRecipe = DataRecipe(),
     *,
-    tokenizer: Path | None = None,
-    vocab_size: int = 4096,
-    heldout_per_thousand: int = 20,
+    sources: Sequence[Source] | None = None,
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Built:
-    """Builds `out` from `sources` (None: the installed packages).
+    """Builds `out`. sources: in place of the recipe's, for what no recipe can name.
 
-    tokenizer: a directory that holds one; None: one of `vocab_size` tokens is learned from the training split. Raises
-    DataError when `out` is taken: with `overwrite`, only an earlier build is replaced.
+    Raises DataError when `out` is taken: with `overwrite`, only an earlier build is replaced.
     """
     check_free(out, overwrite)
-    given = None if tokenizer is None else Tokenizer.from_pretrained(tokenizer)
+    named = recipe.named_sources() if sources is None else [(source, None) for source in sources]
+    tokenizer = None if recipe.tokenizer is None else Tokenizer.from_pretrained(recipe.tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_directory(out) as beside:
-        progress("reading sources", 0, None)
-        corpus = build_corpus(beside / "corpus", sources, heldout_per_thousand=heldout_per_thousand)
-        if given is None:
+    with room_on_disk(out), replacing_directory(out) as beside:
+        corpus = build_corpus(
+            beside / "corpus",
+            [source for source, _ in named],
+            heldout_per_thousand=recipe.heldout_per_thousand,
+            preparation=recipe.preparation,
+            progress=progress,
+        )
+        if tokenizer is None:
             progress("learning a tokenizer", 0, None)
-            given = Tokenizer.train(corpus.texts("train"), vocab_size)
-        given.save(beside / "tokenizer")
-        datasets = {}
-        for split in SPLITS:
-            progress(f"tokenising {split}", 0, corpus.manifest["splits"][split]["documents"])
-            made = tokenize_corpus(corpus, split, given, beside / split)
-            datasets[split] = {name: made.manifest[name] for name in ("documents", "tokens", "bytes")}
+            tokenizer = Tokenizer.train(corpus.texts("train"), recipe.vocab_size)
+        tokenizer.save(beside / "tokenizer")
+        if recipe.separate:
+            train = tokenize_separately(corpus, tokenizer, beside, {s.name: weight for s, weight in named}, progress)
+        else:
+            train = {"train": counts(tokenize_corpus(corpus, "train", tokenizer, beside / "train", progress=progress))}
+        held = tokenize_corpus(corpus, "heldout", tokenizer, beside / "heldout", progress=progress)
         manifest = {
             "kind": "data build",
             "sources": corpus.manifest["sources"],
             "skipped_sources": corpus.manifest["skipped_sources"],
-            "tokenizer": {"sha256": tokenizer_sha256(given), "vocab_size": given.vocab_size},
-            "datasets": datasets,
+            "tokenizer": {"sha256": tokenizer_sha256(tokenizer), "vocab_size": tokenizer.vocab_size},
+            "datasets": {**train, "heldout": counts(held)},
             "files": {
-                str(path.relative_to(beside)): note_file(path)
-                for path in sorted([*beside.glob("*/manifest.json"), *beside.glob("tokenizer/*")])
+                path.relative_to(beside).as_posix(): note_file(path)
+                for path in sorted([*beside.glob("*/**/manifest.json"), *beside.glob("tokenizer/*")])
             },
         }
         write_json(beside / "manifest.json", manifest)
     return Built(out, manifest)
+
+
+def tokenize_separately(
+    corpus: Corpus, tokenizer: Tokenizer, beside: Path, weights: dict[str, float | None], progress: Progress
+) -> dict[str, Any]:
+    """A training dataset per source that has training documents."""
+    have = {document.source for document in corpus.documents("train")}
+    found = {}
+    for name in [source["name"] for source in corpus.manifest["sources"] if source["name"] in have]:
+        place = f"train/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
+        made = tokenize_corpus(corpus, "train", tokenizer, beside / place, source=name, progress=progress)
+        weight = weights[name]
+        found[place] = {**counts(made), "weight": made.manifest["tokens"] if weight is None else weight}
+    return found
+
+
+def shares_of(out: Path) -> tuple[Share, ...]:
+    """The training datasets of a build as shares of a mixture: one, or one per source."""
+    datasets = read_manifest(out, "data build")["datasets"]
+    return tuple(
+        Share(path=out / place, weight=part.get("weight", 1.0))
+        for place, part in datasets.items()
+        if place != "heldout"
+    )
+
+
+def counts(dataset: TokenDataset) -> dict[str, Any]:
+    """What a build's manifest says of a dataset."""
+    return {name: dataset.manifest[name] for name in ("documents", "tokens", "bytes")}
 
 
 def check_free(out: Path, overwrite: bool) -> None:

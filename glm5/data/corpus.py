@@ -1,21 +1,23 @@
-"""A corpus: documents from sources, exact duplicates removed, split by hash, with a manifest of where all came from.
+"""A corpus: documents from sources, prepared, without duplicates, split by hash, with a manifest of their origin.
 
-On disk: `train.jsonl` and `heldout.jsonl`, one document a line (text, source, name, sha256), in the order of their
-hashes, so that any first part is a fair sample; `manifest.json` with, per source, package, version, licence, documents,
-bytes and the SHA-256 of its text. A document is held out by its own hash, so the split survives a change of the
-sources. Left out: near duplicates, filters, mixing weights.
+On disk: `train.jsonl` and `heldout.jsonl`, one document a line, in the order of their hashes, so that any first part is
+a fair sample; `manifest.json` with, per source, package, version, licence, documents, bytes, the SHA-256 of its text,
+and what was dropped for which reason. A document is held out by its own hash (the parts of one that was cut by their
+origin's), so the split survives a change of the sources. Documents go to the disk as they are read: memory holds some
+hundred bytes of each, whatever its length.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
-from glm5.data.manifest import note_file, read_manifest
+from glm5.data.manifest import note_file, read_manifest, room_on_disk
+from glm5.data.preparation import Preparation, Sieve, Tally
+from glm5.data.raw import Broken, Raw
 from glm5.data.sources import Source, installed_sources
 from glm5.errors import DataError
 from glm5.files import replacing, replacing_directory, sha256_of, write_json
@@ -33,6 +35,9 @@ class Document:
     name: str
     sha256: str
     """Of the UTF-8 text."""
+    origin_sha256: str = ""
+    """Of the bytes that the text was read from, before anything was done to it."""
+    licence: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,60 +63,112 @@ class Corpus:
         return (document.text for document in self.documents(split))
 
 
-def build_corpus(directory: Path, sources: Sequence[Source] | None = None, *, heldout_per_thousand: int = 20) -> Corpus:
+Progress = Callable[[str, int, int | None], None]
+"""Told (what is being done, how much of it is done, of how much or None)."""
+
+
+def build_corpus(
+    directory: Path,
+    sources: Sequence[Source] | None = None,
+    *,
+    heldout_per_thousand: int = 20,
+    preparation: Preparation = Preparation(),
+    progress: Progress = lambda what, done, total: None,
+) -> Corpus:
     """Reads `sources` (default: `installed_sources()`) and writes a corpus to `directory`, in place of an older one.
 
-    A source whose package is not installed is noted in the manifest as skipped. Raises DataError when no text is left.
+    A source whose package is not installed is noted in the manifest as skipped. Raises DataError for a source without
+    documents, for what cannot be read (unless `preparation.skip_broken`), and when no text is left.
     """
-    documents: dict[str, Document] = {}
-    used: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    for source in installed_sources() if sources is None else sources:
-        version = source.version()
-        if version is None:
-            skipped.append(source.name)
-            continue
-        digest, count, size, repeated = hashlib.sha256(), 0, 0, 0
-        for name, text in source.read():
-            data = text.encode("utf-8", errors="replace")
-            key = hashlib.sha256(data).hexdigest()
-            if not text.strip() or key in documents:
-                repeated += 1
-                continue
-            documents[key] = Document(data.decode(), source.name, name, key)
-            digest.update(data)
-            count, size = count + 1, size + len(data)
-        used.append(
-            {"name": source.name, "package": source.package, "version": version, "licence": source.licence,
-             "documents": count, "bytes": size, "sha256": digest.hexdigest(), "empty_or_repeated": repeated}
-        )  # fmt: skip
-    ordered = [documents[key] for key in sorted(documents)]
-    parts: dict[Split, list[Document]] = {
-        "train": [d for d in ordered if not is_held_out(d.sha256, heldout_per_thousand)],
-        "heldout": [d for d in ordered if is_held_out(d.sha256, heldout_per_thousand)],
-    }
-    for split, part in parts.items():
-        if not part:
-            raise DataError(f"the sources leave no {split} documents; add text or change heldout_per_thousand.")
+    sources = installed_sources() if sources is None else sources
+    sieve = Sieve(preparation)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_directory(directory) as beside:
+    with room_on_disk(directory), replacing_directory(directory) as beside:
+        kept: list[_Kept] = []
+        used, skipped = [], []
+        spool = beside / "spool.jsonl"
+        with open(spool, "wb") as file:
+            for source in sources:
+                if source.version() is None:
+                    skipped.append(source.name)
+                else:
+                    used.append(read_source(source, sieve, file, kept, progress))
+        kept.sort(key=lambda document: document.sha256)
+        parts: dict[Split, list[_Kept]] = {split: [] for split in SPLITS}
+        for document in kept:
+            parts["heldout" if is_held_out(document.split_sha256, heldout_per_thousand) else "train"].append(document)
         for split, part in parts.items():
-            with replacing(beside / f"{split}.jsonl") as file:
+            if not part:
+                raise DataError(
+                    f"the sources leave no {split} documents{dropped_sentence(used)}; "
+                    "add text or change heldout_per_thousand."
+                )
+            with open(spool, "rb") as lines, replacing(beside / f"{split}.jsonl") as file:
                 for document in part:
-                    file.write((json.dumps(vars(document), ensure_ascii=False) + "\n").encode())
+                    lines.seek(document.start)
+                    file.write(lines.read(document.line_bytes))
+        spool.unlink()
         manifest = {
             "kind": "corpus",
             "sources": used,
             "skipped_sources": skipped,
             "heldout_per_thousand": heldout_per_thousand,
+            "preparation": {**asdict(preparation), "languages": list(preparation.languages)},
             "splits": {
-                split: {"documents": len(part), "bytes": sum(len(d.text.encode()) for d in part)}
+                split: {"documents": len(part), "bytes": sum(document.text_bytes for document in part)}
                 for split, part in parts.items()
             },
             "files": {f"{split}.jsonl": note_file(beside / f"{split}.jsonl") for split in parts},
         }
         write_json(beside / "manifest.json", manifest)
     return Corpus(directory, manifest)
+
+
+class _Kept(NamedTuple):
+    """Where a document lies in the spool, and what decides its place."""
+
+    sha256: str
+    split_sha256: str
+    start: int
+    line_bytes: int
+    text_bytes: int
+
+
+def read_source(source: Source, sieve: Sieve, spool: BinaryIO, kept: list[_Kept], progress: Progress) -> dict[str, Any]:
+    """Appends what stays of one source to `spool` and `kept`; gives its entry in the manifest."""
+    tally = Tally()
+    for item in source.read():
+        if isinstance(item, Broken):
+            if not sieve.preparation.skip_broken:
+                raise DataError(f"source {source.name}: {item.sentence} Or count such things and go on: skip_broken.")
+            tally.drop("broken", item.name)
+            continue
+        raw = item if isinstance(item, Raw) else Raw(*item)
+        for found in sieve.documents(raw, tally, filtered=source.filtered):
+            data = found.text.encode()
+            licence = raw.licence or source.licence
+            document = Document(found.text, source.name, found.name, found.sha256, found.origin_sha256, licence)
+            line = (json.dumps(vars(document), ensure_ascii=False) + "\n").encode()
+            kept.append(_Kept(found.sha256, found.split_sha256, spool.tell(), len(line), len(data)))
+            spool.write(line)
+            tally.keep(data)
+        progress(f"reading {source.name}", tally.read, None)
+    if not tally.read and not tally.dropped:
+        raise DataError(f"source {source.name} is empty: it gives no documents; check its path or leave it out.")
+    return {
+        "name": source.name, "package": source.package, "version": source.version(), "licence": source.licence,
+        "read": tally.read, "cut": tally.cut, "documents": tally.kept, "bytes": tally.size,
+        "sha256": tally.digest.hexdigest(), "dropped": tally.dropped,
+    }  # fmt: skip
+
+
+def dropped_sentence(used: Sequence[dict[str, Any]]) -> str:
+    """What was dropped in all, for an error."""
+    reasons: dict[str, int] = {}
+    for source in used:
+        for reason, entry in source["dropped"].items():
+            reasons[reason] = reasons.get(reason, 0) + entry["documents"]
+    return " (dropped: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items()) + ")" if reasons else ""
 
 
 def open_corpus(directory: Path) -> Corpus:

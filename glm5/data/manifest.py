@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +42,16 @@ def read_manifest(directory: Path, kind: str, *, files: dict[str, Any] | None = 
 def note_file(path: Path) -> dict[str, Any]:
     """What a manifest notes about a file."""
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+@contextlib.contextmanager
+def room_on_disk(path: Path) -> Iterator[None]:
+    """Turns a full disk into a DataError; what was being written for `path` is removed by its writer."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"the disk is full, so {path} was not written; nothing of it is left. Free some space and try again."
+        ) from None

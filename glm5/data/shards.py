@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm5.data.corpus import Corpus, Split
-from glm5.data.manifest import note_file, read_manifest
+from glm5.data.corpus import Corpus, Progress, Split
+from glm5.data.manifest import note_file, read_manifest, room_on_disk
 from glm5.errors import DataError
 from glm5.files import replacing, replacing_directory, sha256_of, write_json
 from glm5.text import Tokenizer
@@ -132,7 +132,7 @@ def write_dataset(
             else:
                 yield document
 
-    with replacing_directory(directory) as beside:
+    with room_on_disk(directory), replacing_directory(directory) as beside:
         for shard in _shards(long_enough(), shard_tokens):
             name = f"shard-{len(names):05d}"
             names.append(name)
@@ -160,12 +160,21 @@ def write_dataset(
     return TokenDataset(directory, manifest)
 
 
-def tokenize_corpus(corpus: Corpus, split: Split, tokenizer: Tokenizer, directory: Path) -> TokenDataset:
-    """Writes one split of a corpus as a dataset; every document stands between two `<|endoftext|>`.
+def tokenize_corpus(
+    corpus: Corpus,
+    split: Split,
+    tokenizer: Tokenizer,
+    directory: Path,
+    *,
+    source: str | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> TokenDataset:
+    """Writes one split of a corpus (of one source of it) as a dataset; a document stands between two `<|endoftext|>`.
 
     The mark in front makes the first token of the text a prediction too, so that bits per byte count the whole text.
     """
-    return write_dataset(directory, _tokenized(corpus, split, tokenizer), tokenizer, parent_sha256=corpus.sha256)
+    documents = _tokenized(corpus, split, tokenizer, source, progress)
+    return write_dataset(directory, documents, tokenizer, parent_sha256=corpus.sha256)
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
@@ -173,11 +182,16 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()
 
 
-def _tokenized(corpus: Corpus, split: Split, tokenizer: Tokenizer) -> Iterator[TokenDocument]:
-    end = tokenizer.pad_id
-    for text in corpus.texts(split):
-        ids = tokenizer.encode(text, allow_special=False)  # a document must not be able to speak as a role
-        yield TokenDocument([end, *ids, end], len(text.encode()))
+def _tokenized(
+    corpus: Corpus, split: Split, tokenizer: Tokenizer, source: str | None, progress: Progress
+) -> Iterator[TokenDocument]:
+    end, total = tokenizer.pad_id, corpus.manifest["splits"][split]["documents"]
+    for number, document in enumerate(corpus.documents(split), 1):
+        if source is None or document.source == source:
+            # A document must not be able to speak as a role.
+            ids = tokenizer.encode(document.text, allow_special=False)
+            yield TokenDocument([end, *ids, end], len(document.text.encode()))
+        progress(f"tokenising {split}", number, total)
 
 
 def _shards(documents: Iterable[TokenDocument], shard_tokens: int) -> Iterator[_Shard]:

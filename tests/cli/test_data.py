@@ -9,18 +9,23 @@ from toy_corpus import source
 from glm5.cli.main import main
 from glm5.data import build as build_module
 from glm5.data.build import build_data
+from glm5.data.recipe import DataRecipe
 from glm5.errors import DataError
+
+
+def recipe(heldout: int = 100) -> DataRecipe:
+    return DataRecipe(vocab_size=400, heldout_per_thousand=heldout)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("build") / "out"
-    build_data(out, [source()], vocab_size=400, heldout_per_thousand=100)
+    build_data(out, recipe(), sources=[source()])
     return out
 
 
 def test_the_same_sources_give_the_same_bytes(built, tmp_path):
-    again = build_data(tmp_path / "again", [source()], vocab_size=400, heldout_per_thousand=100)
+    again = build_data(tmp_path / "again", recipe(), sources=[source()])
     for file in sorted(path.relative_to(built) for path in built.rglob("*") if path.is_file()):
         assert (built / file).read_bytes() == (again.directory / file).read_bytes(), file
 
@@ -44,7 +49,7 @@ def test_inspect_describes_and_prints_a_step(built, capsys):
 
 
 def test_verify_names_what_is_broken(built, capsys, tmp_path):
-    build_data(tmp_path / "out", [source()], vocab_size=400, heldout_per_thousand=100)
+    build_data(tmp_path / "out", recipe(), sources=[source()])
     assert main(["data", "verify", str(tmp_path)]) == 0
     assert "broken" not in capsys.readouterr().out
     shard = tmp_path / "out/train/shard-00000.tokens.npy"
@@ -62,7 +67,7 @@ def test_verify_names_what_is_broken(built, capsys, tmp_path):
 
 def test_verify_finds_a_dataset_of_another_corpus(tmp_path):
     for name, seed in (("a", 100), ("b", 200)):
-        build_data(tmp_path / name, [source()], vocab_size=400, heldout_per_thousand=seed)
+        build_data(tmp_path / name, recipe(seed), sources=[source()])
     (tmp_path / "a/corpus").rename(tmp_path / "a/old")
     (tmp_path / "b/corpus").rename(tmp_path / "a/corpus")
     (tmp_path / "a/tokenizer").rename(tmp_path / "a/old_tokenizer")
@@ -75,28 +80,28 @@ def test_verify_finds_a_dataset_of_another_corpus(tmp_path):
 
 def test_an_interrupted_build_leaves_what_was_there(built, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    build_data(out, [source()], vocab_size=400, heldout_per_thousand=100)
+    build_data(out, recipe(), sources=[source()])
     before = (out / "manifest.json").read_bytes()
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **named):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(build_module, "tokenize_corpus", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            build_data(out, [source()], vocab_size=400, heldout_per_thousand=50, overwrite=True)
+            build_data(out, recipe(50), sources=[source()], overwrite=True)
     assert (out / "manifest.json").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["out"]
-    build_data(out, [source()], vocab_size=400, heldout_per_thousand=50, overwrite=True)
+    build_data(out, recipe(50), sources=[source()], overwrite=True)
     assert (out / "manifest.json").read_bytes() != before
 
 
 def test_a_taken_directory_is_refused(built, tmp_path):
     with pytest.raises(DataError, match="replace it with --overwrite"):
-        build_data(built, [source()])
+        build_data(built, sources=[source()])
     (tmp_path / "mine.txt").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(DataError, match="not a data build"):
-            build_data(tmp_path, [source()], overwrite=overwrite)
+            build_data(tmp_path, sources=[source()], overwrite=overwrite)
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 

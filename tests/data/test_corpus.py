@@ -21,9 +21,11 @@ def test_every_document_is_in_exactly_one_split(corpus):
 
 def test_duplicates_are_kept_once_and_counted(tmp_path):
     texts = [("a", "one"), ("b", "two"), ("c", "one"), ("d", "   ")]
-    corpus = build_corpus(tmp_path / "c", [source("x", texts * 1), source("y", texts)], heldout_per_thousand=500)
+    corpus = build_corpus(tmp_path / "c", [source("x", texts), source("y", texts)], heldout_per_thousand=500)
     assert sorted([*corpus.texts("train"), *corpus.texts("heldout")]) == ["one", "two"]
-    assert [s["empty_or_repeated"] for s in corpus.manifest["sources"]] == [2, 4]
+    first, second = ({k: v["documents"] for k, v in s["dropped"].items()} for s in corpus.manifest["sources"])
+    assert first == {"duplicate": 1, "empty": 1} and second == {"duplicate": 3, "empty": 1}
+    assert corpus.manifest["sources"][0]["dropped"]["duplicate"]["examples"] == ["c"]
 
 
 def test_the_manifest_names_the_origin_and_the_hash(corpus):
@@ -46,7 +48,7 @@ def test_an_absent_package_is_noted(tmp_path):
 
 def test_a_failed_build_leaves_the_old_corpus(tmp_path):
     old = build_corpus(tmp_path / "c", [source()])
-    with pytest.raises(DataError, match="no train documents"):
+    with pytest.raises(DataError, match="source empty is empty"):
         build_corpus(tmp_path / "c", [source("empty", [])])
     assert open_corpus(tmp_path / "c").manifest == old.manifest
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
