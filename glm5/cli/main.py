@@ -43,6 +43,13 @@ def data(arguments: Sequence[str]) -> int:
     return run(arguments)
 
 
+def train(arguments: Sequence[str]) -> int:
+    """One stage of training: pretrain, midtrain, dsa1, dsa2 or sft; resume, replay and proof of a run"""
+    from glm5.cli.train import run
+
+    return run(arguments)
+
+
 def evaluate(arguments: Sequence[str]) -> int:
     """Score a model on an environment"""
     from glm5.cli.eval import EvalOptions, run
@@ -82,6 +89,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "quickstart": quickstart,
     "plan": plan,
     "data": data,
+    "train": train,
     "eval": evaluate,
     "serve": serve,
     "chat": chat,

@@ -107,7 +107,8 @@ def _kill_and_resume(
 
 
 def _start(config: AnyConfig, path: Path, threads: int) -> multiprocessing.process.BaseProcess:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # a process with clean hands that has imported all this once
+    context.set_forkserver_preload([__name__])
     process = context.Process(target=_child, args=(config, path, threads), daemon=True)
     process.start()
     return process

@@ -39,12 +39,12 @@ def same(a, b) -> bool:
 class StopAt:
     """Sends this process the signal of Ctrl-C when the progress of a run reaches a step."""
 
-    def __init__(self, monkeypatch, step: int) -> None:
-        original = Loader.batch
+    def __init__(self, monkeypatch, step: int, loader: type = Loader) -> None:
+        original = loader.batch
 
-        def batch(loader, number):
+        def batch(self, number):
             if number == step:
                 os.kill(os.getpid(), signal.SIGINT)
-            return original(loader, number)
+            return original(self, number)
 
-        monkeypatch.setattr(Loader, "batch", batch)
+        monkeypatch.setattr(loader, "batch", batch)
