@@ -71,21 +71,29 @@ def verify_resume(config: AnyConfig, out: Path, *, kills: int = 3, seed: int = 0
     """
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty; choose another directory for the proof.")
-    whole, killed = out / "whole", out / "killed"
-    process = _start(config, whole, threads)
+    run_through(config, out / "whole", threads)
+    step_seconds = mean_step_seconds(out / "whole")
+    done = tuple(run_killed(config, out / "killed", kills, random.Random(seed), threads, step_seconds))
+    return Verdict(done, fingerprint(out / "whole", config), fingerprint(out / "killed", config))
+
+
+def run_through(config: AnyConfig, path: Path, threads: int = 1) -> None:
+    """Does (the rest of) the job in a child process."""
+    process = _start(config, path, threads)
     process.join()
-    _check_end(process, whole)
-    done = tuple(_kill_and_resume(config, killed, kills, random.Random(seed), threads, _step_seconds(whole)))
-    return Verdict(done, fingerprint(whole, config), fingerprint(killed, config))
+    _check_end(process, path)
 
 
-def _kill_and_resume(
+def run_killed(
     config: AnyConfig, path: Path, kills: int, random_: random.Random, threads: int, step_seconds: float
 ) -> Iterator[Kill]:
-    """Kills `kills` times behind random steps, a random part of a step or two later; then lets the run end."""
-    for _ in range(kills):
-        target = random_.randint(0, config.loop.steps)
-        after = random_.uniform(0, 2 * step_seconds)
+    """Kills `kills` times, each time behind a random step and up to a step's time later; then lets the run end.
+
+    A target behind the last step is the end of the run: evaluation, report, the writing of the model. The targets
+    ascend; one that the run had passed when it was killed before comes while the next process starts.
+    """
+    for target in sorted(random_.randint(0, config.loop.steps) for _ in range(kills)):
+        after = random_.uniform(0, step_seconds)
         process = _start(config, path, threads)
         begun = time.monotonic()
         while process.is_alive() and (_lines(path) < target or not (path / "run.json").exists()):
@@ -101,9 +109,7 @@ def _kill_and_resume(
         if finished:
             _check_end(process, path)
         yield Kill(target, after, lines, finished)
-    process = _start(config, path, threads)
-    process.join()
-    _check_end(process, path)
+    run_through(config, path, threads)
 
 
 def _start(config: AnyConfig, path: Path, threads: int) -> multiprocessing.process.BaseProcess:
@@ -129,7 +135,8 @@ def _lines(path: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def _step_seconds(path: Path) -> float:
+def mean_step_seconds(path: Path) -> float:
+    """Of a run that was made."""
     speed = RunDirectory.open(path).read("speed")
     return float(sum(line["seconds"] for line in speed) / max(1, len(speed)))
 
