@@ -1,4 +1,4 @@
-"""Kill -9 at random moments in every stage of a tiny recipe, resume, and compare with the uninterrupted chain bit by bit.
+"""Kill -9 at random moments in every stage of a tiny recipe, resume, compare with the uninterrupted chain, bit by bit.
 
     python -m benchmarks.kill_resume                         # 20 kills, 4 in each of the five stages
     python -m benchmarks.kill_resume --kills 50 --seed 3 --out docs/results/kill_resume.md

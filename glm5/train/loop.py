@@ -20,7 +20,15 @@ from rich.console import Console
 from glm5.data import Batch
 from glm5.files import replacing
 from glm5.model import GLM5
-from glm5.optim import OptimizerConfig, Schedule, build_optimizers, rate_at, set_rate, update_router_bias
+from glm5.optim import (
+    OptimizerConfig,
+    Schedule,
+    build_optimizers,
+    clip_gradients,
+    rate_at,
+    set_rate,
+    update_router_bias,
+)
 from glm5.train.activations import checkpoint_layers
 from glm5.train.checks import check_choice, check_counts, check_numbers
 from glm5.train.experts import Loads, busiest_expert, expert_loads, router_biases
@@ -188,18 +196,18 @@ def compute(stage: Stage, model: GLM5, batch: Batch, config: LoopConfig) -> Comp
         total = total + loss.total.detach()
         parts = {name: parts.get(name, 0) + value for name, value in loss.parts.items()}
         loads = expert_loads(loss.router, loads)
-    norms = clip_gradients(model, config.clip_norm)
+    norms = clip(model, config.clip_norm)
     values = {name: value.item() for name, value in parts.items()}
     return Computed(total.item(), values, int(counts.tokens), norms, loads)
 
 
-def clip_gradients(model: GLM5, most: float) -> dict[str, float]:
+def clip(model: GLM5, most: float) -> dict[str, float]:
     """Clips the gradients of the model and those of the indexers apart: neither loss may scale the other's step."""
     parts: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             parts.setdefault("indexer_grad_norm" if ".indexer." in name else "grad_norm", []).append(parameter)
-    return {name: torch.nn.utils.clip_grad_norm_(part, most).item() for name, part in parts.items()}
+    return {name: clip_gradients(part, most) for name, part in parts.items()}
 
 
 def micro_batches(batch: Batch, rows: int | None) -> Iterator[Batch]:
