@@ -30,9 +30,9 @@ from glm5.text.messages import disarm, prepare_messages, prepare_tools
 from glm5.text.specials import CHAT_TOKENS, CONTROL_TOKENS, PAD_TOKEN, SPECIAL_TOKENS, TERMINATORS
 from glm5.text.template import CHAT_TEMPLATE, render
 
-# Words with one leading non-letter, runs of up to three digits, punctuation with its newlines, white space.
+# Words with one leading non-letter, runs of up to DIGITS digits, punctuation with its newlines, white space.
 _PRE_TOKEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,DIGITS}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
@@ -95,11 +95,15 @@ class Tokenizer:
             raise TextError(f"{path}: {error}") from None
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = 4096) -> Self:
+    def train(cls, texts: Iterable[str], vocab_size: int = 4096, *, digits: int = 3) -> Self:
         """Learns a vocabulary of at most `vocab_size` tokens: the special tokens, the 256 bytes, then merges.
 
-        The same texts give the same tokenizer. Fewer tokens come out when the texts have too few repeated pairs.
+        `digits`: most digits in one token, 3 in the published tokenizers. A small model that is to calculate wants 1:
+        it has seen each digit often, but few of the numbers up to 999. The same texts give the same tokenizer. Fewer
+        tokens come out when the texts have too few repeated pairs.
         """
+        if not 1 <= digits <= 9:
+            raise TextError(f"digits is {digits}; a token holds between 1 and 9 digits")
         if vocab_size < SMALLEST_VOCABULARY:
             raise TextError(
                 f"a vocabulary of {vocab_size} is too small: special tokens and bytes need {SMALLEST_VOCABULARY}"
@@ -107,7 +111,7 @@ class Tokenizer:
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(_PRE_TOKEN), behavior="isolated"),
+                pre_tokenizers.Split(Regex(_PRE_TOKEN.replace("DIGITS", str(digits))), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )

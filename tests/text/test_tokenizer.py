@@ -190,3 +190,12 @@ def test_an_unknown_token_names_the_nearest(tokenizer: Tokenizer) -> None:
 def test_every_identity_has_a_token(tokenizer: Tokenizer, token_id: int) -> None:
     if token_id < tokenizer.vocab_size:
         assert tokenizer.token_to_id(tokenizer.backend.id_to_token(token_id)) == token_id
+
+
+def test_digits_of_their_own(tmp_path: Path) -> None:
+    single = Tokenizer.train(["1234 1234 1234 12 12"], 400, digits=1)
+    assert [single.decode([i]) for i in single.encode("x1234")] == ["x", "1", "2", "3", "4"]
+    single.save(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path).encode("1234") == single.encode("1234")
+    with pytest.raises(TextError, match="digits is 0"):
+        Tokenizer.train(["x"], 400, digits=0)
