@@ -1,4 +1,4 @@
-"""`glm5 data build|inspect|verify`: one options class and one function per subverb, each in a file of its own."""
+"""`glm5 data build|inspect|verify|world`: one options class and one function per subverb, each in a file of its own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import tyro
 from glm5.cli.data_build import BuildOptions, build
 from glm5.cli.data_inspect import InspectOptions, inspect
 from glm5.cli.data_verify import VerifyOptions, verify
+from glm5.cli.data_world import WorldOptions, world
 
-Options = BuildOptions | InspectOptions | VerifyOptions
+Options = BuildOptions | InspectOptions | VerifyOptions | WorldOptions
 SUBVERBS: dict[str, Callable[..., Options]] = {
     "build": BuildOptions,
     "inspect": InspectOptions,
     "verify": VerifyOptions,
+    "world": WorldOptions,
 }
 
 
@@ -28,3 +30,5 @@ def run(arguments: Sequence[str]) -> int:
             return inspect(options)
         case VerifyOptions():
             return verify(options)
+        case WorldOptions():
+            return world(options)
