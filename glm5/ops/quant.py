@@ -1,6 +1,10 @@
-"""The one quantiser: FP8 e4m3 weights with one fp32 scale per 128 x 128 block (the format of the GLM-5 FP8 releases).
+"""The one quantiser: FP8 e4m3 with one fp32 scale per 128 x 128 block (the format of the GLM-5 FP8 releases), and INT4.
 
-    scale[i, j] = max |W| over block (i, j) / 448          q = e4m3(W / scale)          W' = q * scale
+    FP8   scale[i, j] = max |W| over block (i, j) / 448    q = e4m3(W / scale)              W' = q * scale
+    INT4  scale[i, g] = bf16(max |W| of group g / 7)       q = round(W / scale) in -7..7    W' = q * scale
+
+A group of INT4 is `group` inputs of one output row. Two values share a byte, the even input in the low half, each
+stored as q + 8; scales are bf16, so that a weight takes 4.5 bits with groups of 32.
 
 Training (QAT), conversion and the engine all call these functions, so that a weight has one quantised form. A further
 format is a further pair of functions here, with the same shape: `quantize_x(weight) -> (stored, scale)` and
@@ -17,6 +21,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from glm5.errors import InputError
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -106,4 +112,53 @@ def _dequantize_by_bits(quantized: Tensor, scale: Tensor, dtype: torch.dtype, bl
         if low < -largest or high > largest:
             return None
         result[start : start + block[0]] = values.mul_(column_scale[i])
+    return result
+
+
+INT4_GROUP = 32
+"""Inputs that share a scale; every width of the published models and of `nano` is a multiple of it."""
+
+
+def quantize_int4(weight: Tensor, group: int = INT4_GROUP) -> tuple[Tensor, Tensor]:
+    """`weight` [..., out, in] -> (uint8 [..., out, in / 2], bf16 scales [..., out, ceil(in / group)]).
+
+    A last group may be shorter. Raises InputError when `in` is odd. Computed in fp32 whatever the dtype, so that a bf16
+    weight and the same values in fp32 have one quantised form. No gradient passes; see `fake_quantize_int4`.
+    """
+    columns = weight.shape[-1]
+    if columns % 2:
+        raise InputError(f"a weight with {columns} inputs cannot be INT4: two of them share a byte; keep it in bf16.")
+    wide = F.pad(weight.detach().float(), (0, -columns % group)).unflatten(-1, (-1, group))
+    scale = (wide.abs().amax(-1) / 7).to(torch.bfloat16)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    codes = (wide / scale.float()[..., None]).round_().clamp_(-7, 7).add_(8).to(torch.uint8)
+    codes = codes.flatten(-2)[..., :columns]
+    return codes[..., 0::2] | (codes[..., 1::2] << 4), scale
+
+
+def dequantize_int4(quantized: Tensor, scale: Tensor, dtype: torch.dtype, group: int = INT4_GROUP) -> Tensor:
+    """The weight [..., out, in] of `quantize_int4`: a product in fp32, rounded once to `dtype`."""
+    codes = torch.stack((quantized & 15, quantized >> 4), dim=-1).flatten(-2)
+    by_column = scale.float().repeat_interleave(group, -1)[..., : codes.shape[-1]]
+    return ((codes.float() - 8) * by_column).to(dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, weight: Tensor, group: int) -> Tensor:
+        quantized, scale = quantize_int4(weight, group)
+        return dequantize_int4(quantized, scale, weight.dtype, group)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def fake_quantize_int4(weight: Tensor, group: int = INT4_GROUP) -> Tensor:
+    """What a served INT4 weight will be, to the bit; its gradient goes to `weight` as if nothing had been rounded.
+
+    The straight-through estimator (Bengio et al. 2013, arXiv 1308.3432). `weight + (rounded - weight).detach()` would
+    not do: that sum is rounded once more.
+    """
+    result: Tensor = _StraightThrough.apply(weight, group)
     return result

@@ -2,7 +2,7 @@
 
 GLM-5 report, section 3.1. Data is a chat dataset (`glm5.data.chat_documents`); its mask says which tokens are learned,
 so that an erroneous turn can stay in a conversation without being learned. The MTP module is frozen unless `mtp_weight`
-is given; the indexers are frozen.
+is given; the indexers are frozen. With `int4` the forward pass sees quantised weights (`glm5.train.qat`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from typing import Literal
 
 from rich.console import Console
 
+from glm5.model import GLM5
+from glm5.ops.quant import INT4_GROUP
 from glm5.optim import OptimizerConfig, Schedule
-from glm5.train.checks import check_choice
+from glm5.train.checks import check_choice, check_counts
 from glm5.train.job import Job, Parent, StageConfig, during, named, perform, sampler
 from glm5.train.loop import LoopConfig, Stage
 from glm5.train.losses import language_loss
+from glm5.train.qat import full_weights, quantize_aware
 from glm5.train.run_directory import RunDirectory
 
 NANO_LOOP = LoopConfig(
@@ -36,11 +39,17 @@ class SFTConfig(StageConfig):
     attention: Literal["dense", "sparse"] = "dense"
     mtp_weight: float = 0.0
     """0 leaves the MTP module as it is."""
+    int4: Literal["off", "experts", "matrices"] = "off"
+    """Which weights the forward pass sees as INT4; the run keeps them in full."""
+    int4_group: int = INT4_GROUP
+    """Inputs that share a scale."""
     loop: LoopConfig = NANO_LOOP
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "attention", "dense", "sparse")
+        check_choice(self, "int4", "off", "experts", "matrices")
+        check_counts(self, "int4_group", least=2)
 
 
 def sft(
@@ -65,4 +74,19 @@ def sft_job(config: SFTConfig) -> Job:
         evaluate=during(judge),
         sample=sampler(parent.tokenizer, config.prompts, config.attention),
     )  # fmt: skip
-    return parent.job(stage, parent.model, judge=judge, before=lambda model: named("before SFT", judge, model))
+
+    def make_model() -> GLM5:
+        model = parent.model()
+        if config.int4 != "off":
+            quantize_aware(model, config.int4, config.int4_group)
+        return model
+
+    def after(model: GLM5) -> dict[str, float]:
+        if config.int4 == "off":
+            return {}
+        full_weights(model)
+        return named("the same weights, not quantised", judge, model)
+
+    return parent.job(
+        stage, make_model, judge=judge, before=lambda model: named("before SFT", judge, model), after=after
+    )
