@@ -1,10 +1,10 @@
 """INT4 quantisation-aware training, laid over the model from outside (GLM-5 report, section 3.1: in SFT).
 
 The forward pass sees every chosen matrix as `quantize_int4` and `dequantize_int4` give it, bit for bit the weights that
-offline conversion makes of the finished run; the gradient goes straight through to the full weights, which the optimiser
-moves and the checkpoint keeps. `experts`: the routed experts, nine tenths of the weights. `matrices`: also
-the projections of attention, the dense and the shared MLPs. Never: embedding, head, router, norms, the indexer, the MTP
-module's `eh_proj`. Left out: quantised activations.
+offline conversion makes of the finished run; the gradient goes straight through to the full weights, which the
+optimiser moves and the checkpoint keeps. `experts`: the routed experts, nine tenths of the weights. `matrices`: the
+projections of attention and the dense and shared MLPs as well. Never: embedding, head, router, norms, the indexer, the
+MTP module's `eh_proj`. Left out: quantised activations.
 """
 
 from __future__ import annotations
