@@ -10,7 +10,8 @@ from typing import Any
 
 from glm5.files import replacing
 from glm5.train import RunDirectory
-from glm5.train.report import HEIGHT, MARGIN, STYLE, WIDTH
+from glm5.train.charts import HEIGHT, MARGIN, WIDTH
+from glm5.train.report import STYLE
 
 SHOWN = 12
 

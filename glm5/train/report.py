@@ -1,7 +1,7 @@
 """The report page of a run: one HTML file that opens from disk, without scripts or outside resources.
 
-Loss curves as inline SVG, held-out bits per byte beside the lines that a model must beat, speed, samples and
-configuration. Follows the reader's light or dark setting.
+Loss curves, held-out bits per byte beside the lines that a model must beat, load of the experts, recall of the indexer,
+gradient norms, speed, steps that were left out, samples and configuration. Follows the reader's light or dark setting.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ from __future__ import annotations
 import html
 import json
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from glm5.files import replacing
+from glm5.train.charts import Points, heat_map, line_chart
 from glm5.train.run_directory import RunDirectory
 
-WIDTH, HEIGHT, MARGIN = 720, 260, 44
 CURVES = (
     ("loss", "total loss"),
     ("lm", "next token"),
     ("mtp", "multi-token prediction"),
     ("indexer_kl", "indexer KL"),
 )
+MOST_LAYERS, MOST_ROWS = 8, 64
+"""Heat maps of a page, and rows of one: of larger models every n-th layer, and means of neighbouring experts."""
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --paper: #fff; --faint: #8a919e; --line: #d9dde4;
         --c0: #2457d6; --c1: #0e8a5f; --c2: #c2571a; --c3: #8a3fb5; }
@@ -37,7 +38,8 @@ table { border-collapse: collapse; width: 100%; } td, th { text-align: left; pad
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: color-mix(in srgb, var(--line) 35%, transparent);
       padding: .75rem; border-radius: 6px; font-size: .85rem; }
 svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 11px; } .grid { stroke: var(--line); }
-.curve { fill: none; stroke-width: 1.6; } figcaption, .faint { color: var(--faint); font-size: .9rem; }
+.curve { fill: none; stroke-width: 1.6; } .heat { fill: var(--c0); }
+figcaption, .faint { color: var(--faint); font-size: .9rem; }
 """
 
 
@@ -55,6 +57,19 @@ def write_report(run_directory: Path) -> Path:
         "<h2>Loss</h2>",
         loss_figure(metrics),
         _evaluation(evaluation, metrics),
+        _recall(evaluation, metrics),
+        _experts(metrics),
+        "<h2>Gradient norm</h2>",
+        line_chart(
+            [("model", _points(metrics, "grad_norm")), ("indexers", _points(metrics, "indexer_grad_norm"))],
+            label="gradient norm over steps", caption="Before clipping, over steps; logarithmic.", log=True,
+        ),
+        "<h2>Speed</h2>",
+        line_chart(
+            [("tokens per second", _points(speed, "tokens_per_second"))],
+            label="tokens per second over steps", caption="Tokens per second over steps, of this machine.",
+        ),
+        _skipped(metrics),
         f"<h2>Samples</h2><p class=faint>{html.escape(samples[-1].name)}</p><pre>"
         f"{html.escape(samples[-1].read_text(encoding='utf-8'))}</pre>" if samples else "",
         "<h2>Configuration</h2><pre>" + html.escape(json.dumps(run.description, indent=2)) + "</pre>",
@@ -74,16 +89,18 @@ def write_report(run_directory: Path) -> Path:
 def _summary(metrics: list[dict[str, Any]], speed: list[dict[str, Any]]) -> str:
     if not metrics or not speed:
         return "<p>No step has been taken yet.</p>"
+    losses = [line["loss"] for line in metrics if line["loss"] is not None] or [float("nan")]
+    tokens = sum(line.get("tokens", 0) for line in metrics)
     seconds = sum(line["seconds"] for line in speed)
     middle = statistics.median(line["tokens_per_second"] for line in speed)
     return (
-        f"<p>{len(metrics):,} steps in {seconds:,.0f} seconds, {middle:,.0f} tokens per second (median); "
-        f"loss {metrics[0]['loss']:.3f} &rarr; {metrics[-1]['loss']:.3f}.</p>"
+        f"<p>{len(metrics):,} steps, {tokens:,} tokens in {seconds:,.0f} seconds, {middle:,.0f} tokens per second "
+        f"(median); loss {losses[0]:.3f} &rarr; {losses[-1]:.3f}.</p>"
     )
 
 
 def _evaluation(evaluation: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
-    curve = [(line["step"] + 1, line["heldout_bits_per_byte"]) for line in metrics if "heldout_bits_per_byte" in line]
+    curve = [(int(step) + 1, value) for step, value in _points(metrics, "heldout_bits_per_byte")]
     if not evaluation and not curve:
         return ""
     rows = [(f"after step {step} (a part of the held-out text)", value) for step, value in curve]
@@ -94,44 +111,84 @@ def _evaluation(evaluation: dict[str, Any], metrics: list[dict[str, Any]]) -> st
         )
         rows += list(evaluation["sanity_lines"].items())
     cells = "".join(f"<tr><td>{html.escape(n)}</td><td class=number>{v:.3f}</td></tr>" for n, v in rows)
-    return f"<h2>Bits per byte of held-out text</h2><table>{cells}</table>"
+    figure = line_chart(
+        [("held-out text", curve)], label="bits per byte over steps", caption="Bits per byte over steps."
+    )
+    return f"<h2>Bits per byte of held-out text</h2>{figure if len(curve) > 1 else ''}<table>{cells}</table>"
+
+
+def _recall(evaluation: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    """Attention mass of the indexer's selection against that of the true top-k."""
+    curve, found = _points(metrics, "indexer_recall"), evaluation.get("indexer_recall")
+    if not curve and not found:
+        return ""
+    caption = "Attention mass of the indexer's selection over that of the true top-k, on held-out text; 1 is perfect."
+    figure = line_chart([("mean over the layers", curve)], label="recall of the indexer over steps", caption=caption)
+    if not found:
+        return f"<h2>Indexer recall</h2>{figure}"
+    cells = "".join(
+        f"<tr><td>layer {html.escape(layer)}</td><td class=number>{values['mass']:.3f}</td>"
+        f"<td class=number>{values['positions']:.3f}</td></tr>"
+        for layer, values in found["layers"].items()
+    )
+    head = "<tr><th></th><th>attention mass</th><th>positions</th></tr>"
+    return (
+        f"<h2>Indexer recall</h2>{figure if len(curve) > 1 else ''}<p class=faint>Rows of {found['length']:,} tokens, "
+        f"top {found['index_topk']}; the true top-k has 1.</p><table>{head}{cells}</table>"
+    )
+
+
+def _experts(metrics: list[dict[str, Any]]) -> str:
+    """The busiest expert as a curve, and the load of all experts as one heat map a layer."""
+    noted = [line for line in metrics if line.get("expert_load")]
+    busiest = _points(metrics, "busiest_expert")
+    if not noted or not busiest:
+        return ""
+    parts = [
+        "<h2>Load of the experts</h2>",
+        line_chart(
+            [("busiest expert", busiest)], label="load of the busiest expert over steps",
+            caption="Tokens of the busiest expert of any layer over an even share; 1 is perfect balance.",
+        ),
+    ]  # fmt: skip
+    layers = list(noted[-1]["expert_load"])
+    for layer in layers[:: -(-len(layers) // MOST_LAYERS)]:
+        lines = [line for line in noted if layer in line["expert_load"] and sum(line["expert_load"][layer])]
+        if not lines:
+            continue
+        shares = []
+        for line in lines:
+            load = line["expert_load"][layer]
+            even = sum(load) / len(load)
+            size = -(-len(load) // MOST_ROWS)
+            groups = [load[i : i + size] for i in range(0, len(load), size)]
+            shares.append([sum(group) / len(group) / even for group in groups])
+        rows = list(zip(*shares, strict=True))
+        parts.append(
+            heat_map(
+                rows, [line["step"] for line in lines], most=3.0, label=f"load of the experts of layer {layer}",
+                caption=f"Layer {html.escape(layer)}: experts from top to bottom, steps from left to right; full "
+                "colour is three times an even share.",
+            )
+        )  # fmt: skip
+    return "".join(parts)
+
+
+def _skipped(metrics: list[dict[str, Any]]) -> str:
+    """The steps that the guards left out."""
+    rows = [(line["step"], line["skipped"]) for line in metrics if "skipped" in line]
+    if not rows:
+        return ""
+    cells = "".join(f"<tr><td>step {step}</td><td>{html.escape(why)}</td></tr>" for step, why in rows)
+    return f"<h2>Steps that were left out</h2><table>{cells}</table>"
+
+
+def _points(lines: list[dict[str, Any]], key: str) -> Points:
+    """(step, value) of the lines that have a number under `key`."""
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
 
 
 def loss_figure(metrics: list[dict[str, Any]]) -> str:
     """All loss curves that the metrics hold, on one pair of axes."""
-    series = [(label, [(line["step"], line[key]) for line in metrics if key in line]) for key, label in CURVES]
-    series = [(label, points) for label, points in series if len(points) > 1]
-    if not series:
-        return "<p class=faint>Not enough steps for a curve.</p>"
-    values = [value for _, points in series for _, value in points]
-    low, high, last = min(values), max(values), max(points[-1][0] for _, points in series)
-    high = high if high > low else low + 1
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        x = MARGIN + (WIDTH - MARGIN - 8) * step / max(last, 1)
-        return x, 8 + (HEIGHT - MARGIN - 8) * (high - value) / (high - low)
-
-    marks = []
-    for i in range(5):
-        value = low + (high - low) * i / 4
-        _, y = place(0, value)
-        marks.append(f'<line class=grid x1="{MARGIN}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        marks.append(f'<text x="{MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>')
-        x, _ = place(last * i / 4, low)
-        marks.append(f'<text x="{x:.1f}" y="{HEIGHT - 20}" text-anchor="middle">{last * i // 4}</text>')
-    for index, (label, points) in enumerate(series):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(step, value) for step, value in _thinned(points)))
-        marks.append(f'<polyline class=curve style="stroke: var(--c{index})" points="{path}"/>')
-        at = f'x="{WIDTH - 12}" y="{20 + 15 * index}"'
-        marks.append(f'<text {at} text-anchor="end" style="fill: var(--c{index})">{label}</text>')
-    return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss over steps">{"".join(marks)}</svg>'
-        "<figcaption>Nats per token over steps.</figcaption></figure>"
-    )
-
-
-def _thinned(points: Sequence[tuple[int, float]], most: int = 600) -> list[tuple[float, float]]:
-    """Means of equal groups, so that a long run is as small a page as a short one."""
-    size = max(1, -(-len(points) // most))
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(statistics.fmean(s for s, _ in group), statistics.fmean(v for _, v in group)) for group in groups]
+    series = [(label, _points(metrics, key)) for key, label in CURVES]
+    return line_chart(series, label="loss over steps", caption="Nats per token over steps.")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from glm5.data import IGNORED, Batch, open_dataset
+from glm5.files import write_json
 from glm5.model import GLM5, initialize_
 from glm5.train import evaluate_bits_per_byte, sample_ids, write_report
 from glm5.train.evaluate import bigram_bits_per_byte, zlib_bits_per_byte
@@ -111,12 +112,49 @@ def test_the_report_is_one_page_without_outside_resources(tmp_path):
     run = RunDirectory.start(tmp_path / "<run>", stage="pretrain", config={"a": 1}, inputs={})
     assert "No step has been taken" in write_report(run.path).read_text()
     for step in range(5):
-        run.append("metrics", {"step": step, "loss": 9.0 - step, "lm": 8.0 - step})
+        run.append("metrics", {"step": step, "tokens": 50, "loss": 9.0 - step, "lm": 8.0 - step})
         run.append("speed", {"step": step, "seconds": 1.0, "tokens_per_second": 100})
     (run.path / "samples" / "step-1.txt").write_text("<script>alert('no')</script>")
     page = write_report(run.path).read_text()
     links = Links()
     links.feed(page)
     assert not links.addresses and "script" not in links.tags
-    assert links.tags.count("polyline") == 2 and "prefers-color-scheme" in page and "url(" not in page
-    assert "9.000 &rarr; 5.000" in page and "&lt;run&gt;" in page
+    assert links.tags.count("polyline") == 3 and "prefers-color-scheme" in page and "url(" not in page
+    assert "9.000 &rarr; 5.000" in page and "&lt;run&gt;" in page and "250 tokens" in page
+
+
+def test_the_report_shows_what_was_watched(tmp_path):
+    run = RunDirectory.start(tmp_path / "run", stage="dsa2", config={}, inputs={})
+    for step in range(6):
+        line = {"step": step, "tokens": 8, "loss": 5.0 - step, "grad_norm": 10.0**step, "indexer_grad_norm": 0.5}
+        line |= {"busiest_expert": 2.0, "heldout_bits_per_byte": 2.0 - step / 10, "indexer_recall": 0.5 + step / 20}
+        if step == 3:
+            line |= {"loss": None, "grad_norm": None, "skipped": "loss is <nan>"}
+        if step % 2 == 0:
+            line["expert_load"] = {"1": [step, 8, 0, 0], "2": [2, 2, 2, 2]}
+        run.append("metrics", line)
+        run.append("speed", {"step": step, "seconds": 1.0, "tokens_per_second": 8})
+    recall = {"length": 128, "index_topk": 16, "layers": {"0": {"mass": 0.987, "positions": 0.75}}}
+    heldout = {"bits_per_byte": 1.5, "bytes": 1000}
+    evaluation = {"heldout": heldout, "row_length": 32, "sanity_lines": {"zlib": 2.5}, "indexer_recall": recall}
+    write_json(run.path / "evaluation.json", evaluation)
+    page = write_report(run.path).read_text()
+    headings = ["Loss", "Bits per byte of held-out text", "Indexer recall", "Load of the experts", "Gradient norm"]
+    headings += ["Speed", "Steps that were left out", "Configuration"]
+    assert [part.split("</h2>")[0] for part in page.split("<h2>")[1:]] == headings
+    assert "loss is &lt;nan&gt;" in page and "0.987" in page and "zlib" in page
+    assert page.count("class=heat") == 2 * 3 * 4  # layers, noted steps, experts
+    assert "row 1, step 4: 2.67" in page and "row 3, step 2: 1.00" in page
+    links = Links()
+    links.feed(page)
+    assert links.tags.count("polyline") == 1 + 1 + 1 + 1 + 2 + 1
+
+
+def test_a_page_of_a_large_model_stays_small(tmp_path):
+    run = RunDirectory.start(tmp_path / "run", stage="pretrain", config={}, inputs={})
+    for step in range(60):
+        load = {str(layer): [1] * 256 for layer in range(75)}
+        run.append("metrics", {"step": step, "tokens": 1, "loss": 1.0, "busiest_expert": 1.0, "expert_load": load})
+        run.append("speed", {"step": step, "seconds": 1.0, "tokens_per_second": 8})
+    page = write_report(run.path).read_text()
+    assert page.count("class=heat") <= 8 * 64 * 60 and len(page) < 5_000_000
