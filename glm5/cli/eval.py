@@ -1,30 +1,34 @@
-"""`glm5 eval RUN`: scores a model on an environment and keeps every answer."""
+"""`glm5 eval RUN`: scores a model on a suite, arithmetic or needles, and keeps every answer."""
 
 from __future__ import annotations
 
 import json as json_text
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from glm5.cli import eval_needles
 from glm5.engine import Engine
 from glm5.envs import Arithmetic
 from glm5.evals import EvalConfig, EvalResult, evaluate, write_evaluation
+from glm5.evals.needles import NeedleConfig
 from glm5.scoring import Accuracy
 from glm5.train.run_directory import model_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Score a model on arithmetic that it was not trained on."""
+    """Score a model on questions that it was not trained on."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """A run directory or a Hugging Face model directory."""
+    suite: Literal["arithmetic", "needles"] = "arithmetic"
+    """needles: one sentence to find in a long text."""
     largest: int = 20
     """Largest number that is asked about."""
     operations: str = "+-*"
@@ -32,12 +36,19 @@ class EvalOptions:
     out: Path | None = None
     """Directory for result.json and samples.jsonl; nothing is written when left out."""
     config: Annotated[EvalConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=EvalConfig)
+    filler: Path | None = None
+    """A held-out dataset in which needles are hidden, such as data/heldout of a quickstart."""
+    needles: NeedleConfig = field(default_factory=NeedleConfig)
     json: bool = False
     """Print one JSON object."""
 
 
 def run(options: EvalOptions) -> int:
     """Prints the accuracy with its 95% interval, as a whole and by category."""
+    if options.suite == "needles":
+        return eval_needles.run(
+            model_of(options.model), options.filler, options.needles, out=options.out, json=options.json
+        )
     engine = Engine(model_of(options.model), dtype=torch.float32)
     env = Arithmetic(split="heldout", largest=options.largest, operations=options.operations)
     result, answers = evaluate(engine, env, options.config)

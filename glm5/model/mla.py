@@ -24,6 +24,7 @@ from glm5.model.output import Replay
 from glm5.model.rows import Rows
 from glm5.ops import attention, selection
 from glm5.ops.indexer_loss import Index, indexer_kl
+from glm5.ops.indexer_recall import indexer_recall
 from glm5.ops.linear import Linear
 from glm5.ops.norm import RMSNorm
 from glm5.ops.rotary import Rotation, rotate
@@ -60,6 +61,7 @@ class Pass:
         # What `collect` asked for
         self.selection: dict[int, Tensor] = {}
         self.kl_terms: dict[int, list[Tensor]] = {}
+        self.recall_terms: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
 
 class MLA(nn.Module):
@@ -99,7 +101,9 @@ class MLA(nn.Module):
         if run.cache is not None:
             latents_BSC = run.cache.append_latents(self.layer, latents_BSC)
 
-        if self.indexer is not None and (run.sparse or run.cache is not None or "indexer_kl" in run.collect):
+        if self.indexer is not None and (
+            run.sparse or run.cache is not None or run.collect & {"indexer_kl", "indexer_recall"}
+        ):
             self._index(x_BTD, c_q_BTC, run)
         selected_BTK = self._selected(run, latents_BSC.shape[1])
         self._collect(q_nope_BTHN, q_rope_BTHR, latents_BSC, selected_BTK, run)
@@ -153,6 +157,13 @@ class MLA(nn.Module):
                 q_BTHC = self._absorb(q_nope_BTHN, q_rope_BTHR)
             term = indexer_kl(q_BTHC, latents_BSC, self.scale, run.index, run.spans, selected_BTK, self.sum_heads)
             run.kl_terms.setdefault(run.full_layer, []).append(term)
+        if "indexer_recall" in run.collect:
+            assert run.index is not None
+            with torch.no_grad():
+                q_BTHC = self._absorb(q_nope_BTHN, q_rope_BTHR)
+            given = (q_BTHC, latents_BSC, self.scale, run.index, run.spans, self.config.index_topk, self.sum_heads)
+            found = indexer_recall(*given)
+            run.recall_terms.setdefault(run.full_layer, []).append(found)
 
     # ---- the two forms ------------------------------------------------------------------------------------------
     def _split_kv_b(self) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-COLLECTABLE = frozenset({"hidden", "mtp", "router", "selection", "indexer_kl"})
+COLLECTABLE = frozenset({"hidden", "mtp", "router", "selection", "indexer_kl", "indexer_recall"})
 """Names that `collect` accepts."""
 
 
@@ -48,3 +48,6 @@ class ModelOutput:
     """layer -> positions [B, T, K] that its attention saw, ascending, -1 padded."""
     indexer_kl: dict[int, Tensor] = field(default_factory=dict)
     """full-indexer layer -> mean KL over the real tokens and over the layers that share the indexer."""
+    indexer_recall: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """full-indexer layer -> shares of the true top-k that its selection holds, of the positions and of their attention
+    mass; a mean over the queries that see more than `index_topk` keys and over the layers that share the indexer."""

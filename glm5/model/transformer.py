@@ -93,7 +93,8 @@ class GLM5(nn.Module):
         input_ids_BT: int64 [B, T]. positions_BT: rotary positions; by default each token's index in its segment.
         segment_ids_BT: int64; tokens attend within their own contiguous segment; negative ids are padding (its outputs
         mean nothing). cache: earlier tokens; the new ones are appended. attention: "sparse" (top-k of the indexer) or
-        "dense". collect: names of `ModelOutput` fields to fill ("hidden", "mtp", "router", "selection", "indexer_kl").
+        "dense". collect: names of `ModelOutput` fields to fill ("hidden", "mtp", "router", "selection", "indexer_kl",
+        "indexer_recall").
         replay: recorded experts and positions to use. Raises InputError for inputs that cannot be run.
         """
         wanted = frozenset(collect)
@@ -191,6 +192,7 @@ class GLM5(nn.Module):
             router=tuple(record for record in records if record is not None),
             selection=run.selection,
             indexer_kl=self.mean_kl(run),
+            indexer_recall={layer: _mean_pairs(pairs) for layer, pairs in run.recall_terms.items()},
         )
 
     def mean_kl(self, run: Pass) -> dict[int, Tensor]:
@@ -263,6 +265,11 @@ class GLM5(nn.Module):
             cache=cache,
             rows=self.rows,
         )
+
+
+def _mean_pairs(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    firsts, seconds = zip(*pairs, strict=True)
+    return torch.stack(firsts).mean(), torch.stack(seconds).mean()
 
 
 def _spans(ids_BT: Tensor, positions_BT: Tensor | None, segments_BT: Tensor | None, cache: Cache | None) -> Spans:

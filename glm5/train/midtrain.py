@@ -21,7 +21,7 @@ from glm5.errors import ConfigError
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.train.checks import check_counts, check_numbers
-from glm5.train.job import Job, Parent, StageConfig, during, named, perform, sampler
+from glm5.train.job import Data, Job, Parent, StageConfig, during, named, open_data, perform, sampler
 from glm5.train.loop import BatchSource, LoopConfig, Stage
 from glm5.train.losses import language_loss
 from glm5.train.run_directory import RunDirectory
@@ -34,6 +34,8 @@ class Phase:
     length: int
     rows: int
     steps: int
+    train_data: Data | None = None
+    """Of this phase alone, such as long-context examples of its length; None: the data of the stage."""
 
     def __post_init__(self) -> None:
         check_counts(self, "length", "rows", "steps")
@@ -97,10 +99,14 @@ def midtrain_job(config: MidtrainConfig) -> Job:
     parent = Parent(config)
     longest = max(phase.length for phase in config.phases)
     judge = parent.judge("dense", longest)
-    loaders = [
-        (phase.steps, Loader(parent.data, rows=phase.rows, length=phase.length, seed=config.loop.seed + i))
-        for i, phase in enumerate(config.phases)
-    ]
+    loaders = []
+    for i, phase in enumerate(config.phases):
+        data = parent.data
+        if phase.train_data is not None:
+            data = open_data(phase.train_data, parent.tokenizer)
+            parent.inputs[f"train_data of phase {i}"] = data.sha256
+        loader = Loader(data, rows=phase.rows, length=phase.length, seed=config.loop.seed + i)
+        loaders.append((phase.steps, loader))
     stage = Stage(
         name="midtrain",
         loader=Phases(loaders),

@@ -62,6 +62,17 @@ def test_phases_follow_each_other(tiny, straight):
     assert torch.equal(job.stage.loader.batch(3).input_ids_BT, again.input_ids_BT)
 
 
+def test_a_phase_may_have_data_of_its_own(tiny, straight):
+    phases = (Phase(length=32, rows=3, steps=2), Phase(length=64, rows=2, steps=2, train_data=tiny[0] / "heldout"))
+    job = midtrain_job(midtrain_config(tiny, straight.path, phases=phases))
+    own = Loader(open_dataset(tiny[0] / "heldout"), rows=2, length=64, seed=4).batch(1)
+    assert torch.equal(job.stage.loader.batch(3).input_ids_BT, own.input_ids_BT)
+    plain = midtrain_job(midtrain_config(tiny, straight.path))
+    assert torch.equal(job.stage.loader.batch(1).input_ids_BT, plain.stage.loader.batch(1).input_ids_BT)
+    assert job.inputs["train_data of phase 1"] == open_dataset(tiny[0] / "heldout").sha256
+    assert set(plain.inputs) == {"train_data", "heldout_data"}
+
+
 def test_midtraining_changes_the_rotary_base_and_keeps_the_indexer(tiny, straight, tmp_path):
     run = midtrain(midtrain_config(tiny, straight.path), tmp_path / "run")
     before, after = (load_model(d, dtype=torch.float32) for d in (straight.model_directory, run.model_directory))
