@@ -51,6 +51,8 @@ class BuildOptions:
     """Directory of a tokenizer to use; one is learned from the training text when left out."""
     vocab_size: int = 4096
     """Tokens of a tokenizer that is learned."""
+    tokenizer_megabytes: int = 100
+    """Training text that a tokenizer is learned from: a fair sample when there is more."""
     heldout_per_thousand: int = 20
     """Documents of a thousand that are held out, chosen by their hash."""
     separate: bool = False
@@ -84,6 +86,7 @@ def recipe_of(options: BuildOptions) -> DataRecipe:
         heldout_per_thousand=options.heldout_per_thousand,
         tokenizer=options.tokenizer,
         vocab_size=options.vocab_size,
+        tokenizer_megabytes=options.tokenizer_megabytes,
         separate=options.separate,
     )
 

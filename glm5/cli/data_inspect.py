@@ -108,6 +108,11 @@ def show(found: dict[str, Any], console: Console) -> None:
             size = f"{source['bytes'] / 1e6:.2f}"
             table.add_row(source["name"], f"{source['documents']:,}", size, f"{dropped:,}", source["licence"])
         console.print(table)
+        for source in found["sources"]:
+            for reason, entry in source["dropped"].items():
+                examples = ", ".join(entry["examples"])
+                line = f"{source['name']}: dropped {entry['documents']:,} as {reason}, such as {examples}"
+                console.print(line, style="dim", markup=False, highlight=False)
     for name, part in found.get("datasets", {}).items():
         title = (
             f"{name}: {part['documents']:,} documents, {part['tokens']:,} tokens, {part['learned_tokens']:,} learned"

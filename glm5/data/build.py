@@ -60,7 +60,7 @@ def build_data(
         )
         if tokenizer is None:
             progress("learning a tokenizer", 0, None)
-            tokenizer = Tokenizer.train(corpus.texts("train"), recipe.vocab_size)
+            tokenizer = Tokenizer.train(corpus.sample("train", recipe.tokenizer_megabytes * 10**6), recipe.vocab_size)
         tokenizer.save(beside / "tokenizer")
         if recipe.separate:
             train = tokenize_separately(corpus, tokenizer, beside, {s.name: weight for s, weight in named}, progress)
@@ -98,7 +98,7 @@ def tokenize_separately(
 
 def shares_of(out: Path) -> tuple[Share, ...]:
     """The training datasets of a build as shares of a mixture: one, or one per source."""
-    datasets = read_manifest(out, "data build")["datasets"]
+    datasets = read_manifest(out, "data build", needs=("datasets",))["datasets"]
     return tuple(
         Share(path=out / place, weight=part.get("weight", 1.0))
         for place, part in datasets.items()

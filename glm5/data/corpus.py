@@ -62,6 +62,14 @@ class Corpus:
         """The texts of a split, in the same order."""
         return (document.text for document in self.documents(split))
 
+    def sample(self, split: Split, size: int) -> Iterator[str]:
+        """The first texts of a split until they have `size` bytes: a fair sample, because hashes decide the order."""
+        for text in self.texts(split):
+            yield text
+            size -= len(text.encode())
+            if size <= 0:
+                return
+
 
 Progress = Callable[[str, int, int | None], None]
 """Told (what is being done, how much of it is done, of how much or None)."""
@@ -173,7 +181,7 @@ def dropped_sentence(used: Sequence[dict[str, Any]]) -> str:
 
 def open_corpus(directory: Path) -> Corpus:
     """A corpus that was built before; raises DataError when a file is missing or does not match the manifest."""
-    return Corpus(directory, read_manifest(directory, "corpus"))
+    return Corpus(directory, read_manifest(directory, "corpus", needs=("sources", "splits")))
 
 
 def is_held_out(sha256: str, per_thousand: int) -> bool:

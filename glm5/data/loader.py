@@ -49,7 +49,7 @@ class RowStream:
         order = shuffled(len(dataset), seed, 0)
         order = order[dataset.lengths[order] >= min_tokens]
         pack = cut if packing == "cut" else keep_whole
-        self.packing: Packing = pack(dataset.lengths - 1, order, length)
+        self.packing: Packing = pack(np.maximum(dataset.lengths - 1, 0), order, length)
         if self.packing.rows == 0:
             chosen = f" in documents of at least {min_tokens} tokens" if min_tokens else ""
             raise DataError(

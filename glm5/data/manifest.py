@@ -13,10 +13,12 @@ from glm5.errors import DataError
 from glm5.files import restore_directory, sha256_of
 
 
-def read_manifest(directory: Path, kind: str, *, files: dict[str, Any] | None = None) -> dict[str, Any]:
+def read_manifest(
+    directory: Path, kind: str, *, needs: tuple[str, ...] = (), files: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The manifest of `directory`, after every file that it lists under "files" was found with the size and hash noted.
 
-    files: check these entries only, in place of all.
+    needs: entries that the caller will use. files: check these files only, in place of all.
 
     Raises DataError that names the file: missing, cut short, changed, or written by another kind of builder.
     """
@@ -30,6 +32,9 @@ def read_manifest(directory: Path, kind: str, *, files: dict[str, Any] | None = 
         raise DataError(f"{path} is not JSON; build the {kind} again.") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         raise DataError(f"{path} does not describe a {kind}; point to the right directory.")
+    for entry in (*needs, "files"):
+        if entry not in manifest:
+            raise DataError(f"{path} has no entry {entry!r}, as if another version wrote it; build the {kind} again.")
     for name, noted in (manifest["files"] if files is None else files).items():
         file = directory / name
         if not file.is_file():

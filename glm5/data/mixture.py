@@ -108,18 +108,17 @@ def interleave(weights: Sequence[float]) -> Interleaving:
     """The pattern for these weights. Weights whose common denominator is above 10,000 are rounded to 1/10,000."""
     quota = quotas(weights)
     sources, period = len(quota), sum(quota)
-    quota_K = np.array(quota, dtype=np.int64)
-    given_K = np.zeros(sources, dtype=np.int64)
-    source_P = np.zeros(period, dtype=np.int64)
-    before_PK = np.zeros((period + 1, sources), dtype=np.int64)
     slack = max(2 * sources - 2, 1)
+    given, chosen = [0] * sources, []
     for row in range(period):
-        owed_K = slack * (quota_K * (row + 1) - period * given_K)  # in units of 1 / (slack * period) rows
-        deadline_K = (period * (slack - 1) - owed_K) / quota_K
-        chosen = int(np.argmin(np.where(owed_K >= period, deadline_K, np.inf)))
-        source_P[row] = chosen
-        given_K[chosen] += 1
-        before_PK[row + 1] = given_K
+        owed = [slack * (quota[k] * (row + 1) - period * given[k]) for k in range(sources)]  # in 1/(slack period) rows
+        due = [k for k in range(sources) if owed[k] >= period]
+        nearest = min(due, key=lambda k: (period * (slack - 1) - owed[k]) / quota[k])
+        given[nearest] += 1
+        chosen.append(nearest)
+    source_P = np.array(chosen, dtype=np.int64)
+    one_hot_PK = source_P[:, None] == np.arange(sources)
+    before_PK = np.concatenate([np.zeros((1, sources), dtype=np.int64), np.cumsum(one_hot_PK, axis=0)])
     return Interleaving(source_P, before_PK)
 
 

@@ -86,6 +86,8 @@ class DataRecipe:
     """Directory of a tokenizer; None: one is learned from the training text."""
     vocab_size: int = 4096
     """Tokens of a tokenizer that is learned."""
+    tokenizer_megabytes: int = 100
+    """Training text that a tokenizer is learned from: a fair sample when there is more."""
     separate: bool = False
     """A training dataset per source, to be mixed by weight, in place of one for all."""
 

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm5.data.corpus import Corpus, Progress, Split
+from glm5.data.corpus import Corpus, Document, Progress, Split
 from glm5.data.manifest import note_file, read_manifest, room_on_disk
 from glm5.errors import DataError
 from glm5.files import replacing, replacing_directory, sha256_of, write_json
 from glm5.text import Tokenizer
 
 SHARD_TOKENS = 1 << 26
+BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class TokenDataset:
 
 def open_dataset(directory: Path, tokenizer: Tokenizer | None = None) -> TokenDataset:
     """A dataset after every file was checked; with `tokenizer`, refused when another one made it."""
-    manifest = read_manifest(directory, "token dataset")
+    manifest = read_manifest(directory, "token dataset", needs=("shards", "tokenizer_sha256"))
     if tokenizer is not None and manifest["tokenizer_sha256"] != tokenizer_sha256(tokenizer):
         raise DataError(f"{directory} was made with another tokenizer; tokenise the corpus again.")
     return TokenDataset(directory, manifest)
@@ -185,13 +186,27 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
 def _tokenized(
     corpus: Corpus, split: Split, tokenizer: Tokenizer, source: str | None, progress: Progress
 ) -> Iterator[TokenDocument]:
-    end, total = tokenizer.pad_id, corpus.manifest["splits"][split]["documents"]
-    for number, document in enumerate(corpus.documents(split), 1):
-        if source is None or document.source == source:
-            # A document must not be able to speak as a role.
-            ids = tokenizer.encode(document.text, allow_special=False)
-            yield TokenDocument([end, *ids, end], len(document.text.encode()))
-        progress(f"tokenising {split}", number, total)
+    end, total, done = tokenizer.pad_id, corpus.manifest["splits"][split]["documents"], 0
+    for texts in _batches(corpus.documents(split)):
+        chosen = [document.text for document in texts if source is None or document.source == source]
+        # A document must not be able to speak as a role.
+        for text, ids in zip(chosen, tokenizer.encode_batch(chosen, allow_special=False), strict=True):
+            yield TokenDocument([end, *ids, end], len(text.encode()))
+        done += len(texts)
+        progress(f"tokenising {split}", done, total)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in lists of about a million characters, which the tokenizer encodes on all of its threads."""
+    held, size = [], 0
+    for document in documents:
+        held.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
 
 
 def _shards(documents: Iterable[TokenDocument], shard_tokens: int) -> Iterator[_Shard]:

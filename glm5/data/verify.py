@@ -13,8 +13,6 @@ from glm5.errors import DataError, GLM5Error
 from glm5.files import sha256_of
 from glm5.text import Tokenizer
 
-KINDS = ("data build", "corpus", "token dataset")
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -27,7 +25,10 @@ class Finding:
 
 
 def verify(root: Path) -> list[Finding]:
-    """Rehashes all builds, corpora and datasets at or under `root`. Raises DataError when there are none."""
+    """Rehashes everything with a manifest of ours at or under `root`: builds, corpora, datasets, worlds.
+
+    Raises DataError when there is nothing.
+    """
     manifests = [path for path in sorted(root.rglob("manifest.json")) if not in_hidden(path, root)]
     found = [finding for path in manifests if (finding := check(path)) is not None]
     if not found:
@@ -43,16 +44,16 @@ def check(path: Path) -> Finding | None:
     except (OSError, ValueError):
         return Finding(directory, "unknown", 0, (f"{path} is not JSON; build it again.",))
     kind = manifest.get("kind") if isinstance(manifest, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or not isinstance(manifest.get("files"), dict):
         return None
     problems = []
-    for name, noted in manifest.get("files", {}).items():
+    for name, noted in manifest["files"].items():
         try:
             read_manifest(directory, kind, files={name: noted})
         except DataError as error:
             problems.append(str(error))
     problems += broken_links(directory, manifest)
-    return Finding(directory, kind, len(manifest.get("files", {})), tuple(problems))
+    return Finding(directory, kind, len(manifest["files"]), tuple(problems))
 
 
 def broken_links(directory: Path, manifest: dict[str, Any]) -> list[str]:

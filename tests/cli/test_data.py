@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from toy_corpus import source
+from toy_corpus import sentences, source
 
 from glm5.cli.main import main
 from glm5.data import build as build_module
@@ -105,9 +105,46 @@ def test_a_taken_directory_is_refused(built, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
+def test_build_from_flags(tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    for i, (_, text) in enumerate(sentences(90)):
+        (tmp_path / f"notes/{i}.md").write_text(text)
+    flags = ["--text", str(tmp_path / "notes"), "--licence", "MIT", "--near-duplicates", "0.95", "--longest", "2000"]
+    build = ["data", "build", str(tmp_path / "out"), *flags, "--vocab-size", "400", "--heldout-per-thousand", "150"]
+    assert main([*build, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sources"][0]["licence"] == "MIT" and found["sources"][0]["documents"] > 60
+    assert main([*build, "--overwrite"]) == 0
+    text = capsys.readouterr().out
+    assert "notes: " in text and "glm5 data inspect" in text
+
+
+def test_build_from_a_recipe_with_separate_sources(tmp_path, capsys):
+    for name in ("a", "b"):
+        lines = [json.dumps({"text": f"{name} {text}"}) for _, text in sentences(80)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = [
+        {"kind": "jsonl", "path": str(tmp_path / f"{name}.jsonl"), "weight": w} for name, w in (("a", 3), ("b", 1))
+    ]
+    recipe = {"sources": sources, "separate": True, "vocab_size": 400, "heldout_per_thousand": 150}
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    out = str(tmp_path / "out")
+    assert main(["data", "build", out, "--config", str(tmp_path / "r.json")]) == 0
+    capsys.readouterr()
+    assert main(["data", "inspect", out, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["datasets"]) == {"train/a", "train/b", "heldout"}
+    assert main(["data", "inspect", out, "--step", "1", "--rows", "4", "--length", "30", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 4
+    assert main(["data", "verify", out]) == 0
+    assert main(["data", "build", out, "--config", str(tmp_path / "r.json"), "--vocab-size", "500"]) == 1
+    assert "without options of sources" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["build", "{}/out", "--text", "{}/nowhere"], "there is no file or folder"),
+        (["build", "{}/out", "--config", "{}/nowhere"], "cannot be read"),
         (["verify", "{}"], "holds no corpus and no dataset"),
         (["inspect", "{}"], "has no manifest.json"),
         (["inspect", "{}", "--step", "-1"], "no step -1"),

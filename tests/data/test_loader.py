@@ -1,6 +1,8 @@
 """Shards, packing, loader: every token once, nothing crosses a document, a step is a function of its number."""
 
 import itertools
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -138,6 +140,46 @@ def test_documents_that_predict_nothing_are_counted_and_left_out(tokenizer, tmp_
     assert len(made) == 1 and made.manifest["too_short"] == 3 and made.manifest["tokens"] == 3
     with pytest.raises(DataError, match="the source is empty"):
         write_dataset(tmp_path / "none", documents[:2], tokenizer)
+
+
+def damage_shard(d):
+    shard = d / "shard-00000.tokens.npy"
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+
+
+def edit_manifest(**changes):
+    def edit(d):
+        manifest = json.loads((d / "manifest.json").read_text()) | changes
+        kept = {name: value for name, value in manifest.items() if value is not None}
+        (d / "manifest.json").write_text(json.dumps(kept))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (damage_shard, r"shard-00000.tokens.npy does not match the manifest \(damaged or edited\); build"),
+        (lambda d: (d / "shard-00000.starts.npy").write_bytes(b""), "shard-00000.starts.npy does not match"),
+        (
+            lambda d: (d / "shard-00000.bytes.npy").unlink(),
+            "shard-00000.bytes.npy is listed in the man",
+        ),
+        (lambda d: (d / "manifest.json").unlink(), "has no manifest.json, so it is no finished token dataset"),
+        (lambda d: (d / "manifest.json").write_text("[1"), "is not JSON"),
+        (edit_manifest(kind="corpus"), "does not describe a token dataset"),
+        (edit_manifest(files=None), "has no entry 'files'"),
+        (edit_manifest(shards=None), "has no entry 'shards'"),
+        (edit_manifest(tokenizer_sha256="0" * 64), "made with another tokenizer"),
+    ],
+)
+def test_a_damaged_dataset_is_refused_before_use(damage, sentence, dataset, tokenizer, tmp_path):
+    shutil.copytree(dataset.directory, tmp_path / "d")
+    damage(tmp_path / "d")
+    with pytest.raises(DataError, match=sentence):
+        open_dataset(tmp_path / "d", tokenizer)
 
 
 def test_refusals(dataset, tokenizer, tmp_path):
