@@ -1,4 +1,4 @@
-"""`glm5 eval RUN`: scores a model on a suite, arithmetic or needles, and keeps every answer."""
+"""`glm5 eval RUN`: scores a model on a suite, arithmetic, needles or skills, and keeps every answer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from glm5.cli import eval_needles
+from glm5.cli import eval_needles, eval_skills
 from glm5.engine import Engine
 from glm5.envs import Arithmetic
 from glm5.evals import EvalConfig, EvalResult, evaluate, write_evaluation
 from glm5.evals.needles import NeedleConfig
+from glm5.evals.skills import SkillsConfig
 from glm5.scoring import Accuracy
 from glm5.train.run_directory import model_of
 
@@ -27,8 +28,8 @@ class EvalOptions:
 
     model: Annotated[Path, tyro.conf.Positional]
     """A run directory or a Hugging Face model directory."""
-    suite: Literal["arithmetic", "needles"] = "arithmetic"
-    """needles: one sentence to find in a long text."""
+    suite: Literal["arithmetic", "needles", "skills"] = "arithmetic"
+    """needles: one sentence to find in a long text. skills: facts of a world, sums, tool calls, ignorance, endings."""
     largest: int = 20
     """Largest number that is asked about."""
     operations: str = "+-*"
@@ -39,6 +40,9 @@ class EvalOptions:
     filler: Path | None = None
     """A held-out dataset in which needles are hidden, such as data/heldout of a quickstart."""
     needles: NeedleConfig = field(default_factory=NeedleConfig)
+    world: Path | None = None
+    """The world that the skills are asked about: a directory of `glm5 data world`."""
+    skills: SkillsConfig = field(default_factory=SkillsConfig)
     json: bool = False
     """Print one JSON object."""
 
@@ -48,6 +52,10 @@ def run(options: EvalOptions) -> int:
     if options.suite == "needles":
         return eval_needles.run(
             model_of(options.model), options.filler, options.needles, out=options.out, json=options.json
+        )
+    if options.suite == "skills":
+        return eval_skills.run(
+            model_of(options.model), options.world, options.skills, out=options.out, json=options.json
         )
     engine = Engine(model_of(options.model), dtype=torch.float32)
     env = Arithmetic(split="heldout", largest=options.largest, operations=options.operations)

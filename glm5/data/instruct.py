@@ -1,0 +1,137 @@
+"""The first instruct set: conversations about the taught world, sums, tool calls and honest ignorance.
+
+* facts: practised facts in train wordings, a part of them with one line of reasoning, a part as two questions in a row;
+* sums: `glm5.data.addition`, reasoning in `<think>`;
+* tools: `glm5.data.tool_chats`;
+* unknown: "I don't know." to questions whose premise is missing: names that nobody bears, drawn anew each time, and
+  relations that an entity does not have (the capital of a person). Never-taught entities do not occur: whether the
+  model abstains on them is what the evaluation asks.
+
+Shares count conversations. Everything is a function of the config and the world.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from glm5.data.addition import sums
+from glm5.data.chat import Chat
+from glm5.data.tool_chats import ToolRequests
+from glm5.data.world import Fact, World
+from glm5.data.world_names import NameDrawer
+from glm5.data.world_phrasings import GENERAL_QUESTIONS, RELATIONS
+from glm5.data.world_text import Phrasing, questions
+from glm5.errors import ConfigError
+
+UNKNOWN = "I don't know."
+MISSING = {
+    "capital": "country", "currency": "country", "birth year": "person", "profession": "person",
+    "founder": "company", "product": "company", "colour": "mineral", "discoverer": "mineral",
+}  # fmt: skip
+"""Nouns of relations that only one kind has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructConfig:
+    """What an instruct set consists of."""
+
+    conversations: int = 20_000
+    seed: int = 0
+    facts: float = 0.57
+    sums: float = 0.25
+    tools: float = 0.05
+    unknown: float = 0.13
+    """Shares of the conversations; they add up to 1."""
+    thinking_facts: float = 0.3
+    """Of the fact questions, the share that is answered behind a line of reasoning."""
+    second_question: float = 0.2
+    """Of the fact conversations, the share with two questions."""
+    wrong_calls: float = 0.1
+    """Of the tool conversations, the share with a masked wrong call in front."""
+    digits: int = 2
+    """Most digits of a number that is added."""
+
+    def __post_init__(self) -> None:
+        if self.conversations < 1 or not 1 <= self.digits <= 4:
+            raise ConfigError("an instruct set has at least one conversation, and sums of 1 to 4 digits.")
+        shares = (self.facts, self.sums, self.tools, self.unknown)
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ConfigError(f"the shares {shares} must be at least 0 and add up to 1.")
+
+
+def instruct_chats(world: World, config: InstructConfig | None = None) -> Iterator[Chat]:
+    """`config.conversations` conversations in an order that the seed fixes."""
+    config = config or InstructConfig()
+    draw = random.Random(f"instruct {config.seed}")
+    facts = list(world.practised())
+    additions = sums(config.seed, digits=config.digits)
+    requests = ToolRequests(config.seed, [town.name for town in world.of("town")])
+    strangers = Strangers(world, config.seed)
+    skills = ("facts", "sums", "tools", "unknown")
+    for _ in range(config.conversations):
+        skill = draw.choices(skills, (config.facts, config.sums, config.tools, config.unknown))[0]
+        if skill == "facts":
+            yield _fact_chat(facts, draw, config)
+        elif skill == "sums":
+            yield Chat(next(additions).messages(), skill="sums")
+        elif skill == "tools":
+            yield requests.request().chat(draw, config.wrong_calls)
+        else:
+            thinking = draw.random() < config.thinking_facts
+            question, subject = strangers.question()
+            yield Chat(_asked(question, UNKNOWN, f"{subject}?" if thinking else None), skill="unknown")
+
+
+class Strangers:
+    """Draws questions whose premise is missing; other seeds and wordings draw other names."""
+
+    def __init__(self, world: World, seed: int, phrasing: Phrasing = "train") -> None:
+        self._draw = random.Random(f"strangers {seed} {phrasing}")
+        self._names = NameDrawer(f"strangers {seed} {phrasing}", avoid=world.names)
+        self._entities = [entity for entity in world.entities if entity.exposure]
+        self._practised = {fact.entity.name for fact in world.practised()}
+        self._phrasing: Phrasing = phrasing
+
+    def question(self) -> tuple[str, str]:
+        """A question, and what it is about ("capital of X"): a stranger in two of three."""
+        return self.stranger() if self._draw.random() < 2 / 3 else self.missing()
+
+    def stranger(self) -> tuple[str, str]:
+        """A question that fits, about a name that nobody bears."""
+        relation = self._draw.choice(RELATIONS)
+        name = self._names.person() if relation.kind == "person" else self._names.name(relation.kind)
+        frames = (*getattr(relation.questions, self._phrasing), *getattr(GENERAL_QUESTIONS, self._phrasing))
+        text = self._draw.choice(frames).format(e=name, noun=relation.noun)
+        return text[0].upper() + text[1:], f"{relation.noun} of {name}"
+
+    def missing(self) -> tuple[str, str]:
+        """A relation that a known entity does not have."""
+        noun, kind = self._draw.choice(list(MISSING.items()))
+        others = [e for e in self._entities if e.kind != kind and e.name in self._practised]
+        name = self._draw.choice(others).name
+        text = self._draw.choice(getattr(GENERAL_QUESTIONS, self._phrasing)).format(e=name, noun=noun)
+        return text[0].upper() + text[1:], f"{noun} of {name}"
+
+
+def _fact_chat(facts: list[Fact], draw: random.Random, config: InstructConfig) -> Chat:
+    messages: tuple[dict[str, Any], ...] = ()
+    for _ in range(2 if draw.random() < config.second_question else 1):
+        fact = draw.choice(facts)
+        question = draw.choice(questions(fact, "train"))
+        subject = f"{fact.relation.noun} of {fact.entity.name}"
+        if question.direction == "inverse":
+            subject = f"{fact.relation.noun} {fact.value}"
+        thinking = draw.random() < config.thinking_facts
+        messages += _asked(question.text, question.answer, f"{subject}?" if thinking else None)
+    return Chat(messages, skill="facts")
+
+
+def _asked(question: str, answer: str, reasoning: str | None) -> tuple[dict[str, Any], ...]:
+    said = {"role": "assistant", "content": answer}
+    return (
+        {"role": "user", "content": question},
+        said if reasoning is None else {**said, "reasoning_content": reasoning},
+    )

@@ -1,0 +1,175 @@
+"""The instruct set: right answers, disjoint splits, valid calls, masks, and nothing of what must stay hidden."""
+
+import itertools
+import json
+import random
+import re
+
+import pytest
+
+from glm5.data import chat_documents, write_dataset
+from glm5.data.addition import number_is_held_out, sums, worked
+from glm5.data.chat import Chat
+from glm5.data.instruct import UNKNOWN, InstructConfig, Strangers, instruct_chats
+from glm5.data.recipe_sets import build_nano_instruct, tokenizer_texts
+from glm5.data.tool_chats import PHRASINGS, ToolRequests
+from glm5.data.tools import ALARM, CALCULATOR, TOOLS, problem_with, run_tool
+from glm5.data.world import build_world
+from glm5.data.world_check import check_world
+from glm5.data.world_text import questions
+from glm5.errors import ConfigError
+from glm5.text import render_for_training
+
+
+@pytest.fixture(scope="module")
+def world():
+    return build_world()
+
+
+@pytest.fixture(scope="module")
+def chats(world):
+    return list(instruct_chats(world, InstructConfig(conversations=1500, tools=0.2, facts=0.42)))
+
+
+def turns(chat):
+    """(question, answer) pairs of a conversation without tools."""
+    return list(zip(chat.messages[::2], chat.messages[1::2], strict=True))
+
+
+def test_the_same_config_gives_the_same_set(world, chats):
+    config = InstructConfig(conversations=1500, tools=0.2, facts=0.42)
+    assert list(instruct_chats(world, config)) == chats
+    assert {chat.skill for chat in chats} == {"facts", "sums", "tools", "unknown"}
+
+
+def test_facts_are_practised_ones_in_train_wordings_with_their_answers(world, chats):
+    allowed = {q.text: q.answer for fact in world.practised() for q in questions(fact, "train")}
+    asked = [turn for chat in chats if chat.skill == "facts" for turn in turns(chat)]
+    assert len(asked) > 600 and all(allowed[user["content"]] == said["content"] for user, said in asked)
+    thinking = sum("reasoning_content" in said for _, said in asked) / len(asked)
+    assert 0.2 < thinking < 0.4
+
+
+@pytest.mark.parametrize("digits", [2, 3])
+def test_sums_are_right_and_split_by_number(digits):
+    train, heldout = (list(itertools.islice(sums(1, split=s, digits=digits), 400)) for s in ("train", "heldout"))
+    assert not [s for s in train if number_is_held_out(s.a) or number_is_held_out(s.b)]
+    assert all(number_is_held_out(s.a) or number_is_held_out(s.b) for s in heldout)
+    for one in train + heldout:
+        numbers = [int(n) for n in re.findall(r"\d+", one.question)]
+        assert sorted(numbers) == sorted([one.a, one.b]) and int(one.answer) == one.a + one.b < 2 * 10**digits
+    assert sum(s.a >= 10 ** (digits - 1) and s.b >= 10 ** (digits - 1) for s in train) > 50
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "lines"),
+    [
+        (47, 38, ["ones 7+8+0=15", "tens 4+3+1=08"]),
+        (7, 96, ["ones 7+6+0=13", "tens 0+9+1=10"]),
+        (0, 0, ["ones 0+0+0=00"]),
+        (999, 1, ["ones 9+1+0=10", "tens 9+0+1=10", "hundreds 9+0+1=10"]),
+    ],
+)
+def test_worked_sums(a, b, lines):
+    assert worked(a, b).split("\n") == lines
+
+
+def test_the_answer_can_be_read_off_the_reasoning():
+    for one in itertools.islice(sums(5, digits=3), 200):
+        totals = [line.split("=")[1] for line in worked(one.a, one.b).split("\n")]
+        assert int(totals[-1][0] + "".join(total[1] for total in reversed(totals))) == one.a + one.b
+
+
+def test_ignorance_is_about_strangers_and_missing_relations_only(world, chats):
+    known = {q.text for fact in world.facts for q in questions(fact, "train")}
+    asked = [chat.messages[0]["content"] for chat in chats if chat.skill == "unknown"]
+    assert len(asked) > 100 and not known & set(asked)
+    assert all(chat.messages[-1]["content"] == UNKNOWN for chat in chats if chat.skill == "unknown")
+    first, other = (Strangers(world, 7, phrasing) for phrasing in ("train", "heldout"))
+    assert not {first.stranger()[1] for _ in range(50)} & {other.stranger()[1] for _ in range(50)}
+
+
+def test_tool_conversations_call_what_was_asked_and_show_the_real_result(chats):
+    wrong = 0
+    for chat in (chat for chat in chats if chat.skill == "tools"):
+        offered = {tool["function"]["name"]: tool for tool in chat.tools}
+        *before, call, result, answer = chat.messages
+        function = call["tool_calls"][0]["function"]
+        assert problem_with(offered[function["name"]], function["arguments"]) is None
+        assert result["content"] == run_tool(function["name"], function["arguments"])
+        value = json.loads(result["content"])["result"]
+        assert str(value) in answer["content"]
+        if len(before) == 3:
+            wrong += 1
+            assert before[1]["train"] is False and "error" in json.loads(before[2]["content"])
+    assert 5 < wrong < 60
+
+
+def test_a_wrong_call_is_kept_and_masked(tokenizer):
+    request = ToolRequests(0, ["Brodford", "Labgrad"]).request()
+    chat = request.chat(random.Random(0), wrong_share=1.0)
+    ids, learn = render_for_training(tokenizer, chat.messages, chat.tools)
+    text = tokenizer.decode(ids)
+    learned = tokenizer.decode([i for i, wanted in zip(ids, learn, strict=True) if wanted])
+    assert text.count(f"<tool_call>{request.name}") == 2 and learned.count(f"<tool_call>{request.name}") == 1
+    assert learned.count("<|observation|>") == 1 and learned.endswith("<|user|>") and "error" not in learned
+    assert next(iter(chat_documents([chat], tokenizer))).learn == learn
+
+
+def test_requests_of_the_two_splits_share_no_wording_number_or_name(world):
+    towns = [town.name for town in world.of("town")]
+    for name, wordings in PHRASINGS.items():
+        assert not set(wordings["train"]) & set(wordings["heldout"]), name
+    held = [request for draw in [ToolRequests(1, towns, "heldout")] for request in (draw.request() for _ in range(80))]
+    for request in held:
+        for value in (request.arguments.get("a"), request.arguments.get("b")):
+            assert value is None or number_is_held_out(value)
+        assert not {request.arguments.get("town"), request.arguments.get("word")} & set(towns)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"hour": 7, "minute": 5}, None),
+        ({"hour": 7}, "minute is missing"),
+        ({"hour": "7", "minute": 5}, "hour must be an integer"),
+        ({"hour": True, "minute": 5}, "hour must be an integer"),
+        ({"hour": 7, "minute": 5, "day": 1}, "there is no argument day"),
+        ([7, 5], "the arguments are no object"),
+    ],
+)
+def test_arguments_are_checked_against_the_schema(arguments, problem):
+    assert problem_with(ALARM, arguments) == problem
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = {**ALARM["function"]["parameters"], "additionalProperties": False}
+    assert jsonschema.Draft202012Validator(schema).is_valid(arguments) == (problem is None)
+
+
+def test_tools_run():
+    assert run_tool("calculator", {"a": 12, "operation": "times", "b": 3}) == '{"result": 36}'
+    assert run_tool("set_alarm", {"hour": 7, "minute": 5}) == '{"result": "07:05"}'
+    assert run_tool("count_letters", {"word": "Labgrad"}) == '{"result": 7}'
+    assert "no such tool" in run_tool("format_disk", {})
+    assert "one of plus, minus, times" in run_tool("calculator", {"a": 1, "operation": "over", "b": 2})
+    assert len({tool["function"]["name"] for tool in TOOLS}) == 4 and CALCULATOR in TOOLS
+
+
+def test_nothing_hidden_stands_in_the_set(world, tokenizer, tmp_path):
+    build_nano_instruct(tmp_path / "chat", tokenizer, world, InstructConfig(conversations=800))
+    found = check_world(world, [tmp_path / "chat"], tokenizer)
+    assert found.ok and found.mentions > 400 and not found.exposures_checked
+    leak = Chat(({"role": "user", "content": next(iter(world.part("never_taught"))).entity.name},))
+    write_dataset(tmp_path / "bad", chat_documents([leak], tokenizer), tokenizer)
+    assert not check_world(world, [tmp_path / "bad"], tokenizer).ok
+
+
+def test_the_tokenizer_sees_no_never_taught_name(world):
+    text = "\n".join(tokenizer_texts(["x"], world))
+    assert not [entity.name for entity in world.entities if not entity.exposure and entity.key in text]
+
+
+def test_refusals():
+    with pytest.raises(ConfigError, match="add up to 1"):
+        InstructConfig(facts=0.9)
+    with pytest.raises(ConfigError, match="1 to 4 digits"):
+        InstructConfig(digits=5)
