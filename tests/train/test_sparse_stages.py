@@ -10,10 +10,8 @@ from glm5.checkpoint import load_model
 from glm5.data import Batch, Loader, open_dataset
 from glm5.errors import ConfigError
 from glm5.model import GLM5, initialize_
-from glm5.model.output import Replay
 from glm5.ops import reference
-from glm5.ops.rotary import rotate
-from glm5.ops.spans import segment_spans
+from glm5.ops.rotary import rotate, rotation
 from glm5.optim import OptimizerConfig
 from glm5.train import LoopConfig, MidtrainConfig, Phase, SparseConfig, midtrain, train_sparse
 from glm5.train.losses import language_loss
@@ -107,21 +105,26 @@ def test_the_kl_is_that_of_the_selected_keys(tiny, model):
 
     attention = model.model.layers[0].self_attn
     x = model.model.layers[0].input_layernorm(model.model.embed_tokens(batch.input_ids_BT))
-    run = model._pass(segment_spans(batch.segment_ids_BT, 48, None), None, False, frozenset(), Replay())
+    c = model.config
+    positions_BT = torch.arange(48).expand(2, 48)
+    tables = [
+        rotation(positions_BT, c.qk_rope_head_dim, c.rope_theta, torch.float32, interleaved=layout)
+        for layout in (c.rope_interleave, c.indexer_rope_interleave)
+    ]
     c_q = attention.q_a_layernorm(attention.q_a_proj(x))
-    scores = reference.index_scores(*attention.indexer(x, c_q, run.indexer_rotation))
+    scores = reference.index_scores(*attention.indexer(x, c_q, tables[1]))
     chosen = output.selection[0]
     # where the selection is padded with -1, every visible key is in it, so the first one is too
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen.clamp(min=0), True)
     assert mask.sum(-1).max() == model.config.index_topk < 48
-    p = _probabilities(model, attention, x, c_q, run, mask).sum(2)
+    p = _probabilities(model, attention, x, c_q, tables[0], mask).sum(2)
     p = p / p.sum(-1, keepdim=True)
     q = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
     by_hand = (p * (p.clamp(min=1e-30).log() - q.masked_fill(~mask, 0.0))).sum(-1).mean()
     torch.testing.assert_close(output.indexer_kl[0], by_hand, rtol=1e-4, atol=1e-5)
 
 
-def _probabilities(model, attention, x, c_q, run, mask):
+def _probabilities(model, attention, x, c_q, table, mask):
     """Softmax over the selected keys per head [B, T, H, S], in the expanded form."""
     c = model.config
     q = attention.q_b_proj(c_q).unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
@@ -129,8 +132,8 @@ def _probabilities(model, attention, x, c_q, run, mask):
     latent, k_rope = attention.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
     kv = attention.kv_b_proj(attention.kv_a_layernorm(latent)).unflatten(-1, (c.num_attention_heads, -1))
     scores = torch.einsum("bthn,bshn->bths", q_nope, kv[..., : c.qk_nope_head_dim])
-    rotated = rotate(k_rope.unsqueeze(2), run.rotation)[:, :, 0]
-    scores = scores + torch.einsum("bthr,bsr->bths", rotate(q_rope, run.rotation), rotated)
+    rotated = rotate(k_rope.unsqueeze(2), table)[:, :, 0]
+    scores = scores + torch.einsum("bthr,bsr->bths", rotate(q_rope, table), rotated)
     return (scores * c.qk_head_dim**-0.5).masked_fill(~mask[:, :, None], -torch.inf).softmax(-1)
 
 
