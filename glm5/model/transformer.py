@@ -152,6 +152,23 @@ class GLM5(nn.Module):
     ) -> ModelOutput:
         """One pass over checked inputs."""
         h_BTD = self.model.embed_tokens(self.rows.part(input_ids_BT))
+        h_BTD, run, records = self.run_layers(
+            h_BTD, input_ids_BT, positions_BT, segment_ids_BT, cache, sparse, collect, replay
+        )
+        return self.finish(h_BTD, input_ids_BT, run, records, logits_to_keep)
+
+    def run_layers(
+        self,
+        h_BTD: Tensor,
+        input_ids_BT: Tensor,
+        positions_BT: Tensor | None,
+        segment_ids_BT: Tensor | None,
+        cache: Cache | None,
+        sparse: bool,
+        collect: frozenset[str],
+        replay: Replay | None,
+    ) -> tuple[Tensor, Pass, list[RouterRecord | None]]:
+        """The state after the layers, with what they left behind."""
         spans = _spans(input_ids_BT, positions_BT, segment_ids_BT, cache)
         if replay:
             check_replay(self.config, replay, spans)
@@ -160,7 +177,7 @@ class GLM5(nn.Module):
         for layer in self.model.layers:
             h_BTD, record = layer(h_BTD, run)
             records.append(record)
-        return self.finish(h_BTD, input_ids_BT, run, records, logits_to_keep)
+        return h_BTD, run, records
 
     def finish(
         self,

@@ -51,12 +51,19 @@ class ParallelPlan:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-        if length is not None and length % self.context:
-            raise InputError(f"A sequence of {length} tokens does not divide over context={self.context} devices.")
-        if config.num_attention_heads % self.tensor:
-            raise InputError(f"{config.num_attention_heads} heads do not divide over tensor={self.tensor} devices.")
-        if self.pipeline > config.num_hidden_layers:
-            raise InputError(f"{config.num_hidden_layers} layers cannot fill pipeline={self.pipeline} stages.")
+        if length is not None and length < self.context:
+            raise InputError(f"A sequence of {length} tokens cannot be cut over context={self.context} devices.")
+        widths = {
+            "heads": config.num_attention_heads,
+            "columns of the dense feed-forward (intermediate_size)": config.intermediate_size,
+            "columns of the shared expert": config.moe_intermediate_size * config.n_shared_experts,
+            "tokens of the vocabulary": config.vocab_size,
+            **({"experts": config.n_routed_experts} if self.expert == 1 else {}),
+        }
+        for name, width in widths.items():
+            if width % self.tensor:
+                raise InputError(f"{width:,} {name} do not divide over tensor={self.tensor} devices.")
+        stage_layers(config, self.pipeline)
         if config.n_routed_experts % self.expert:
             raise InputError(f"{config.n_routed_experts} experts do not divide over expert={self.expert} devices.")
         if self.shards % self.expert:
@@ -75,3 +82,21 @@ class ParallelPlan:
         if self.devices == 1:
             remedy = f"give a plan, such as --parallel.data-shard {world}"
         raise InputError(f"The parallel plan is for {self.devices} process(es) ({cut}), but {world} run; {remedy}.")
+
+
+def stage_layers(config: ModelConfig, stages: int) -> list[range]:
+    """The layers of each stage: as even as cuts before full-indexer layers allow. Raises InputError if none do."""
+    layers = config.num_hidden_layers
+    if stages > layers:
+        raise InputError(f"{layers} layers cannot fill pipeline={stages} stages.")
+    full = [i for i, kind in enumerate(config.indexer_types) if kind == "full"]
+    if stages > len(full):
+        raise InputError(
+            f"pipeline={stages} needs as many layers that select for themselves, but only {len(full)} of {layers} do "
+            "(indexer_types); use fewer stages."
+        )
+    cuts = [0]
+    for stage in range(1, stages):
+        left = full[: len(full) - (stages - 1 - stage)]  # leaves a cut for every later stage
+        cuts.append(min((i for i in left if i > cuts[-1]), key=lambda i: abs(i - stage * layers / stages)))
+    return [range(a, b) for a, b in zip(cuts, [*cuts[1:], layers], strict=True)]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from glm5.errors import ConfigError
+from glm5.errors import InputError
 from glm5.model import GLM5
 from glm5.model.layer import DecoderLayer
 from glm5.model.mla import MLA
@@ -39,29 +39,13 @@ from glm5.ops.norm import RMSNorm
 from glm5.parallel.collectives import copy_to, join, sum_over, total
 
 
-def check_tensor_parallel(model: GLM5, ranks: int) -> None:
-    """Raises ConfigError where the model does not divide over `ranks`."""
-    c = model.config
-    widths = {
-        "num_attention_heads": c.num_attention_heads,
-        "intermediate_size": c.intermediate_size,
-        "moe_intermediate_size * n_shared_experts": c.moe_intermediate_size * c.n_shared_experts,
-        "n_routed_experts": c.n_routed_experts,
-        "vocab_size": c.vocab_size,
-    }
-    for name, width in widths.items():
-        if width % ranks:
-            raise ConfigError(
-                f"{name} is {width}, which does not divide over {ranks} tensor-parallel ranks; "
-                "choose a number of ranks that divides it."
-            )
-    if any(isinstance(module, LowRank) for module in model.modules()):
-        raise ConfigError("Adapters (LoRA) cannot be cut by tensor parallelism; merge them first, or use FSDP.")
-
-
 def apply_tensor_parallel(model: GLM5, mesh: DeviceMesh) -> None:
-    """Cuts `model`, whose whole weights are the same on all ranks of the one-dimensional `mesh`, in place."""
-    check_tensor_parallel(model, mesh.size())
+    """Cuts `model`, whose whole weights are the same on all ranks of the one-dimensional `mesh`, in place.
+
+    What must divide over the ranks is `ParallelPlan.check`'s to say. Raises InputError for a model with adapters.
+    """
+    if any(isinstance(module, LowRank) for module in model.modules()):
+        raise InputError("Adapters (LoRA) cannot be cut by tensor parallelism; merge them first, or use tensor=1.")
     for layer in [*model.model.layers, *model.mtp]:
         assert isinstance(layer, DecoderLayer)
         _cut_attention(layer.self_attn, mesh)

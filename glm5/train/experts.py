@@ -15,7 +15,7 @@ Loads = dict[int, torch.Tensor]
 def router_biases(model: GLM5) -> dict[int, torch.Tensor]:
     """The correction bias of every sparse layer by its number."""
     layers = [*model.model.layers, *model.mtp]
-    gates = {i: getattr(layer.mlp, "gate", None) for i, layer in enumerate(layers)}
+    gates = {layer.layer: getattr(layer.mlp, "gate", None) for layer in layers}
     return {i: gate.e_score_correction_bias for i, gate in gates.items() if gate is not None}
 
 

@@ -2,7 +2,8 @@
 
 GLM-5 report, appendix A (weights as in GLM-4.5: MTP 0.3, sequence-level balance 1e-4); DeepSeek-V3.2 report, equations
 3 and 4 for the indexer. Each is a mean over what the *step* counts: a micro-batch divides its sum by the `Counts` of
-the whole step, so that the micro-batches of a step add up to the loss of one large batch.
+the whole step, so that the micro-batches of a step add up to the loss of one large batch. So do ranks: each gives the
+summands of its rows, of its tokens of a row (`model.rows`, context parallel) and of its layers (pipeline).
 """
 
 from __future__ import annotations
@@ -71,16 +72,20 @@ def language_loss(
 
     The KL has no gradient outside the indexers and the others none inside: the model detaches both (DSA report, 2.1.1).
     """
-    drafts = bool(mtp_weight) and len(model.mtp) > 0 and model.mtp_steps > 0
-    counts = counts or count(batch, model.mtp_steps if drafts else 0)
-    collect = {"router"} | ({"mtp"} if drafts else set()) | ({"indexer_kl"} if indexer_weight else set())
+    drafts = model.mtp_steps if mtp_weight else 0
+    counts = counts or count(batch, drafts)
+    collect = {"router"} | ({"mtp"} if drafts and len(model.mtp) else set())
+    collect |= {"indexer_kl"} if indexer_weight else set()
     output = model(batch.input_ids_BT, None, batch.segment_ids_BT, attention=attention, collect=collect)
-    total = next_token_loss(output.logits, batch.targets_BT, counts.targets())
-    parts = {"lm": total.detach()}
+    lm = None
+    if output.logits.shape[-1]:  # in a pipeline the last stage alone has logits
+        lm = next_token_loss(output.logits, model.rows.part(batch.targets_BT), counts.targets())
+    total, parts = output.logits.new_zeros(()), {}
     for name, weight, found in (
-        ("mtp", mtp_weight, mtp_loss(output, batch, counts) if drafts else None),
+        ("lm", 1.0, lm),
+        ("mtp", mtp_weight, mtp_loss(model, output, batch, counts) if output.mtp_logits else None),
         ("balance", balance_weight, balance_loss(output, counts) if output.router else None),
-        ("indexer_kl", indexer_weight, kl_loss(output, batch, counts) if indexer_weight else None),
+        ("indexer_kl", indexer_weight, kl_loss(model, output, batch, counts, drafts) if indexer_weight else None),
     ):
         if found is not None:
             total = total + weight * found
@@ -109,10 +114,10 @@ def mtp_targets(batch: Batch, step: int) -> Tensor:
     return targets_BT
 
 
-def mtp_loss(output: ModelOutput, batch: Batch, counts: Counts) -> Tensor:
+def mtp_loss(model: GLM5, output: ModelOutput, batch: Batch, counts: Counts) -> Tensor:
     """Mean over the draft steps of their cross-entropies."""
     losses = [
-        next_token_loss(logits, mtp_targets(batch, step), counts.targets(step + 1))
+        next_token_loss(logits, model.rows.part(mtp_targets(batch, step)), counts.targets(step + 1))
         for step, logits in enumerate(output.mtp_logits)
     ]
     return torch.stack(losses).mean()
@@ -127,7 +132,11 @@ def balance_loss(output: ModelOutput, counts: Counts) -> Tensor:
     return total * (output.logits.shape[0] / counts.rows)
 
 
-def kl_loss(output: ModelOutput, batch: Batch, counts: Counts) -> Tensor:
-    """Mean KL over the real tokens, and over the full-indexer layers and the MTP modules."""
-    kl = torch.stack(list(output.indexer_kl.values())).mean()
+def kl_loss(model: GLM5, output: ModelOutput, batch: Batch, counts: Counts, drafts: int) -> Tensor:
+    """Mean KL over the real tokens, and over the full-indexer layers and the MTP modules that `drafts` steps run.
+
+    The mean is over the indexers of the whole model, also where only some are here (a stage of a pipeline).
+    """
+    indexers = model.config.indexer_types.count("full") + min(drafts, model.config.num_nextn_predict_layers)
+    kl = torch.stack(list(output.indexer_kl.values())).sum() / indexers
     return kl * ((batch.segment_ids_BT >= 0).sum() / counts.tokens.clamp(min=1))

@@ -6,6 +6,7 @@ border between ranks, and padding.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +16,13 @@ from tiny import tiny_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from glm5.data import IGNORED, Batch
 from glm5.model import GLM5
 from glm5.parallel import ParallelPlan
-from glm5.parallel.context import apply_context_parallel
+from glm5.parallel.apply import parallelize
 from glm5.parallel.mesh import Mesh, open_mesh
-from glm5.parallel.tensor import apply_tensor_parallel
+from glm5.parallel.pipeline import Pipeline
+from glm5.train.losses import Counts, Loss, count, language_loss
 
 ROWS, VOCABULARY = 4, 96
 SHAPE: dict[str, Any] = {
@@ -38,14 +41,20 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-def batch(length: int) -> tuple[Tensor, Tensor]:
-    """Ids and segments [4, length]: two documents a row in most rows, padding that differs from row to row."""
+def batch(length: int) -> Batch:
+    """Four rows: two documents in most, padding that differs from row to row."""
     ids = torch.randint(0, VOCABULARY, (ROWS, length), generator=torch.Generator().manual_seed(3))
     segments = torch.zeros_like(ids)
     for i, (cut, end) in enumerate(((0.3, 1.0), (0.57, 0.93), (1.0, 1.0), (0.4, 0.54))):
         segments[i, int(cut * length) :] = 1
         segments[i, int(end * length) :] = -1
-    return ids, segments
+    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0)
+    targets = F.pad(torch.where(same, ids[:, 1:], IGNORED), (0, 1), value=IGNORED)
+    return Batch(ids, targets, segments)
+
+
+def rows_of(whole: Batch, rows: slice) -> Batch:
+    return Batch(whole.input_ids_BT[rows], whole.targets_BT[rows], whole.segment_ids_BT[rows])
 
 
 def steps(cases: list[Case]) -> list[dict[str, Any]]:
@@ -57,36 +66,44 @@ def step(case: Case) -> dict[str, Any]:
     mesh = open_mesh(case.plan)
     model = tiny_model(**{**SHAPE, **case.changes}).train()
     model.mtp_steps = 3
-    if mesh.axes is not None and case.plan.tensor > 1:
-        apply_tensor_parallel(model, mesh.axes["tensor"])
-    if case.plan.context > 1:
-        apply_context_parallel(model, mesh.group("context"))
-    loss, loads = backward(model, mesh, case)
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    for gradient in gradients.values():
-        part = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        part.copy_(mesh.total(part, "tokens"))
-    return {"loss": loss, "loads": loads, "gradients": {name: whole(g) for name, g in gradients.items()}}
+    parallelize(model, mesh)
+    rows = rows_of(batch(case.length), slice(mesh.index("data"), None, mesh.size("data")))
+    counts = Counts(mesh.total(count(rows, 3).values, "data"))
+
+    def loss(model: GLM5, rows: Batch) -> tuple[Tensor, Loss]:
+        found = language_loss(
+            model, rows, counts, attention=case.attention, mtp_weight=0.3, balance_weight=0.01, indexer_weight=1.0
+        )
+        return found.total, dataclasses.replace(found, total=found.total.detach())
+
+    if case.plan.pipeline > 1:
+        micro = [rows_of(rows, slice(i, i + 1)) for i in range(len(rows.input_ids_BT))]
+        shape = (1, model.rows.part(micro[0].input_ids_BT).shape[1], model.config.hidden_size)
+        kept = Pipeline(model, mesh.group("pipeline")).step(micro, loss, shape)
+    else:
+        total, found = loss(model, rows)
+        total.backward()
+        kept = [found]
+    return gathered(model, kept, mesh)
 
 
-def backward(model: GLM5, mesh: Mesh, case: Case) -> tuple[Tensor, dict[int, Tensor]]:
-    """Next token, three drafts, balance and indexer KL of this process's tokens, each divided by the counts of all."""
-    ids, segments = (x[mesh.index("data") :: mesh.size("data")] for x in batch(case.length))
-    output = model(ids, None, segments, attention=case.attention, collect={"router", "mtp", "indexer_kl"})
-    total = torch.zeros(())
-    for ahead, logits in enumerate((output.logits, *output.mtp_logits), start=1):
-        same = (segments[:, ahead:] == segments[:, :-ahead]) & (segments[:, ahead:] >= 0)
-        targets = F.pad(torch.where(same, ids[:, ahead:], -100), (0, ahead), value=-100)
-        entropy = F.cross_entropy(logits.flatten(0, 1), model.rows.part(targets).flatten(), reduction="sum")
-        total = total + entropy / mesh.total(same.sum(), "data") * (1.0 if ahead == 1 else 0.15)
-    total = total + 0.01 * torch.stack([record.balance for record in output.router]).sum() * len(ids) / ROWS
-    valid = (segments >= 0).sum()
-    total = total + torch.stack(list(output.indexer_kl.values())).mean() * valid / mesh.total(valid, "data")
-    total.backward()
+def gathered(model: GLM5, kept: list[Loss], mesh: Mesh) -> dict[str, Any]:
+    """Loss, parts, loads and whole gradients of all processes."""
     loads: dict[int, Tensor] = {}
-    for record in output.router:
-        loads[record.layer] = loads.get(record.layer, torch.zeros(())) + mesh.total(record.load_E, "tokens")
-    return mesh.total(total.detach(), "tokens"), loads
+    for record in (record for found in kept for record in found.router):
+        loads[record.layer] = loads.get(record.layer, torch.zeros(())) + record.load_E
+    loads = {layer: mesh.total(load_E, "tokens") for layer, load_E in loads.items()}
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    total = mesh.total(torch.stack([found.total for found in kept]).sum(), "tokens")
+    if mesh.size("pipeline") > 1:
+        stages = [None] * mesh.size("pipeline")
+        torch.distributed.all_gather_object(stages, (loads, gradients), group=mesh.group("pipeline"))
+        total = mesh.total(total, "pipeline")
+        loads = {layer: load_E for stage in stages for layer, load_E in stage[0].items()}
+        for stage in stages:
+            for name, gradient in stage[1].items():
+                assert torch.equal(gradients.setdefault(name, gradient), gradient), name
+    return {"loss": total, "loads": loads, "gradients": gradients}
 
 
 def whole(tensor: Tensor) -> Tensor:

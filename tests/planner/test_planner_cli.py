@@ -147,7 +147,7 @@ BAD_FLAGS: list[tuple[list[str], str]] = [
     (["--train", "--parallel.expert", "2", "--hardware", "H100"], "does not divide the 1 devices"),
     (["--train", "--parallel.tensor", "3"], "heads do not divide"),
     (["--train", "--parallel.pipeline", "79"], "cannot fill"),
-    (["--train", "--parallel.context", "3"], "does not divide over context"),
+    (["--train", "--parallel.context", "999999"], "cannot be cut over context"),
     (["--train", "--parallel.data-shard", "0"], "data_shard is 0"),
     (["--train", "--parallel.sequence", "300000"], "positions"),
     (["--train", "--parallel.optimizer", "moun"], "Did you mean 'muon'"),
