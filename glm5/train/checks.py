@@ -25,9 +25,9 @@ def check_numbers(config: Any, *names: str, above: float | None = None) -> None:
             raise ConfigError(f"{name} is {value!r}; it must be {'at least 0' if above is None else f'above {above}'}.")
 
 
-def check_choice(config: Any, name: str, *choices: str) -> None:
-    """Raises ConfigError unless the field is one of `choices`."""
-    value = getattr(config, name)
+def check_choice(config: Any, name: str, *choices: str, value: Any = None) -> None:
+    """Raises ConfigError unless the field, or `value` of it, is one of `choices`."""
+    value = getattr(config, name) if value is None else value
     if value not in choices:
         known = " or ".join(map(repr, choices))
         raise ConfigError(f"{name} is {value!r}; use {known}.{did_you_mean(str(value), choices)}")

@@ -6,9 +6,11 @@ begins and how it is judged); `perform` does the job. The model directory is wri
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +19,10 @@ import torch
 from rich.console import Console
 
 from glm5.checkpoint import load_model, save_model
+from glm5.config import ModelConfig
 from glm5.data import BatchWarmup, Loader, Mixture, Share, TokenDataset, open_dataset, open_mixture
 from glm5.data.mixture import Packing
+from glm5.errors import ConfigError, RunError
 from glm5.files import write_json
 from glm5.model import GLM5
 from glm5.text import Tokenizer
@@ -104,18 +108,35 @@ def perform(job: Job, run_directory: Path, *, resume: bool = False, console: Con
         return run
     model = job.make_model().eval()
     lines = job.before(model)
-    train(job.stage, model, run, job.config.loop, console=console)
-    model.eval()
-    if job.judge is not None:
-        evaluation = {
-            "heldout": dataclasses.asdict(job.judge(model)),
-            "row_length": job.row_length,
-            "sanity_lines": lines | job.after(model),
-        }
-        write_json(run.path / "evaluation.json", evaluation)
-    write_report(run.path)
-    save_model(model, run.model_directory, job.tokenizer)
+    with disk_errors(run):
+        train(job.stage, model, run, job.config.loop, console=console)
+        model.eval()
+        if job.judge is not None:
+            evaluation = {
+                "heldout": dataclasses.asdict(job.judge(model)),
+                "row_length": job.row_length,
+                "sanity_lines": lines | job.after(model),
+            }
+            write_json(run.path / "evaluation.json", evaluation)
+        write_report(run.path)
+        save_model(model, run.model_directory, job.tokenizer)
     return run
+
+
+@contextlib.contextmanager
+def disk_errors(run: RunDirectory) -> Iterator[None]:
+    """Turns a disk that refuses into one sentence; what was whole before stays whole."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        whole = run.checkpoints()
+        raise RunError(
+            f"The disk refused to write in {run.path} ({error.strerror}); "
+            f"{f'the checkpoint {whole[-1].name} is whole' if whole else 'no checkpoint was written yet'}. "
+            "Free some space, then resume."
+        ) from error
 
 
 class Parent:
@@ -125,6 +146,8 @@ class Parent:
         self.config = config
         self.directory = model_of(config.parent)
         self.sha256 = directory_sha256(self.directory)
+        self.model_config = ModelConfig.from_pretrained(self.directory)
+        check_length(config.length, self.model_config)
         self.tokenizer = Tokenizer.from_pretrained(self.directory)
         self.data = open_data(config.train_data, self.tokenizer)
         self.inputs = {"train_data": self.data.sha256}
@@ -163,6 +186,15 @@ class Parent:
 def open_data(data: Data, tokenizer: Tokenizer) -> Mixture:
     """The training data, checked."""
     return open_mixture((Share(path=data),) if isinstance(data, Path) else data, tokenizer)
+
+
+def check_length(length: int, model: ModelConfig) -> None:
+    """Raises ConfigError for rows that are longer than the model has positions."""
+    if length > model.max_position_embeddings:
+        raise ConfigError(
+            f"rows of {length:,} tokens are longer than the model's {model.max_position_embeddings:,} positions; "
+            "choose a shorter length, or a model with a larger max_position_embeddings."
+        )
 
 
 def loader_of(config: Any, data: Mixture, packing: Packing = "cut") -> Loader:

@@ -36,6 +36,7 @@ from glm5.train.guards import recent_losses, trouble_with, unhealthy
 from glm5.train.losses import Counts, Loss, count
 from glm5.train.progress import RunInterrupted, interrupts, progress_bar
 from glm5.train.run_directory import RunDirectory
+from glm5.train.watch import Watcher, watchers
 
 LOAD_LINES = 50
 """How often in a run the load of every expert is noted; the busiest one is in every line."""
@@ -68,6 +69,8 @@ class LoopConfig:
     keep_checkpoints: int = 2
     evaluate_every: int = 0
     """Steps between evaluations and samples; 0: only after the last step."""
+    watch: tuple[Watcher, ...] = ()
+    """Who else gets the metrics."""
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "checkpoint_every", "keep_checkpoints")
@@ -80,6 +83,8 @@ class LoopConfig:
             check_numbers(self, "spike_factor", above=1)
         check_choice(self, "precision", "fp32", "bf16")
         check_choice(self, "on_spike", "stop", "skip")
+        for name in self.watch:
+            check_choice(self, "watch", "tensorboard", "trackio", value=name)
 
 
 class BatchSource(Protocol):
@@ -131,7 +136,11 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
     recent = recent_losses(run.read("metrics"))
     model.train()
 
-    with progress_bar(stage.name, first, config.steps, console) as show, interrupts() as stopped:
+    with (
+        progress_bar(stage.name, first, config.steps, console) as show,
+        interrupts() as stopped,
+        watchers(config.watch, run.path, first) as write,
+    ):
         for step in range(first, config.steps):
             started = time.perf_counter()
             fraction = rate_at(config.schedule, step, config.steps)
@@ -158,6 +167,7 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
             run.append("metrics", values)
             speed = batch.input_ids_BT.numel() / seconds
             run.append("speed", {"step": step, "seconds": round(seconds, 4), "tokens_per_second": round(speed)})
+            write(step, {**values, "tokens_per_second": speed})
             show(step + 1, f"loss {found.loss:.3f}", speed)
             stop = stopped()
             if last or stop or (step + 1) % config.checkpoint_every == 0:

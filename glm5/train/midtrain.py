@@ -21,7 +21,7 @@ from glm5.errors import ConfigError
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.train.checks import check_counts, check_numbers
-from glm5.train.job import Data, Job, Parent, StageConfig, during, named, open_data, perform, sampler
+from glm5.train.job import Data, Job, Parent, StageConfig, check_length, during, named, open_data, perform, sampler
 from glm5.train.loop import BatchSource, LoopConfig, Stage
 from glm5.train.losses import language_loss
 from glm5.train.run_directory import RunDirectory
@@ -98,6 +98,7 @@ def midtrain_job(config: MidtrainConfig) -> Job:
     """The stage with its inputs opened."""
     parent = Parent(config)
     longest = max(phase.length for phase in config.phases)
+    check_length(longest, parent.model_config)
     judge = parent.judge("dense", longest)
     loaders = []
     for i, phase in enumerate(config.phases):

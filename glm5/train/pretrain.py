@@ -19,7 +19,7 @@ from glm5.model import GLM5, initialize_
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.text import Tokenizer
 from glm5.train.evaluate import evaluate_bits_per_byte, sanity_lines
-from glm5.train.job import Data, Job, check_stage, during, loader_of, open_data, perform, sampler
+from glm5.train.job import Data, Job, check_length, check_stage, during, loader_of, open_data, perform, sampler
 from glm5.train.loop import LoopConfig, Stage
 from glm5.train.losses import language_loss
 from glm5.train.run_directory import RunDirectory, directory_sha256
@@ -76,6 +76,7 @@ def pretrain_job(config: PretrainConfig) -> Job:
             f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {config.model.vocab_size:,}; "
             "train a smaller tokenizer."
         )
+    check_length(config.length, config.model)
     data, heldout = open_data(config.train_data, tokenizer), open_dataset(config.heldout_data, tokenizer)
     judge = functools.partial(evaluate_bits_per_byte, dataset=heldout, length=config.length)
     stage = Stage(

@@ -27,7 +27,15 @@ from glm5.errors import DataError, RunError
 from glm5.files import replacing, replacing_directory, sha256_of, write_json
 
 OPERATIONAL = frozenset(
-    {"checkpoint_every", "checkpoint_activations", "evaluate_every", "keep_checkpoints", "on_spike", "spike_factor"}
+    {
+        "checkpoint_activations",
+        "checkpoint_every",
+        "evaluate_every",
+        "keep_checkpoints",
+        "on_spike",
+        "spike_factor",
+        "watch",
+    }
 )
 """Settings that watch over a run without changing what a healthy step learns: a resumed run may change them."""
 

@@ -35,7 +35,7 @@ def test_a_stage_from_flags_and_its_result(flags, tmp_path, capsys):
     assert result["stage"] == "midtrain" and result["last_step"]["step"] == 3 and result["bits_per_byte"] > 1
     config = RunDirectory.open(tmp_path / "run").description["config"]
     assert [share["weight"] for share in config["train_data"]] == [3.0, 1.0]
-    assert config["phases"] == [{"length": 32, "rows": 2, "steps": 2}, {"length": 48, "rows": 2, "steps": 2}]
+    assert [(phase["length"], phase["rows"], phase["steps"]) for phase in config["phases"]] == [(32, 2, 2), (48, 2, 2)]
 
 
 def test_pretrain_from_flags(tiny, tmp_path):
