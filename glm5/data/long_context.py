@@ -33,6 +33,7 @@ NEEDLE = "\nThe secret words are"
 TOKENS_BETWEEN = 8
 """Filler for each of the most needles that a row may have."""
 SHORTEST_LENGTH = 64
+FEWEST_WORDS = 32
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,19 @@ class Example:
 
 
 class LongContext:
-    """Makes the examples of one split. `filler` is a dataset of the same split and the same tokenizer."""
+    """Makes the examples of one split. `filler` is a dataset of the same split and the same tokenizer.
 
-    def __init__(self, tokenizer: Tokenizer, filler: TokenDataset, *, split: Split, seed: int = 0) -> None:
-        self.tokenizer, self.filler, self.split, self.seed = tokenizer, filler, split, seed
-        self.words = single_token_words(tokenizer, split)
-        if len(self.words) < 64:
-            raise DataError(f"the tokenizer has {len(self.words)} {split} words of one token; needles take 64 or more.")
+    words: only the first so many words, and no real text in repeated passages. The circuit that looks up forms sooner
+    over a few words; a larger number includes the words of a smaller one.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, filler: TokenDataset, *, split: Split, seed: int = 0, words: int | None = None
+    ) -> None:
+        self.tokenizer, self.filler, self.split, self.seed, self.few = tokenizer, filler, split, seed, words is not None
+        self.words = single_token_words(tokenizer, split)[:words]
+        if len(self.words) < FEWEST_WORDS:
+            raise DataError(f"{len(self.words)} {split} words of one token are too few; take {FEWEST_WORDS} or more.")
         self._needle = tokenizer.encode(NEEDLE)
         self._end = tokenizer.encode(".\n")
         self._line = tokenizer.encode("\n")
@@ -135,7 +142,8 @@ class LongContext:
         """A passage of real text, or of random words, until the row is full."""
         draw = self._draw("repeat", length, index)
         period = draw.randint(8, length // 2)
-        passage = self._filler(draw, period) if draw.random() < 0.5 else draw.choices(self.words, k=period)
+        real = not self.few and draw.random() < 0.5
+        passage = self._filler(draw, period) if real else draw.choices(self.words, k=period)
         ids = [self.tokenizer.pad_id, *passage * (length // period + 1)][: length + 1]
         answers = [(at, at + 1) for at in range(period + 2, length + 1)]
         return Example(ids, answers, [(start - period) / length for start, _ in answers])
@@ -195,12 +203,13 @@ class LongContext:
 
 
 def single_token_words(tokenizer: Tokenizer, split: Split) -> list[int]:
-    """Tokens that are a whole word of at least three letters with the space before it, of one split."""
+    """Tokens that are a whole word of at least three letters with the space before it, of one split, in an order that
+    depends on the words alone."""
     found = []
     for token in range(tokenizer.vocab_size):
         text = tokenizer.decode([token])
         if re.fullmatch(r" [A-Za-z]{3,}", text) and tokenizer.encode(text) == [token]:
             digest = hashlib.sha256(text.encode()).hexdigest()
             if is_held_out(digest, HELD_OUT_PER_THOUSAND) == (split == "heldout"):
-                found.append(token)
-    return found
+                found.append((digest[::-1], token))
+    return [token for _, token in sorted(found)]

@@ -8,7 +8,7 @@ from long_text import long_text, opened
 
 from glm5.data import Loader, write_dataset
 from glm5.data.long_context import LongContext, single_token_words
-from glm5.errors import ConfigError
+from glm5.errors import ConfigError, DataError
 
 KINDS = ("needle", "multi_needle", "key_value", "repeat")
 
@@ -85,6 +85,15 @@ def test_words_are_whole_tokens(root):
     tokenizer, _ = opened(root, "train")
     for token in single_token_words(tokenizer, "train")[:50]:
         assert re.fullmatch(r" [A-Za-z]{3,}", tokenizer.decode([token]))
+
+
+def test_fewer_words_are_the_first_of_more(root, made):
+    few, more = (LongContext(*opened(root, "train"), split="train", words=count) for count in (32, 80))
+    assert len(few.words) == 32 and more.words[:32] == few.words and made["train"].words[:80] == more.words
+    for index in range(8):  # repeated passages are of these words too
+        assert set(few.example("repeat", 100, index).ids[1:]) <= set(few.words)
+    with pytest.raises(DataError, match="32 or more"):
+        LongContext(*opened(root, "train"), split="train", words=10)
 
 
 def test_examples_depend_on_seed_and_index_alone(root, made):
