@@ -6,8 +6,8 @@ order. *Key-value* rows are lists of such pairs without filler, *repeat* rows sa
 teach the same circuit (look up what followed last time) at many more positions a row.
 After "needle in a haystack" (G. Kamradt, 2023) and RULER (arXiv 2404.06654).
 
-Everything is a function of (seed, split, kind, length, index). The splits share no pair of words: a word is held out by
-the hash of its text, and held-out filler comes from the corpus' held-out split. An example is exactly `length + 1`
+Everything is a function of (seed, split, kind, length, index). The splits share no pair of words (a pair is held out by
+the hash of its text) and no filler (it comes from the same split of the corpus). An example is exactly `length + 1`
 tokens, so that it fills a row of `length` positions. Pieces are joined as tokens: the text that they stand for could be
 cut otherwise by the tokenizer. Left out: questions in other words than the needle's, reasoning over several needles.
 """
@@ -15,6 +15,7 @@ cut otherwise by the tokenizer. Left out: questions in other words than the need
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from glm5.text import Tokenizer
 
 Kind = Literal["needle", "multi_needle", "key_value", "repeat"]
 HELD_OUT_PER_THOUSAND = 200
-"""Words that only held-out examples use, as keys and as values."""
+"""Pairs of words that only held-out examples use."""
 NEEDLE = "\nThe secret words are"
 TOKENS_BETWEEN = 8
 """Filler for each of the most needles that a row may have."""
@@ -60,17 +61,29 @@ class Example:
 class LongContext:
     """Makes the examples of one split. `filler` is a dataset of the same split and the same tokenizer.
 
-    words: only the first so many words, and no real text in repeated passages. The circuit that looks up forms sooner
-    over a few words; a larger number includes the words of a smaller one.
+    The circuit that looks up forms sooner over few words, and spreads from frequent to rare ones. words: only the first
+    so many; a larger number includes the words of a smaller one. zipf: the word of rank r (from 0) is drawn with weight
+    1 / (r + zipf); None: all alike. With either, repeated passages are random words, never real text.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, filler: TokenDataset, *, split: Split, seed: int = 0, words: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        filler: TokenDataset,
+        *,
+        split: Split,
+        seed: int = 0,
+        words: int | None = None,
+        zipf: float | None = None,
     ) -> None:
-        self.tokenizer, self.filler, self.split, self.seed, self.few = tokenizer, filler, split, seed, words is not None
-        self.words = single_token_words(tokenizer, split)[:words]
+        self.tokenizer, self.filler, self.split, self.seed = tokenizer, filler, split, seed
+        self.words = single_token_words(tokenizer)[:words]
         if len(self.words) < FEWEST_WORDS:
-            raise DataError(f"{len(self.words)} {split} words of one token are too few; take {FEWEST_WORDS} or more.")
+            raise DataError(f"{len(self.words)} words of one token are too few; take {FEWEST_WORDS} or more.")
+        if zipf is not None and not zipf > 0:
+            raise ConfigError(f"zipf is {zipf}; it must be above 0, or None for words that are all alike.")
+        self.weights = [1.0 if zipf is None else 1 / (rank + zipf) for rank in range(len(self.words))]
+        self.only_words = words is not None or zipf is not None
         self._needle = tokenizer.encode(NEEDLE)
         self._end = tokenizer.encode(".\n")
         self._line = tokenizer.encode("\n")
@@ -124,7 +137,7 @@ class LongContext:
         """Lines of pairs, then the same lines in another order."""
         draw = self._draw("key_value", length, index)
         line = len(self._line) + 2
-        count = min(length // (2 * line), len(self.words) // 2)
+        count = min(length // (2 * line), len(self.words) // 3)
         pairs = self._pairs(draw, count, avoid=set())
         ids, places, answers, depths = self._opening(draw, length + 1 - 2 * line * count), [], [], []
         for pair in pairs:
@@ -142,8 +155,8 @@ class LongContext:
         """A passage of real text, or of random words, until the row is full."""
         draw = self._draw("repeat", length, index)
         period = draw.randint(8, length // 2)
-        real = not self.few and draw.random() < 0.5
-        passage = self._filler(draw, period) if real else draw.choices(self.words, k=period)
+        real = not self.only_words and draw.random() < 0.5
+        passage = self._filler(draw, period) if real else draw.choices(self.words, self.weights, k=period)
         ids = [self.tokenizer.pad_id, *passage * (length // period + 1)][: length + 1]
         answers = [(at, at + 1) for at in range(period + 2, length + 1)]
         return Example(ids, answers, [(start - period) / length for start, _ in answers])
@@ -169,12 +182,25 @@ class LongContext:
         return random.Random(f"long context {self.seed} {self.split} {what}")
 
     def _pairs(self, draw: random.Random, count: int, *, avoid: set[int]) -> list[tuple[int, int]]:
-        """Distinct words, two by two, none of which the filler says: a question has one answer."""
-        free = [word for word in self.words if word not in avoid]
-        if len(free) < 2 * count:
-            raise DataError(f"{count} pairs take {2 * count} words, and only {len(free)} are free; ask for fewer.")
-        words = draw.sample(free, 2 * count)
-        return list(zip(words[::2], words[1::2], strict=True))
+        """Pairs of the split, of distinct words, none of which the filler says: a question has one answer."""
+        # Weighted sampling without replacement (Efraimidis and Spirakis 2006): the largest log(u) / weight come first.
+        weighted = zip(self.words, self.weights, strict=True)
+        free = [(math.log(1 - draw.random()) / weight, word) for word, weight in weighted if word not in avoid]
+        pool = [word for _, word in sorted(free, reverse=True)]
+        pairs: list[tuple[int, int]] = []
+        while pool and len(pairs) < count:
+            key = pool.pop(0)
+            value = next((word for word in pool if self.split == split_of(self._text(key), self._text(word))), None)
+            if value is not None:
+                pool.remove(value)
+                pairs.append((key, value))
+        if len(pairs) < count:
+            raise DataError(f"{count} pairs of words do not fit into {len(free)} free words; ask for fewer.")
+        draw.shuffle(pairs)
+        return pairs
+
+    def _text(self, word: int) -> str:
+        return self.tokenizer.decode([word])
 
     def _filler(self, draw: random.Random, count: int) -> list[int]:
         """`count` tokens of running text from a random document on, without the marks between documents."""
@@ -202,14 +228,15 @@ class LongContext:
         return place
 
 
-def single_token_words(tokenizer: Tokenizer, split: Split) -> list[int]:
-    """Tokens that are a whole word of at least three letters with the space before it, of one split, in an order that
-    depends on the words alone."""
-    found = []
-    for token in range(tokenizer.vocab_size):
-        text = tokenizer.decode([token])
-        if re.fullmatch(r" [A-Za-z]{3,}", text) and tokenizer.encode(text) == [token]:
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            if is_held_out(digest, HELD_OUT_PER_THOUSAND) == (split == "heldout"):
-                found.append((digest[::-1], token))
-    return [token for _, token in sorted(found)]
+def split_of(key: str, value: str) -> Split:
+    """Where a pair belongs."""
+    digest = hashlib.sha256(f"{key}{value}".encode()).hexdigest()
+    return "heldout" if is_held_out(digest, HELD_OUT_PER_THOUSAND) else "train"
+
+
+def single_token_words(tokenizer: Tokenizer) -> list[int]:
+    """Tokens that are a whole word of at least three letters with the space before it, in the order of their hashes."""
+    texts = {token: tokenizer.decode([token]) for token in range(tokenizer.vocab_size)}
+    found = [token for token, text in texts.items()
+             if re.fullmatch(r" [A-Za-z]{3,}", text) and tokenizer.encode(text) == [token]]  # fmt: skip
+    return sorted(found, key=lambda token: hashlib.sha256(texts[token].encode()).hexdigest())

@@ -1,9 +1,9 @@
 """Needle in a haystack: does a model find one short sentence in a long text (G. Kamradt, 2023)?
 
-A grid of lengths and depths; every cell asks `per_cell` held-out questions (`glm5.data.long_context`: words that no
-training needle uses, in held-out text). The answer is teacher-forced: all its tokens must be the likeliest at their
-places, which is what greedy decoding would say. So one forward pass per question is enough. Questions depend on the
-seed alone: dense and sparse attention answer the same ones and can be compared pair by pair.
+A grid of lengths and depths; every cell asks `per_cell` held-out questions (`glm5.data.long_context`: pairs of words
+that no training row joined, in held-out text). The answer is teacher-forced: all its tokens must be the likeliest at
+their places, which is what greedy decoding would say. So one forward pass per question is enough. Questions depend on
+the seed alone: dense and sparse attention answer the same ones and can be compared pair by pair.
 Left out: other questions than looking up, answers sampled with a temperature.
 """
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
+from collections import Counter
 
 import pytest
 from long_text import long_text, opened
 
 from glm5.data import Loader, write_dataset
-from glm5.data.long_context import LongContext, single_token_words
+from glm5.data.long_context import LongContext, single_token_words, split_of
 from glm5.errors import ConfigError, DataError
 
 KINDS = ("needle", "multi_needle", "key_value", "repeat")
@@ -71,20 +72,35 @@ def test_several_needles_are_asked_in_another_order(made):
     assert any(order != sorted(order) for order in orders)
 
 
-def test_the_splits_share_no_word(made):
-    words = {split: set(maker.words) for split, maker in made.items()}
-    assert not words["train"] & words["heldout"]
+def test_the_splits_share_no_pair(made):
     for split, maker in made.items():
-        for kind in ("needle", "key_value"):
-            example = maker.example(kind, 300, 7)
-            asked = {example.ids[i] for start, stop in example.answers for i in (start - 1, stop - 1)}
-            assert asked <= words[split]
+        for kind in ("needle", "multi_needle", "key_value"):
+            for index in range(4):
+                example = maker.example(kind, 300, index)
+                for start, stop in example.answers:
+                    key, value = (maker.tokenizer.decode(example.ids[i : i + 1]) for i in (start - 1, stop - 1))
+                    assert split_of(key, value) == split
+
+
+def test_about_a_fifth_of_all_pairs_is_held_out():
+    words = [f" word{i}" for i in range(60)]
+    held = sum(split_of(a, b) == "heldout" for a in words for b in words)
+    assert 0.15 < held / 3600 < 0.25
 
 
 def test_words_are_whole_tokens(root):
     tokenizer, _ = opened(root, "train")
-    for token in single_token_words(tokenizer, "train")[:50]:
+    for token in single_token_words(tokenizer)[:50]:
         assert re.fullmatch(r" [A-Za-z]{3,}", tokenizer.decode([token]))
+
+
+def test_with_zipf_the_first_words_come_often_and_all_come(root):
+    maker = LongContext(*opened(root, "train"), split="train", zipf=4)
+    seen = Counter(token for index in range(60) for token in maker.example("key_value", 100, index).ids)
+    first, last = (sum(seen[word] for word in part) for part in (maker.words[:20], maker.words[-20:]))
+    assert first > 4 * last > 0
+    with pytest.raises(ConfigError, match="above 0"):
+        LongContext(*opened(root, "train"), split="train", zipf=0)
 
 
 def test_fewer_words_are_the_first_of_more(root, made):
