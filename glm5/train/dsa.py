@@ -16,7 +16,7 @@ from rich.console import Console
 from glm5.data import Batch
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, Schedule
-from glm5.train.job import Job, Parent, StageConfig, during, named, perform
+from glm5.train.job import Job, Parent, StageConfig, during, mean_recall, named, perform, recall
 from glm5.train.loop import LoopConfig, Stage
 from glm5.train.losses import Counts, Loss, count, kl_loss
 from glm5.train.run_directory import RunDirectory
@@ -50,15 +50,16 @@ def dsa_job(config: DSAConfig) -> Job:
     """The stage with its inputs opened."""
     parent = Parent(config)
     dense, sparse = parent.judge("dense"), parent.judge("sparse")
+    measure, watched = recall(parent.heldout, parent.model_config), during(sparse)
     stage = Stage(
         name="dsa1",
         loader=parent.loader(),
         loss=indexer_loss,
         learns=lambda name: ".indexer." in name,
-        evaluate=during(sparse),
+        evaluate=lambda model: watched(model) | mean_recall(measure(model)),
     )
     return parent.job(
-        stage, parent.model, judge=sparse,
+        stage, parent.model, judge=sparse, more=measure,
         before=lambda model: {
             **named("the same weights, dense attention", dense, model),
             **named("sparse attention, indexer untrained", sparse, model),

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,14 @@ from glm5.model import GLM5
 from glm5.text import Tokenizer
 from glm5.train.checks import check_counts, check_numbers
 from glm5.train.evaluate import Evaluation, evaluate_bits_per_byte
+from glm5.train.indexer_recall import measure_indexer_recall
 from glm5.train.loop import LoopConfig, Stage, train
 from glm5.train.report import write_report
 from glm5.train.run_directory import RunDirectory, directory_sha256, model_of
 from glm5.train.sample import sample_text
 
 Data = Path | tuple[Share, ...]
+RECALL_ROWS = 4
 Judge = Callable[[GLM5], Evaluation]
 
 
@@ -97,6 +100,8 @@ class Job:
     """Bits per byte to hold the result against: of the model before the first step, ..."""
     after: Callable[[GLM5], dict[str, float]] = lambda model: {}
     """... and of the finished one under other conditions, or of other models."""
+    more: Callable[[GLM5], dict[str, Any]] = lambda model: {}
+    """Further measurements of the finished model, for `evaluation.json`."""
 
 
 def perform(job: Job, run_directory: Path, *, resume: bool = False, console: Console | None = None) -> RunDirectory:
@@ -115,8 +120,9 @@ def perform(job: Job, run_directory: Path, *, resume: bool = False, console: Con
             evaluation = {
                 "heldout": dataclasses.asdict(job.judge(model)),
                 "row_length": job.row_length,
-                "sanity_lines": lines | job.after(model),
+                **job.more(model),
             }
+            evaluation["sanity_lines"] = lines | job.after(model)
             write_json(run.path / "evaluation.json", evaluation)
         write_report(run.path)
         save_model(model, run.model_directory, job.tokenizer)
@@ -211,11 +217,27 @@ def sampler(tokenizer: Tokenizer, prompts: tuple[str, ...], attention: str) -> C
     return lambda model: sample_text(model, tokenizer, prompts, attention=attention)
 
 
-def during(judge: Judge | None) -> Callable[[GLM5], dict[str, float]] | None:
+def during(judge: Judge | None) -> Callable[[GLM5], dict[str, float]]:
     """The evaluation that joins the metrics."""
-    if judge is None:
-        return None
-    return lambda model: {"heldout_bits_per_byte": judge(model).bits_per_byte}
+    return lambda model: {} if judge is None else {"heldout_bits_per_byte": judge(model).bits_per_byte}
+
+
+def recall(heldout: TokenDataset | None, config: ModelConfig) -> Callable[[GLM5], dict[str, Any]]:
+    """Measures the recall of the indexers at 8 x index_topk, where there is held-out text of that length."""
+    length = min(8 * config.index_topk, config.max_position_embeddings)
+    if heldout is None or length <= config.index_topk or int(heldout.lengths.sum()) < RECALL_ROWS * length:
+        return lambda model: {}
+    return lambda model: {
+        "indexer_recall": dataclasses.asdict(
+            measure_indexer_recall(model, heldout, length=length, rows=RECALL_ROWS, rows_at_once=1)
+        )
+    }
+
+
+def mean_recall(measured: dict[str, Any]) -> dict[str, float]:
+    """The attention mass of `recall` as one number for the metrics."""
+    layers = measured.get("indexer_recall", {}).get("layers", {})
+    return {"indexer_recall": statistics.fmean(layer["mass"] for layer in layers.values())} if layers else {}
 
 
 def named(name: str, judge: Judge | None, model: GLM5) -> dict[str, float]:

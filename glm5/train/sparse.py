@@ -15,7 +15,7 @@ from rich.console import Console
 
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.train.checks import check_numbers
-from glm5.train.job import Job, Parent, StageConfig, during, named, perform, sampler
+from glm5.train.job import Job, Parent, StageConfig, during, mean_recall, named, perform, recall, sampler
 from glm5.train.loop import LoopConfig, Stage
 from glm5.train.losses import language_loss
 from glm5.train.run_directory import RunDirectory
@@ -52,6 +52,7 @@ def sparse_job(config: SparseConfig) -> Job:
     """The stage with its inputs opened."""
     parent = Parent(config)
     dense, sparse = parent.judge("dense"), parent.judge("sparse")
+    measure, watched = recall(parent.heldout, parent.model_config), during(sparse)
     stage = Stage(
         name="dsa2",
         loader=parent.loader(),
@@ -59,11 +60,11 @@ def sparse_job(config: SparseConfig) -> Job:
             language_loss, attention="sparse", mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
             indexer_weight=config.indexer_weight,
         ),
-        evaluate=during(sparse),
+        evaluate=lambda model: watched(model) | mean_recall(measure(model)),
         sample=sampler(parent.tokenizer, config.prompts, "sparse"),
     )  # fmt: skip
     return parent.job(
-        stage, parent.model, judge=sparse,
+        stage, parent.model, judge=sparse, more=measure,
         before=lambda model: {
             **named("before sparse training, dense attention", dense, model),
             **named("before sparse training, sparse attention", sparse, model),

@@ -1,10 +1,12 @@
 """Mid-training and sparse training: what they minimise, what they move, and where gradients may not go."""
 
+import contextlib
 import dataclasses
+import json
 
 import pytest
 import torch
-from small_runs import same, state_of
+from small_runs import StopAt, same, state_of
 
 from glm5.checkpoint import load_model
 from glm5.data import Batch, Loader, open_dataset
@@ -13,7 +15,17 @@ from glm5.model import GLM5, initialize_
 from glm5.ops import reference
 from glm5.ops.rotary import rotate, rotation
 from glm5.optim import OptimizerConfig
-from glm5.train import LoopConfig, MidtrainConfig, Phase, SparseConfig, midtrain, train_sparse
+from glm5.train import (
+    DSAConfig,
+    LoopConfig,
+    MidtrainConfig,
+    Phase,
+    RunInterrupted,
+    SparseConfig,
+    midtrain,
+    train_sparse,
+    warm_up_indexer,
+)
 from glm5.train.losses import language_loss
 from glm5.train.midtrain import midtrain_job
 
@@ -204,3 +216,47 @@ def test_mtp_without_weight_is_frozen_nowhere_but_moves_nothing(tiny, straight, 
     old, new = (load_model(d).state_dict() for d in (straight.model_directory, run.model_directory))
     assert all(torch.equal(old[name], new[name]) for name in old if name.startswith("mtp."))
     assert len(state_of(run)["optimizers"]) == 3  # Muon and AdamW of the model, AdamW of the indexers
+
+
+def test_the_recall_of_the_indexer_is_written_down(tiny, straight, tmp_path):
+    """Where there is held-out text of 8 x index_topk; the tiny held-out set is too short for it."""
+    config = dataclasses.replace(sparse_config(tiny, straight.path), heldout_data=tiny[0] / "train")
+    run = train_sparse(config, tmp_path / "run")
+    found = json.loads((run.path / "evaluation.json").read_text())["indexer_recall"]
+    assert found["length"] == 8 * found["index_topk"] == 128 and found["layers"].keys() == {"0", "1"}
+    masses = [layer["mass"] for layer in found["layers"].values()]
+    assert run.read("metrics")[-1]["indexer_recall"] == pytest.approx(sum(masses) / 2) and max(masses) <= 1.0
+    assert "Indexer recall" in (run.path / "report.html").read_text()
+    short = train_sparse(sparse_config(tiny, straight.path), tmp_path / "short")
+    assert "indexer_recall" not in json.loads((short.path / "evaluation.json").read_text())
+
+
+@pytest.mark.parametrize("stop", [(0, 0), (2, 2)])
+def test_save_exit_and_relaunch_at_both_borders_of_the_sparse_stages(tiny, straight, tmp_path, monkeypatch, stop):
+    """Megatron-LM issue 6392: dense -> warm-up -> sparse, stopped in the first and in the last step of each."""
+    root, _ = tiny
+
+    def chain(path, stops) -> tuple:
+        warm = DSAConfig(
+            parent=straight.path, train_data=root / "train", rows=2, length=48,
+            loop=LoopConfig(steps=3, optimizer=OptimizerConfig(name="adamw", lr=5e-3), router_bias_rate=0.0),
+        )  # fmt: skip
+        runs = []
+        for stage, config, step in (
+            (warm_up_indexer, warm, stops[0]),
+            (train_sparse, sparse_config(tiny, path / "dsa1"), stops[1]),
+        ):
+            where = path / ("dsa1" if stage is warm_up_indexer else "dsa2")
+            if step is not None:
+                with monkeypatch.context() as patch:
+                    StopAt(patch, step)
+                    with contextlib.suppress(RunInterrupted):  # the last step ends the loop by itself
+                        stage(config, where)
+            runs.append(stage(config, where, resume=step is not None))
+        return tuple(runs)
+
+    whole, parts = chain(tmp_path / "whole", (None, None)), chain(tmp_path / "parts", stop)
+    for one, other in zip(whole, parts, strict=True):
+        assert same(state_of(one), state_of(other))
+        assert (one.path / "metrics.jsonl").read_bytes() == (other.path / "metrics.jsonl").read_bytes()
+    assert whole[1].description["parent"] == parts[1].description["parent"]
