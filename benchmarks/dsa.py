@@ -30,7 +30,7 @@ from rich.console import Console
 import glm5
 from benchmarks.measure import machine
 from glm5.data import Share, open_dataset, write_dataset
-from glm5.data.long_context import LongContext
+from glm5.data.long_context import DEFAULT_WORDS, LongContext
 from glm5.evals.needles import NeedleConfig, NeedleResult, compare_needles, find_needles
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.text import Tokenizer
@@ -44,25 +44,28 @@ TEXT = 0.25
 
 @dataclass(frozen=True)
 class LongPhase:
-    """One phase of the curriculum: rows of `length` tokens over the first `words` words (None: all)."""
+    """One phase of the curriculum: rows of `length` tokens over the first `words` words."""
 
     length: int
     rows: int
     steps: int
-    words: int | None
+    words: int
     kinds: dict[str, float]
+    zipf: float | None = None
     text: float = TEXT
 
 
 LISTS = {"repeat": 1.0, "key_value": 1.0}
-NEEDLES = {"repeat": 1.0, "key_value": 1.0, "multi_needle": 2.0, "needle": 1.0}
+NEEDLES = {"repeat": 0.5, "key_value": 1.0, "multi_needle": 2.0, "needle": 1.0}
 CURRICULUM = (
-    LongPhase(64, 32, 250, 32, LISTS, text=0.125),
-    LongPhase(64, 32, 100, 128, LISTS, text=0.125),
-    LongPhase(64, 32, 100, 512, LISTS, text=0.125),
-    LongPhase(128, 16, 200, None, NEEDLES),
-    LongPhase(512, 4, 100, None, NEEDLES),
-    LongPhase(2048, 1, 150, None, NEEDLES),
+    LongPhase(64, 16, 300, 32, LISTS, text=0.125),
+    LongPhase(64, 16, 300, DEFAULT_WORDS, LISTS, zipf=8.0, text=0.125),
+    LongPhase(64, 16, 60, DEFAULT_WORDS, NEEDLES, text=0.125),
+    LongPhase(128, 9, 100, DEFAULT_WORDS, NEEDLES, text=0.125),
+    LongPhase(256, 5, 80, DEFAULT_WORDS, NEEDLES),
+    LongPhase(512, 4, 60, DEFAULT_WORDS, NEEDLES, text=0.5),
+    LongPhase(1024, 2, 40, DEFAULT_WORDS, NEEDLES, text=0.5),
+    LongPhase(2048, 2, 40, DEFAULT_WORDS, NEEDLES, text=0.5),
 )
 """Short rows over few words until the circuit that looks up has formed, then more words, then longer rows."""
 MIDTRAIN_LOOP = LoopConfig(
@@ -145,10 +148,14 @@ class Chain:
 
     def shares(self, phase: LongPhase) -> tuple[Share, ...]:
         """Generated rows of a phase, and text."""
-        path = self.options.work / "data" / f"seed-{self.seed}-{phase.length}-{phase.words or 'all'}"
+        path = (
+            self.options.work
+            / "data"
+            / f"seed-{self.seed}-{phase.length}-{phase.words}-{phase.zipf or 'even'}-{len(phase.kinds)}"
+        )
         if not path.exists():
             text = open_dataset(self.text, self.tokenizer)
-            maker = LongContext(self.tokenizer, text, split="train", seed=self.seed, words=phase.words)
+            maker = LongContext(self.tokenizer, text, split="train", seed=self.seed, words=phase.words, zipf=phase.zipf)
             count = phase.rows * phase.steps + 1  # none is seen twice
             write_dataset(path, maker.documents(count, phase.length, phase.kinds), self.tokenizer)
         return (Share(path=path, weight=1 - phase.text), Share(path=self.text, weight=phase.text))

@@ -18,7 +18,7 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -35,6 +35,9 @@ TOKENS_BETWEEN = 8
 """Filler for each of the most needles that a row may have."""
 SHORTEST_LENGTH = 64
 FEWEST_WORDS = 32
+DEFAULT_WORDS = 128
+"""Words of training rows and of evaluations: few, because a small model learns to copy word by word. What is asked is
+new by its pair and its text."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class LongContext:
     """Makes the examples of one split. `filler` is a dataset of the same split and the same tokenizer.
 
     The circuit that looks up forms sooner over few words, and spreads from frequent to rare ones. words: only the first
-    so many; a larger number includes the words of a smaller one. zipf: the word of rank r (from 0) is drawn with weight
-    1 / (r + zipf); None: all alike. With either, repeated passages are random words, never real text.
+    so many (None: all); a larger number includes the words of a smaller one. zipf: the word of rank r (from 0) is drawn
+    with weight 1 / (r + zipf); None: all alike. Repeated passages are real text only over all words alike.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class LongContext:
         *,
         split: Split,
         seed: int = 0,
-        words: int | None = None,
+        words: int | None = DEFAULT_WORDS,
         zipf: float | None = None,
     ) -> None:
         self.tokenizer, self.filler, self.split, self.seed = tokenizer, filler, split, seed
@@ -87,7 +90,6 @@ class LongContext:
         self._needle = tokenizer.encode(NEEDLE)
         self._end = tokenizer.encode(".\n")
         self._line = tokenizer.encode("\n")
-        self._marks = {tokenizer.pad_id}
 
     # ---- kinds --------------------------------------------------------------------------------------------------
     def example(self, kind: Kind, length: int, index: int) -> Example:
@@ -97,7 +99,7 @@ class LongContext:
         if kind == "needle":
             return self.needles(length, index)
         if kind == "multi_needle":
-            most = max(1, length // (2 * self._needle_size() + TOKENS_BETWEEN))
+            most = max(1, min(length // (2 * self._needle_size() + TOKENS_BETWEEN), len(self.words) // 3))
             return self.needles(length, index, needles=self._draw(kind, length, index).randint(1, most))
         if kind == "key_value":
             return self._key_values(length, index)
@@ -110,10 +112,11 @@ class LongContext:
         """Pairs hidden in filler, all asked at the end. depth: of a single needle, 0 to 1; random when left out."""
         draw = self._draw("needle", length, index, needles, depth)
         size = self._needle_size()
-        text = self._filler(draw, length - 2 * needles * size + len(self._end))
-        if len(text) < needles:
+        room = length - 2 * needles * size + len(self._end)
+        if room < needles:
             raise ConfigError(f"{needles} needles do not fit into a row of {length} tokens; ask for fewer.")
-        pairs = self._pairs(draw, needles, avoid=set(text))
+        pairs = self._pairs(draw, needles)
+        text = self._filler(draw, room, without={word for pair in pairs for word in pair})
         wanted = sorted(draw.random() for _ in range(needles)) if depth is None else [depth] * needles
         cuts = sorted(self._sentence_end(text, round(place * len(text))) for place in wanted)
         ids, places, done = [self.tokenizer.pad_id], [], 0
@@ -138,8 +141,10 @@ class LongContext:
         draw = self._draw("key_value", length, index)
         line = len(self._line) + 2
         count = min(length // (2 * line), len(self.words) // 3)
-        pairs = self._pairs(draw, count, avoid=set())
-        ids, places, answers, depths = self._opening(draw, length + 1 - 2 * line * count), [], [], []
+        pairs = self._pairs(draw, count)
+        words = {word for pair in pairs for word in pair}
+        ids = [self.tokenizer.pad_id, *self._filler(draw, length - 2 * line * count, without=words)]
+        places, answers, depths = [], [], []
         for pair in pairs:
             ids += self._line
             places.append(len(ids))
@@ -181,12 +186,11 @@ class LongContext:
     def _draw(self, *what: object) -> random.Random:
         return random.Random(f"long context {self.seed} {self.split} {what}")
 
-    def _pairs(self, draw: random.Random, count: int, *, avoid: set[int]) -> list[tuple[int, int]]:
-        """Pairs of the split, of distinct words, none of which the filler says: a question has one answer."""
+    def _pairs(self, draw: random.Random, count: int) -> list[tuple[int, int]]:
+        """Pairs of the split, of distinct words."""
         # Weighted sampling without replacement (Efraimidis and Spirakis 2006): the largest log(u) / weight come first.
-        weighted = zip(self.words, self.weights, strict=True)
-        free = [(math.log(1 - draw.random()) / weight, word) for word, weight in weighted if word not in avoid]
-        pool = [word for _, word in sorted(free, reverse=True)]
+        keyed = [(math.log(1 - draw.random()) / w, word) for word, w in zip(self.words, self.weights, strict=True)]
+        pool = [word for _, word in sorted(keyed, reverse=True)]
         pairs: list[tuple[int, int]] = []
         while pool and len(pairs) < count:
             key = pool.pop(0)
@@ -195,30 +199,29 @@ class LongContext:
                 pool.remove(value)
                 pairs.append((key, value))
         if len(pairs) < count:
-            raise DataError(f"{count} pairs of words do not fit into {len(free)} free words; ask for fewer.")
+            raise DataError(f"{count} pairs of words do not fit into {len(self.words)} words; ask for fewer.")
         draw.shuffle(pairs)
         return pairs
 
     def _text(self, word: int) -> str:
         return self.tokenizer.decode([word])
 
-    def _filler(self, draw: random.Random, count: int) -> list[int]:
-        """`count` tokens of running text from a random document on, without the marks between documents."""
+    def _filler(self, draw: random.Random, count: int, *, without: Set[int] = frozenset()) -> list[int]:
+        """`count` tokens of running text from a random document on, without the marks between documents.
+
+        It leaves out the words that are asked for, so that a question has one answer.
+        """
         ids: list[int] = []
+        left_out = {self.tokenizer.pad_id, *without}
         document = draw.randrange(len(self.filler))
         skip = draw.randrange(int(self.filler.lengths[document]))
         while len(ids) < count:
             more = self.filler.ids(document, skip, skip + count - len(ids) + 1).tolist()
-            ids += [token for token in more if token not in self._marks]
-            if len(more) + skip >= int(self.filler.lengths[document]):
+            ids += [token for token in more if token not in left_out]
+            skip += len(more)
+            if skip >= int(self.filler.lengths[document]):
                 document, skip = (document + 1) % len(self.filler), 0
-            else:
-                skip += len(more)
         return ids[: max(count, 0)]
-
-    def _opening(self, draw: random.Random, count: int) -> list[int]:
-        """The beginning of a row: the mark and filler, `count` tokens in all."""
-        return [self.tokenizer.pad_id, *self._filler(draw, count - 1)]
 
     def _sentence_end(self, text: Sequence[int], place: int) -> int:
         """The first place from `place` on where a sentence or line ends, within 64 tokens, else `place` itself."""

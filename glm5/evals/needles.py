@@ -19,7 +19,7 @@ import torch
 
 from glm5.checkpoint import load_model
 from glm5.data import TokenDataset, open_dataset
-from glm5.data.long_context import SHORTEST_LENGTH, Example, LongContext
+from glm5.data.long_context import DEFAULT_WORDS, SHORTEST_LENGTH, Example, LongContext
 from glm5.errors import ConfigError
 from glm5.files import write_json
 from glm5.model import GLM5
@@ -38,6 +38,8 @@ class NeedleConfig:
     per_cell: int = 20
     """Questions for each length and depth."""
     attention: Literal["dense", "sparse"] = "sparse"
+    words: int | None = DEFAULT_WORDS
+    """Words that needles may join; None: all of one token."""
     seed: int = 1
     rows: int = 4
     """Prompts of one forward pass."""
@@ -108,7 +110,7 @@ def find_needles(
 ) -> NeedleResult:
     """Asks every question of the grid. filler: a held-out dataset of the same tokenizer. `show` sees progress."""
     c = config or NeedleConfig()
-    source = LongContext(tokenizer, filler, split="heldout", seed=c.seed)
+    source = LongContext(tokenizer, filler, split="heldout", seed=c.seed, words=c.words)
     model.eval()
     answers: list[NeedleAnswer] = []
     total = len(c.lengths) * len(c.depths) * c.per_cell
