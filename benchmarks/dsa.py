@@ -151,7 +151,8 @@ class Chain:
         path = (
             self.options.work
             / "data"
-            / f"seed-{self.seed}-{phase.length}-{phase.words}-{phase.zipf or 'even'}-{len(phase.kinds)}"
+        kind = "lists" if phase.kinds == LISTS else "needles"
+        path = self.options.work / "data" / f"seed-{self.seed}-{phase.length}-{phase.words}-{phase.zipf or 'even'}-{kind}"
         )
         if not path.exists():
             text = open_dataset(self.text, self.tokenizer)
