@@ -148,12 +148,9 @@ class Chain:
 
     def shares(self, phase: LongPhase) -> tuple[Share, ...]:
         """Generated rows of a phase, and text."""
-        path = (
-            self.options.work
-            / "data"
         kind = "lists" if phase.kinds == LISTS else "needles"
-        path = self.options.work / "data" / f"seed-{self.seed}-{phase.length}-{phase.words}-{phase.zipf or 'even'}-{kind}"
-        )
+        name = f"seed-{self.seed}-{phase.length}-{phase.words}-{phase.zipf or 'even'}-{kind}"
+        path = self.options.work / "data" / name
         if not path.exists():
             text = open_dataset(self.text, self.tokenizer)
             maker = LongContext(self.tokenizer, text, split="train", seed=self.seed, words=phase.words, zipf=phase.zipf)
