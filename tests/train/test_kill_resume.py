@@ -1,4 +1,4 @@
-"""The long proof: kill -9 at 20 random moments across all stages (`python -m benchmarks.kill_resume` writes the table)."""
+"""The long proof: kill -9 at 20 random moments across all stages; `benchmarks.kill_resume` writes the table."""
 
 import subprocess
 import sys
