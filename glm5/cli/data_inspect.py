@@ -1,8 +1,9 @@
-"""`glm5 data inspect DATASET`: counts and lengths of a dataset, or the batch of one step as text."""
+"""`glm5 data inspect DATASET...`: counts and lengths of datasets, or the batch of one step as text."""
 
 from __future__ import annotations
 
 import json as json_text
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glm5.data import Batch, Loader, Share, open_corpus, open_dataset, open_mixture
+from glm5.cli.train_flags import share, warmup
+from glm5.data import Batch, Loader, open_corpus, open_dataset, open_mixture
 from glm5.data.build import shares_of
 from glm5.data.inspection import describe_dataset, spans
 from glm5.data.verify import tokenizer_beside
-from glm5.errors import DataError
+from glm5.errors import DataError, InputError
 from glm5.text import Tokenizer
 
 
@@ -24,11 +26,12 @@ from glm5.text import Tokenizer
 class InspectOptions:
     """What a dataset holds; with --step, the batch that a run with these settings reads at that step.
 
-    Grey text is read but not learned. A line begins each document of a row.
+    Grey text is read but not learned. A line begins each document of a row. (`glm5 train --out RUN --replay-step N`
+    takes the settings from a run.)
     """
 
-    dataset: Annotated[Path, tyro.conf.Positional]
-    """A dataset, a corpus, or a whole build."""
+    dataset: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """A dataset, a corpus, or a whole build; with --step several PATH:WEIGHT too."""
     step: int | None = None
     """Print the batch of this step (from 0)."""
     rows: int = 8
@@ -37,6 +40,8 @@ class InspectOptions:
     """Tokens of a row, as in the run."""
     seed: int = 0
     """The run's seed."""
+    warmup: str | None = None
+    """The run's batch warm-up, START:STEPS[:MULTIPLE]."""
     packing: Literal["cut", "keep_whole"] = "cut"
     """keep_whole for chat data."""
     tokenizer: Path | None = None
@@ -47,35 +52,52 @@ class InspectOptions:
 
 def inspect(options: InspectOptions) -> int:
     """Prints the description, or the batch."""
-    directory = options.dataset
-    if options.step is None:
-        found = describe(directory)
-        if options.json:
-            print(json_text.dumps(found))
-        else:
-            show(found, Console())
-        return 0
-    if options.step < 0:
-        raise DataError(f"there is no step {options.step}; steps count from 0.")
-    shares = shares_of(directory) if (directory / "train").is_dir() else (Share(path=directory),)
-    place = options.tokenizer or tokenizer_beside(shares[0].path)
+    if options.step is not None:
+        return inspect_step(options, options.step)
+    if len(options.dataset) != 1:
+        raise DataError("name one directory to describe, or a --step of a mixture of several.")
+    found = describe(Path(options.dataset[0]))
+    if options.json:
+        print(json_text.dumps(found))
+    else:
+        show(found, Console())
+    return 0
+
+
+def inspect_step(options: InspectOptions, step: int) -> int:
+    """Prints the batch of a step."""
+    if step < 0:
+        raise DataError(f"there is no step {step}; steps count from 0.")
+    shares = tuple(map(share, options.dataset))
+    if len(shares) == 1 and (shares[0].path / "train").is_dir():
+        shares = shares_of(shares[0].path)
+    place = options.tokenizer or next(filter(None, (tokenizer_beside(part.path) for part in shares)), None)
     if place is None:
-        raise DataError(f"there is no tokenizer beside {directory}; give its directory with --tokenizer.")
+        raise DataError(f"there is no tokenizer beside {options.dataset[0]}; give its directory with --tokenizer.")
     tokenizer = Tokenizer.from_pretrained(place)
+    try:
+        growth = warmup(options.warmup) if options.warmup is not None else None
+    except ValueError as error:
+        raise InputError(f"--warmup {error}.") from None
     loader = Loader(
         open_mixture(shares, tokenizer),
         rows=options.rows,
         length=options.length,
         seed=options.seed,
         packing=options.packing,
+        warmup=growth,
     )
-    batch = loader.batch(options.step)
+    batch, plan = loader.batch(step), loader.plan(step)
+    names = [str(shares[number].path) for number, _ in plan]
     if options.json:
-        rows = [[{"segment": s, "learned": k, "text": t} for s, k, t in spans(batch, row, tokenizer)]
-                for row in range(options.rows)]  # fmt: skip
-        print(json_text.dumps({"step": options.step, "seed": options.seed, "rows": rows}))
+        fields = ("segment", "learned", "text")
+        rows = [
+            {"dataset": name, "spans": [dict(zip(fields, span, strict=True)) for span in spans(batch, row, tokenizer)]}
+            for row, name in enumerate(names)
+        ]
+        print(json_text.dumps({"step": step, "seed": options.seed, "epochs": loader.epochs(step), "rows": rows}))
     else:
-        show_batch(batch, tokenizer, Console(), options.step)
+        show_batch(batch, tokenizer, Console(), [f"step {step}, row {row}, {name}" for row, name in enumerate(names)])
     return 0
 
 
@@ -126,10 +148,10 @@ def show(found: dict[str, Any], console: Console) -> None:
         console.print(table)
 
 
-def show_batch(batch: Batch, tokenizer: Tokenizer, console: Console, step: int) -> None:
+def show_batch(batch: Batch, tokenizer: Tokenizer, console: Console, titles: Sequence[str]) -> None:
     """Every row as text; what is not learned is grey, or between double brackets where there is no colour."""
-    for row in range(len(batch.input_ids_BT)):
-        console.rule(f"step {step}, row {row}", align="left")
+    for row, title in enumerate(titles):
+        console.rule(Text(title), align="left")
         last, text = 0, "\n"
         for segment, learned, text in spans(batch, row, tokenizer):
             if segment != last:

@@ -122,6 +122,7 @@ def build_corpus(
             "skipped_sources": skipped,
             "heldout_per_thousand": heldout_per_thousand,
             "preparation": {**asdict(preparation), "languages": list(preparation.languages)},
+            "libraries": sieve.libraries(),
             "splits": {
                 split: {"documents": len(part), "bytes": sum(document.text_bytes for document in part)}
                 for split, part in parts.items()

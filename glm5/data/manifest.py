@@ -49,14 +49,21 @@ def note_file(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
+class DiskFull(DataError):
+    """The disk has no room for what is being written."""
+
+
 @contextlib.contextmanager
 def room_on_disk(path: Path) -> Iterator[None]:
-    """Turns a full disk into a DataError; what was being written for `path` is removed by its writer."""
+    """Turns a full disk into a DataError that names `path`, the outermost where blocks are nested.
+
+    What was being written is removed by its writer.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, DiskFull) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise DataError(
+        raise DiskFull(
             f"the disk is full, so {path} was not written; nothing of it is left. Free some space and try again."
         ) from None

@@ -8,6 +8,7 @@ stays.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,6 +96,11 @@ class Sieve:
         near, languages = preparation.near_duplicates, preparation.languages
         self.near = NearDuplicates(near) if near is not None else None
         self.language = LanguageFilter(languages) if languages else None
+
+    def libraries(self) -> dict[str, str]:
+        """Versions of what else decides which documents stay."""
+        used = {"rensa": self.near, "py3langid": self.language}
+        return {name: importlib.metadata.version(name) for name, part in used.items() if part is not None}
 
     def documents(self, raw: Raw, tally: Tally, *, filtered: bool) -> Iterator[Prepared]:
         """What stays of one document, part by part."""

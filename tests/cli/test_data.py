@@ -41,8 +41,8 @@ def test_inspect_describes_and_prints_a_step(built, capsys):
     step = ["data", "inspect", str(built), "--step", "2", "--rows", "2", "--length", "40", "--seed", "5"]
     assert main([*step, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert len(rows) == 2 and {part["segment"] for part in rows[0]} >= {0, 1}
-    assert not rows[0][0]["learned"]  # the first token of a row is nobody's target
+    assert len(rows) == 2 and {part["segment"] for part in rows[0]["spans"]} >= {0, 1}
+    assert not rows[0]["spans"][0]["learned"]  # the first token of a row is nobody's target
     assert main(step) == 0
     text = capsys.readouterr().out
     assert "step 2, row 1" in text and "--- document 1 of the row" in text and "[[" in text
@@ -134,7 +134,13 @@ def test_build_from_a_recipe_with_separate_sources(tmp_path, capsys):
     assert main(["data", "inspect", out, "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["datasets"]) == {"train/a", "train/b", "heldout"}
     assert main(["data", "inspect", out, "--step", "1", "--rows", "4", "--length", "30", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["rows"]) == 4
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert sorted(Path(row["dataset"]).name for row in rows) == ["a", "a", "a", "b"]
+    words = [f"{out}/train/a:1", f"{out}/train/b:1", "--rows", "6", "--warmup", "2:10", "--length", "30", "--json"]
+    assert main(["data", "inspect", *words, "--step", "5"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert sorted(Path(row["dataset"]).name for row in rows) == ["a", "a", "b", "b"]
+    assert all(row["spans"][0]["text"] for row in rows)
     assert main(["data", "verify", out]) == 0
     assert main(["data", "build", out, "--config", str(tmp_path / "r.json"), "--vocab-size", "500"]) == 1
     assert "without options of sources" in capsys.readouterr().err
@@ -148,6 +154,7 @@ def test_build_from_a_recipe_with_separate_sources(tmp_path, capsys):
         (["verify", "{}"], "holds no corpus and no dataset"),
         (["inspect", "{}"], "has no manifest.json"),
         (["inspect", "{}", "--step", "-1"], "no step -1"),
+        (["inspect", "{}", "{}"], "name one directory to describe"),
         (["inspect", "{}", "--step", "1"], "give its directory with --tokenizer"),
         (["build", "{}/out", "--tokenizer", "{}"], "no tokenizer.json"),
     ],

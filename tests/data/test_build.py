@@ -162,7 +162,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(write_number, folder, tm
 
     with monkeypatch.context() as patch:
         patch.setattr(glm5.files.os, "fsync", fsync)
-        with pytest.raises(DataError, match=r"the disk is full, so .* was not written; nothing of it is left"):
+        with pytest.raises(DataError, match=rf"the disk is full, so {out} was not written; nothing of it is left"):
             build_data(out, recipe(folder), overwrite=True)
     assert json.loads((out / "manifest.json").read_text()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]

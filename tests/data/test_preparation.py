@@ -222,6 +222,7 @@ def test_every_document_is_accounted_for(tmp_path):
     )  # fmt: skip
     (entry,) = made.manifest["sources"]
     dropped = {reason: part["documents"] for reason, part in entry["dropped"].items()}
+    assert set(made.manifest["libraries"]) == {"rensa"}
     assert dropped == {"duplicate": 20, "empty": 1, "binary": 1, "too_few_words": 1}
     assert entry["read"] == 63 == entry["documents"] + sum(dropped.values())
     assert entry["documents"] == sum(made.manifest["splits"][split]["documents"] for split in ("train", "heldout"))
