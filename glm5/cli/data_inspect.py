@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glm5.cli.train_flags import share, warmup
 from glm5.data import Batch, Loader, open_corpus, open_dataset, open_mixture
 from glm5.data.build import shares_of
 from glm5.data.inspection import describe_dataset, spans
@@ -66,6 +65,8 @@ def inspect(options: InspectOptions) -> int:
 
 def inspect_step(options: InspectOptions, step: int) -> int:
     """Prints the batch of a step."""
+    from glm5.cli.train_flags import share, warmup  # loads the training room, which the other subverbs do without
+
     if step < 0:
         raise DataError(f"there is no step {step}; steps count from 0.")
     shares = tuple(map(share, options.dataset))
