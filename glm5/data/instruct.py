@@ -3,6 +3,7 @@
 * facts: practised facts in train wordings, a part of them with one line of reasoning, a part as two questions in a row;
 * sums: `glm5.data.addition`, reasoning in `<think>`;
 * tools: `glm5.data.tool_chats`;
+* copies: "Repeat ..." with names and numbers never seen before; cheap practice for the arguments of tool calls;
 * unknown: "I don't know." to questions whose premise is missing: names that nobody bears, drawn anew each time, and
   relations that an entity does not have (the capital of a person). Never-taught entities do not occur: whether the
   model abstains on them is what the evaluation asks.
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from glm5.data.addition import sums
+from glm5.data.addition import number_is_held_out, sums
 from glm5.data.chat import Chat
 from glm5.data.tool_chats import ToolRequests
 from glm5.data.world import Fact, World
@@ -26,7 +27,9 @@ from glm5.data.world_phrasings import GENERAL_QUESTIONS, RELATIONS
 from glm5.data.world_text import Phrasing, questions
 from glm5.errors import ConfigError
 
+SKILLS = ("facts", "sums", "tools", "copies", "unknown")
 UNKNOWN = "I don't know."
+COPY_PHRASINGS = ("Repeat {x}.", "Say {x}.", "Write down {x}.", "Please repeat: {x}.", "Copy {x}, please.")
 MISSING = {
     "capital": "country", "currency": "country", "birth year": "person", "profession": "person",
     "founder": "company", "product": "company", "colour": "mineral", "discoverer": "mineral",
@@ -40,26 +43,34 @@ class InstructConfig:
 
     conversations: int = 20_000
     seed: int = 0
-    facts: float = 0.57
-    sums: float = 0.25
+    facts: float = 0.48
+    sums: float = 0.26
     tools: float = 0.05
-    unknown: float = 0.13
+    copies: float = 0.09
+    unknown: float = 0.12
     """Shares of the conversations; they add up to 1."""
     thinking_facts: float = 0.3
     """Of the fact questions, the share that is answered behind a line of reasoning."""
     second_question: float = 0.2
     """Of the fact conversations, the share with two questions."""
     wrong_calls: float = 0.1
-    """Of the tool conversations, the share with a masked wrong call in front."""
+    """Of the requests to tools, the share with a masked wrong call in front."""
+    tool_requests: int = 2
+    """Requests in a tool conversation."""
     digits: int = 2
     """Most digits of a number that is added."""
 
     def __post_init__(self) -> None:
         if self.conversations < 1 or not 1 <= self.digits <= 4:
             raise ConfigError("an instruct set has at least one conversation, and sums of 1 to 4 digits.")
-        shares = (self.facts, self.sums, self.tools, self.unknown)
+        shares = self.shares
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ConfigError(f"the shares {shares} must be at least 0 and add up to 1.")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """In the order of `SKILLS`."""
+        return self.facts, self.sums, self.tools, self.copies, self.unknown
 
 
 def instruct_chats(world: World, config: InstructConfig | None = None) -> Iterator[Chat]:
@@ -70,15 +81,16 @@ def instruct_chats(world: World, config: InstructConfig | None = None) -> Iterat
     additions = sums(config.seed, digits=config.digits)
     requests = ToolRequests(config.seed, [town.name for town in world.of("town")])
     strangers = Strangers(world, config.seed)
-    skills = ("facts", "sums", "tools", "unknown")
     for _ in range(config.conversations):
-        skill = draw.choices(skills, (config.facts, config.sums, config.tools, config.unknown))[0]
+        skill = draw.choices(SKILLS, config.shares)[0]
         if skill == "facts":
             yield _fact_chat(facts, draw, config)
         elif skill == "sums":
             yield Chat(next(additions).messages(), skill="sums")
         elif skill == "tools":
-            yield requests.request().chat(draw, config.wrong_calls)
+            yield requests.chat(config.wrong_calls, config.tool_requests)
+        elif skill == "copies":
+            yield _copy_chat(strangers.names, draw)
         else:
             thinking = draw.random() < config.thinking_facts
             question, subject = strangers.question()
@@ -90,7 +102,7 @@ class Strangers:
 
     def __init__(self, world: World, seed: int, phrasing: Phrasing = "train") -> None:
         self._draw = random.Random(f"strangers {seed} {phrasing}")
-        self._names = NameDrawer(f"strangers {seed} {phrasing}", avoid=world.names)
+        self.names = NameDrawer(f"strangers {seed} {phrasing}", avoid=world.names)
         self._entities = [entity for entity in world.entities if entity.exposure]
         self._practised = {fact.entity.name for fact in world.practised()}
         self._phrasing: Phrasing = phrasing
@@ -102,7 +114,7 @@ class Strangers:
     def stranger(self) -> tuple[str, str]:
         """A question that fits, about a name that nobody bears."""
         relation = self._draw.choice(RELATIONS)
-        name = self._names.person() if relation.kind == "person" else self._names.name(relation.kind)
+        name = self.names.person() if relation.kind == "person" else self.names.name(relation.kind)
         frames = (*getattr(relation.questions, self._phrasing), *getattr(GENERAL_QUESTIONS, self._phrasing))
         text = self._draw.choice(frames).format(e=name, noun=relation.noun)
         return text[0].upper() + text[1:], f"{relation.noun} of {name}"
@@ -127,6 +139,14 @@ def _fact_chat(facts: list[Fact], draw: random.Random, config: InstructConfig) -
         thinking = draw.random() < config.thinking_facts
         messages += _asked(question.text, question.answer, f"{subject}?" if thinking else None)
     return Chat(messages, skill="facts")
+
+
+def _copy_chat(names: NameDrawer, draw: random.Random) -> Chat:
+    """One or two fresh names, or numbers that sums may use, to be said again."""
+    numbers = [number for number in (draw.randrange(1000) for _ in range(8)) if not number_is_held_out(number)]
+    things = [names.name(draw.choice(("town", "company", "country"))), *map(str, numbers)]
+    said = " ".join(draw.sample(things[:3], 2 if draw.random() < 0.5 else 1))
+    return Chat(_asked(draw.choice(COPY_PHRASINGS).format(x=said), said, None), skill="copies")
 
 
 def _asked(question: str, answer: str, reasoning: str | None) -> tuple[dict[str, Any], ...]:

@@ -22,9 +22,9 @@ NANO_DIGITS = 1
 """Digits of one token in nano's tokenizer (`Tokenizer.train(..., digits=NANO_DIGITS)`)."""
 NANO_WORLD_SHARE = 0.2
 """Rows of pre-training that come from the world's text, of all rows."""
-NANO_INSTRUCT = InstructConfig(conversations=20_000, seed=0)
-NANO_SFT_ROWS, NANO_SFT_LENGTH = 6, 384
-"""A tool conversation with two tools takes up to 330 tokens and is never cut."""
+NANO_INSTRUCT = InstructConfig(conversations=25_000, seed=0)
+NANO_SFT_ROWS, NANO_SFT_LENGTH = 5, 448
+"""A tool conversation of two requests takes up to 440 tokens and is not to be cut."""
 
 
 def tokenizer_texts(corpus_texts: Iterable[str], world: World) -> Iterator[str]:

@@ -21,22 +21,26 @@ from glm5.data.world_names import NameDrawer
 PHRASINGS: dict[str, dict[Split, tuple[str, ...]]] = {
     "calculator": {
         "train": ("Use the calculator: {a} {operation} {b}.", "With the calculator, what is {a} {operation} {b}?",
-                  "Let the calculator find {a} {operation} {b}.", "I need {a} {operation} {b} from the calculator."),
+                  "Let the calculator find {a} {operation} {b}.", "I need {a} {operation} {b} from the calculator.",
+                  "Calculate {a} {operation} {b}.", "Work out {a} {operation} {b} with the calculator."),
         "heldout": ("Please calculate {a} {operation} {b} with the calculator.",),
     },
     "get_weather": {
         "train": ("What is the weather in {town}?", "How is the weather in {town} today?",
-                  "Tell me the weather in {town}.", "Is the weather in {town} good?"),
+                  "Tell me the weather in {town}.", "Is the weather in {town} good?",
+                  "Please look up the weather in {town}.", "I would like the weather in {town}."),
         "heldout": ("I want to know the weather in {town}.",),
     },
     "set_alarm": {
         "train": ("Set an alarm for {hour}:{minute}.", "Wake me at {hour}:{minute}.",
-                  "Please set the alarm to {hour}:{minute}.", "I need an alarm at {hour}:{minute}."),
+                  "Please set the alarm to {hour}:{minute}.", "I need an alarm at {hour}:{minute}.",
+                  "Let the alarm ring at {hour}:{minute}.", "Alarm at {hour}:{minute}, please."),
         "heldout": ("Can you set an alarm at {hour}:{minute}?",),
     },
     "count_letters": {
         "train": ("How many letters are in {word}?", "Count the letters of {word}.", "How long is the word {word}?",
-                  "Please count the letters in {word}."),
+                  "Please count the letters in {word}.",
+                  "Of how many letters does {word} consist?", "The number of letters in {word}, please."),
         "heldout": ("What number of letters does {word} have?",),
     },
 }  # fmt: skip
@@ -62,8 +66,8 @@ class ToolRequest:
         function = {"name": self.name, "arguments": self.arguments if arguments is None else arguments}
         return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
 
-    def chat(self, draw: random.Random, wrong_share: float) -> Chat:
-        """The whole conversation, now and then with a wrong call in front that is not learned."""
+    def messages(self, draw: random.Random, wrong_share: float) -> list[dict[str, Any]]:
+        """Question, call, result and answer, now and then with a wrong call in front that is not learned."""
         messages: list[dict[str, Any]] = [{"role": "user", "content": self.question}]
         if draw.random() < wrong_share:
             wrong = dict(self.arguments)
@@ -71,8 +75,9 @@ class ToolRequest:
             messages += [{**self.call(wrong), "train": False}, {"role": "tool", "content": run_tool(self.name, wrong)}]
         result = run_tool(self.name, self.arguments)
         answer = ANSWERS[self.name].format(result=result.split(": ", 1)[1].strip('"}'), **self.arguments)
-        messages += [self.call(), {"role": "tool", "content": result}, {"role": "assistant", "content": answer}]
-        return Chat(tuple(messages), self.tools, "tools")
+        return [
+            *messages, self.call(), {"role": "tool", "content": result}, {"role": "assistant", "content": answer},
+        ]  # fmt: skip
 
 
 class ToolRequests:
@@ -83,10 +88,17 @@ class ToolRequests:
         self._names = NameDrawer(f"tool requests {seed} {split}", avoid=towns)
         self._towns, self._split, self._shown = list(towns), split, tools_shown
 
-    def request(self) -> ToolRequest:
+    def chat(self, wrong_share: float, count: int) -> Chat:
+        """A conversation of `count` requests with the same tools on offer; those are most of its tokens."""
+        first = self.request()
+        requests = [first, *(self.request(first.tools) for _ in range(count - 1))]
+        messages = [message for request in requests for message in request.messages(self._draw, wrong_share)]
+        return Chat(tuple(messages), first.tools, "tools")
+
+    def request(self, tools: Sequence[dict[str, Any]] | None = None) -> ToolRequest:
         """The right tool and others in any order; held-out requests differ in wording, numbers and names."""
         draw = self._draw
-        tools = draw.sample(TOOLS, self._shown)
+        tools = draw.sample(TOOLS, self._shown) if tools is None else tools
         tool = draw.choice(tools)
         name = tool["function"]["name"]
         arguments = self._arguments(tool)

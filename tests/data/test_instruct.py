@@ -10,7 +10,7 @@ import pytest
 from glm5.data import chat_documents, write_dataset
 from glm5.data.addition import number_is_held_out, sums, worked
 from glm5.data.chat import Chat
-from glm5.data.instruct import UNKNOWN, InstructConfig, Strangers, instruct_chats
+from glm5.data.instruct import SKILLS, UNKNOWN, InstructConfig, Strangers, instruct_chats
 from glm5.data.recipe_sets import build_nano_instruct, tokenizer_texts
 from glm5.data.tool_chats import PHRASINGS, ToolRequests
 from glm5.data.tools import ALARM, CALCULATOR, TOOLS, problem_with, run_tool
@@ -28,7 +28,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def chats(world):
-    return list(instruct_chats(world, InstructConfig(conversations=1500, tools=0.2, facts=0.42)))
+    return list(instruct_chats(world, InstructConfig(conversations=1500, tools=0.2, facts=0.33)))
 
 
 def turns(chat):
@@ -37,15 +37,15 @@ def turns(chat):
 
 
 def test_the_same_config_gives_the_same_set(world, chats):
-    config = InstructConfig(conversations=1500, tools=0.2, facts=0.42)
+    config = InstructConfig(conversations=1500, tools=0.2, facts=0.33)
     assert list(instruct_chats(world, config)) == chats
-    assert {chat.skill for chat in chats} == {"facts", "sums", "tools", "unknown"}
+    assert {chat.skill for chat in chats} == set(SKILLS)
 
 
 def test_facts_are_practised_ones_in_train_wordings_with_their_answers(world, chats):
     allowed = {q.text: q.answer for fact in world.practised() for q in questions(fact, "train")}
     asked = [turn for chat in chats if chat.skill == "facts" for turn in turns(chat)]
-    assert len(asked) > 600 and all(allowed[user["content"]] == said["content"] for user, said in asked)
+    assert len(asked) > 450 and all(allowed[user["content"]] == said["content"] for user, said in asked)
     thinking = sum("reasoning_content" in said for _, said in asked) / len(asked)
     assert 0.2 < thinking < 0.4
 
@@ -93,21 +93,33 @@ def test_tool_conversations_call_what_was_asked_and_show_the_real_result(chats):
     wrong = 0
     for chat in (chat for chat in chats if chat.skill == "tools"):
         offered = {tool["function"]["name"]: tool for tool in chat.tools}
-        *before, call, result, answer = chat.messages
-        function = call["tool_calls"][0]["function"]
-        assert problem_with(offered[function["name"]], function["arguments"]) is None
-        assert result["content"] == run_tool(function["name"], function["arguments"])
-        value = json.loads(result["content"])["result"]
-        assert str(value) in answer["content"]
-        if len(before) == 3:
-            wrong += 1
-            assert before[1]["train"] is False and "error" in json.loads(before[2]["content"])
-    assert 5 < wrong < 60
+        assert sum(message["role"] == "user" for message in chat.messages) == 2
+        for call, result, answer in zip(chat.messages, chat.messages[1:], chat.messages[2:], strict=False):
+            if not call.get("tool_calls"):
+                continue
+            function = call["tool_calls"][0]["function"]
+            assert result["content"] == run_tool(function["name"], function["arguments"])
+            if call.get("train", True):
+                assert problem_with(offered[function["name"]], function["arguments"]) is None
+                assert str(json.loads(result["content"])["result"]) in answer["content"]
+            else:
+                wrong += 1
+                assert "error" in json.loads(result["content"])
+    assert 20 < wrong < 120
+
+
+def test_copies_are_copies_of_fresh_names_and_trained_numbers(world, chats):
+    copied = [chat.messages for chat in chats if chat.skill == "copies"]
+    assert len(copied) > 60 and all(said["content"] in asked["content"] for asked, said in copied)
+    words = [word for _, said in copied for word in said["content"].split()]
+    assert not [word for word in words if word.isdigit() and number_is_held_out(int(word))]
+    names = [word for word in words if not word.isdigit()]
+    assert len(set(names)) == len(names) > 40 and not {name.casefold() for name in names} & world.names
 
 
 def test_a_wrong_call_is_kept_and_masked(tokenizer):
     request = ToolRequests(0, ["Brodford", "Labgrad"]).request()
-    chat = request.chat(random.Random(0), wrong_share=1.0)
+    chat = Chat(tuple(request.messages(random.Random(0), wrong_share=1.0)), request.tools)
     ids, learn = render_for_training(tokenizer, chat.messages, chat.tools)
     text = tokenizer.decode(ids)
     learned = tokenizer.decode([i for i, wanted in zip(ids, learn, strict=True) if wanted])
