@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from glm5.config import ModelConfig
 from glm5.errors import ConfigError
@@ -83,7 +84,7 @@ def build_optimizers(
         raise ConfigError("nothing is left to train: every parameter of the model is frozen.")
     matrices = [(name, p) for name, p in trainable if is_matrix(name, p)]
     others = [p for name, p in trainable if not is_matrix(name, p)]
-    plain_groups: list[dict[str, object]] = []
+    plain_groups: list[dict[str, Any]] = []
     if others:
         plain_groups.append({"params": others, "weight_decay": 0.0, "lr": config.lr * config.embedding_lr_scale})
     optimizers: list[torch.optim.Optimizer] = []
@@ -93,11 +94,21 @@ def build_optimizers(
     elif matrices:
         plain_groups.append({"params": [p for _, p in matrices], "weight_decay": config.weight_decay, "lr": config.lr})
     if plain_groups:
+        plain_groups = [part for group in plain_groups for part in _by_mesh(group)]
         optimizers.append(torch.optim.AdamW(plain_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group as groups whose parameters are cut over the same processes: the fused AdamW takes no mixture."""
+    meshes: dict[object, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        meshes.setdefault(mesh, []).append(parameter)
+    return [{**group, "params": parameters} for parameters in meshes.values()]
 
 
 def set_rate(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:
