@@ -16,15 +16,17 @@ from glm5.config import PRESETS
 from glm5.data.sources import installed_sources
 from glm5.text import SPECIAL_TOKENS
 
-STEPS = {"pretrain": 4, "dsa": 2, "sft": 2, "rl": 2}
+STEPS = {"pretrain": 4, "midtrain": 3, "dsa1": 2, "dsa2": 2, "sft": 2, "rl": 2}
 
 
 @pytest.fixture(autouse=True)
 def small_world(monkeypatch):
-    """One small source of text and a tiny model, so that the chain takes seconds."""
-    source = next(s for s in installed_sources() if s.name == "python-reference")
-    monkeypatch.setattr("glm5.data.corpus.installed_sources", lambda: (source,))
-    config = tiny_config(vocab_size=512, pad_token_id=0, eos_token_id=tuple(SPECIAL_TOKENS.index(t) for t in TURN_ENDS))
+    """Little text and a tiny model, so that the chain takes seconds."""
+    sources = tuple(s for s in installed_sources() if s.name in ("python-reference", "numpy"))
+    monkeypatch.setattr("glm5.data.corpus.installed_sources", lambda: sources)
+    config = tiny_config(
+        vocab_size=1536, pad_token_id=0, eos_token_id=tuple(SPECIAL_TOKENS.index(t) for t in TURN_ENDS)
+    )
     monkeypatch.setitem(PRESETS, "tiny", lambda: config)
 
 
@@ -33,7 +35,7 @@ TURN_ENDS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 
 def quickstart(out, *more: str) -> int:
     steps = [text for stage, count in STEPS.items() for text in (f"--{stage}-steps", str(count))]
-    return main(["quickstart", "--out", str(out), "--preset", "tiny", "--eval-tasks", "4", *steps, *more])
+    return main(["quickstart", "--out", str(out), "--preset", "tiny", "--questions", "2", *steps, *more])
 
 
 def weights(out) -> dict[str, torch.Tensor]:
@@ -44,18 +46,22 @@ def test_the_chain_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert quickstart(whole, "--json") == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["transformers"]["relative_difference"] < 1e-4
-    assert set(summary["pretrain"]["sanity_lines"]) >= {"zlib"}
+    stages = summary["stages"]
+    assert stages["pretrain"]["transformers"]["relative_difference"] < 1e-4
+    assert set(stages["pretrain"]["sanity_lines"]) >= {"zlib"}
+    assert stages["midtrain"]["needles"]["attention"] == "dense"
+    assert 0 < stages["dsa2"]["indexer_recall"]["mass"] <= 1
+    assert {skill["name"] for skill in stages["sft"]["skills"]["skills"]} >= {"stops by itself", "sums, unseen numbers"}
     assert summary["rl"]["steps"] == STEPS["rl"]
     page = (whole / "report.html").read_text()
     for stage in STEPS:
         assert (whole / stage / "report.html").is_file()
         assert f'href="{stage}/report.html"' in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == len(STEPS)
     assert "http" not in page
 
-    # Ctrl-C inside the pre-training, again inside the indexer's warm-up, then to the end.
-    for count, stage in ((2, "pretrain"), (3, "dsa")):
+    # Ctrl-C inside the pre-training, again inside mid-training, then to the end.
+    for count, stage in ((2, "pretrain"), (4, "midtrain")):
         take_a_step_and_interrupt(monkeypatch, count)
         assert quickstart(cut, "--resume") == 1
         error = capsys.readouterr().err
