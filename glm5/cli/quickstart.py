@@ -105,7 +105,8 @@ def quick_recipe(out: Path, preset: str = "nano") -> Recipe:
         ),
         stages={
             "pretrain": PretrainConfig(
-                model=model, tokenizer=at.tokenizer, train_data=(text, facts), prompts=PROMPTS, **held,
+                model=model, tokenizer=at.tokenizer, train_data=(text, facts), prompts=PROMPTS, mtp_steps=1,
+                **held,
                 loop=LoopConfig(
                     steps=400,
                     optimizer=OptimizerConfig(lr=8e-3, embedding_lr_scale=6.0),
