@@ -25,7 +25,7 @@ from glm5.config import ModelConfig
 from glm5.errors import CheckpointError, did_you_mean
 from glm5.files import restore_directory
 from glm5.model import GLM5
-from glm5.ops.quant import FP8_BLOCK, dequantize_fp8, fp8_scale_shape
+from glm5.ops.quant import FP8_BLOCK, INT4_GROUP, dequantize_fp8, dequantize_int4, fp8_scale_shape, int4_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Checkpoint:
             by `transformers` do) or when `mtp` is False.
         layout: every tensor of that model under its name on disk, per expert.
         holders: the tensor in the files that holds each of them: itself, or the stacked tensor of all experts.
-        block: FP8 block size.
+        block, group: FP8 block size, INT4 group size.
     """
 
     def __init__(self, directory: str | Path, *, mtp: bool = True) -> None:
@@ -46,8 +46,9 @@ class Checkpoint:
         restore_directory(self.directory)
         self.files = TensorFiles(self.directory)
         config = ModelConfig.from_pretrained(self.directory)
-        stated = config.quantization_config
-        self.block: tuple[int, int] = tuple(stated["weight_block_size"]) if stated else FP8_BLOCK
+        stated = config.quantization_config or {}
+        self.block: tuple[int, int] = tuple(stated.get("weight_block_size", FP8_BLOCK))
+        self.group: int = stated.get("group_size", INT4_GROUP)
         self._trunk_only = not mtp
         if not mtp or not self._holds_mtp(config):
             config = dataclasses.replace(config, num_nextn_predict_layers=0)
@@ -71,9 +72,11 @@ class Checkpoint:
         return self.directory / self.files.info[self.holders[name]].file
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor of `layout`: memory-mapped in its own dtype, or dequantised to `dtype` where the files hold FP8."""
+        """A tensor of `layout`: memory-mapped in its own dtype, or dequantised to `dtype` if it is FP8 or INT4."""
         holder = self.holders[name]
         part = () if holder == name else self.layout.slots[name].index
+        if self.files.info[holder].dtype == "U8":
+            return dequantize_int4(self.files.read(holder), self._scale(holder), dtype, self.group)
         if not self._is_fp8(holder):
             return self.files.read(holder, part)
         scale = self._scale(holder)
@@ -172,6 +175,9 @@ class Checkpoint:
     def _check_kind(self, name: str) -> None:
         slot = self.layout.slots[name] if name in self.layout.slots else self.layout.stacked[name][0]
         info = self.files.info[name]
+        if info.dtype == "U8" and name in self.layout.slots:
+            self._check_int4(name, slot.shape)
+            return
         if info.shape != slot.shape:
             raise self._error(
                 name,
@@ -197,6 +203,16 @@ class Checkpoint:
                 name + SCALE_SUFFIX,
                 f"is {scale.dtype} {list(scale.shape)}; FP8 blocks of {self.block[0]} x {self.block[1]} need "
                 f"F32 {list(expected or ())}: correct weight_block_size in config.json or fetch the tensor again",
+            )
+
+    def _check_int4(self, name: str, shape: tuple[int, ...]) -> None:
+        scale = self.files.info.get(name + SCALE_SUFFIX)
+        packed, scales = int4_shapes(shape, self.group)
+        if self.files.info[name].shape != packed or scale is None or (scale.dtype, scale.shape) != ("BF16", scales):
+            raise self._error(
+                name,
+                f"is packed INT4, which for a matrix {list(shape)} in groups of {self.group} is U8 {list(packed)} with "
+                f"{name + SCALE_SUFFIX} BF16 {list(scales)}; convert it again, or correct group_size in config.json",
             )
 
     def _error(self, name: str, problem: str, near: list[str] | None = None) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""`convert_checkpoint`: another dtype, another sharding, or FP8 blocks, without a model in memory.
+"""`convert_checkpoint`: another dtype, another sharding, FP8 blocks or packed INT4, without a model in memory.
 
 Each tensor goes from the source's memory map through one conversion into the new shard. FP8 that stays FP8 is copied
 bit for bit.
@@ -28,11 +28,13 @@ from glm5.checkpoint.shard_writer import write_shards
 from glm5.checkpoint.staging import check_destination, check_space, staged_directory
 from glm5.errors import CheckpointError
 
-StorageDtype = Literal["bf16", "fp32", "fp8"]
+StorageDtype = Literal["bf16", "fp32", "fp8", "int4", "int4-experts"]
 STORAGE: dict[StorageDtype, tuple[torch.dtype, Quantization | None]] = {
     "bf16": (torch.bfloat16, None),
     "fp32": (torch.float32, None),
     "fp8": (torch.bfloat16, "fp8"),
+    "int4": (torch.bfloat16, "int4"),
+    "int4-experts": (torch.bfloat16, "int4-experts"),
 }
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 

@@ -103,6 +103,13 @@ def is_shared_copy(disk_name: str) -> bool:
     return _SHARED_COPY.fullmatch(disk_name) is not None
 
 
+def stored_as_int4(disk_name: str, *, experts_only: bool) -> bool:
+    """Whether an INT4 checkpoint packs this tensor: what `glm5.train.qat` trains for, so never the indexer."""
+    if experts_only:
+        return ".mlp.experts." in disk_name
+    return stored_as_fp8(disk_name) and ".indexer." not in disk_name
+
+
 def stored_as_fp8(disk_name: str) -> bool:
     """Whether an FP8 checkpoint holds this tensor in FP8: attention, indexer, MLP and expert matrices.
 

@@ -2,6 +2,8 @@
 
 Tensors that a bf16 model keeps in fp32 (`glm5.model.keeps_fp32`) stay fp32 on disk. In an FP8 directory the matrices
 listed in `names.stored_as_fp8` become e4m3 with one fp32 scale per 128 x 128 block, as in the published FP8 releases.
+INT4 directories are our own format, which only this project reads: `X.weight` is uint8 [out, in / 2] as `quantize_int4`
+packs it, `X.weight_scale_inv` bf16 [out, in / 32].
 """
 
 from __future__ import annotations
@@ -18,15 +20,25 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from glm5.checkpoint.names import SCALE_SUFFIX, Layout, build_layout, stored_as_fp8
+from glm5.checkpoint.names import SCALE_SUFFIX, Layout, build_layout, stored_as_fp8, stored_as_int4
 from glm5.checkpoint.shard_writer import Entry, write_shards
 from glm5.checkpoint.staging import check_space, staged_directory
 from glm5.config import ModelConfig
 from glm5.errors import CheckpointError, InputError
 from glm5.model import GLM5, keeps_fp32
-from glm5.ops.quant import FP8, FP8_BLOCK, fp8_block_scales, fp8_scale_shape, quantize_fp8
+from glm5.ops.quant import (
+    FP8,
+    FP8_BLOCK,
+    INT4_GROUP,
+    fp8_block_scales,
+    fp8_scale_shape,
+    int4_shapes,
+    quantize_fp8,
+    quantize_int4,
+)
 
-Quantization = Literal["fp8"]
+Quantization = Literal["fp8", "int4", "int4-experts"]
+INT4 = ("int4", "int4-experts")
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -56,7 +68,7 @@ def save_model(
     Args:
         dtype: float32 or bfloat16 on disk; None keeps the model's. With FP8, of the tensors that are not quantised.
         max_shard_bytes: a shard's data is at most this (a larger single tensor stands alone).
-        quantization: "fp8" for e4m3 blocks.
+        quantization: "fp8" for e4m3 blocks; "int4" for packed matrices, "int4-experts" for those of the experts alone.
         generation_config: content of generation_config.json; None writes the config's special tokens.
 
     Raises `CheckpointError` for unmerged adapters, a destination that is not a model, and a disk that refuses.
@@ -102,6 +114,14 @@ class WeightSource(ABC):
         """The scales of `fp8`. They are written before it, and computing them twice is cheaper than keeping it."""
         return fp8_block_scales(self.values(name))
 
+    def int4(self, name: str) -> Tensor:
+        """The same as packed INT4."""
+        return quantize_int4(self.values(name))[0]
+
+    def int4_scale(self, name: str) -> Tensor:
+        """The scales of `int4`."""
+        return quantize_int4(self.values(name))[1]
+
 
 @dataclass(frozen=True)
 class ModelWeights(WeightSource):
@@ -125,6 +145,10 @@ def plan_entries(source: WeightSource, dtype: torch.dtype, quantization: Quantiz
             scale_shape = fp8_scale_shape(slot.shape)
             entries.append(Entry(name, FP8, slot.shape, partial(source.fp8, name)))
             entries.append(Entry(name + SCALE_SUFFIX, torch.float32, scale_shape, partial(source.fp8_scale, name)))
+        elif quantization in INT4 and stored_as_int4(name, experts_only=quantization == "int4-experts"):
+            packed, scales = int4_shapes(slot.shape)
+            entries.append(Entry(name, torch.uint8, packed, partial(source.int4, name)))
+            entries.append(Entry(name + SCALE_SUFFIX, torch.bfloat16, scales, partial(source.int4_scale, name)))
         else:
             target = torch.float32 if keeps_fp32(slot.tensor) else dtype
             entries.append(Entry(name, target, slot.shape, partial(source.cast, name, target)))
@@ -135,7 +159,7 @@ def config_on_disk(
     config: ModelConfig, layout: Layout, dtype: torch.dtype, quantization: Quantization | None
 ) -> ModelConfig:
     """`config` with the dtype and quantization of the files beside it."""
-    stated = None
+    stated: dict[str, Any] | None = None
     if quantization == "fp8":
         # Full module names, which every engine matches alike; patterns are read differently from one to the next.
         matrices = (name for name, slot in layout.slots.items() if len(slot.shape) == 2 and not stored_as_fp8(name))
@@ -146,6 +170,8 @@ def config_on_disk(
             "weight_block_size": list(FP8_BLOCK),
             "modules_to_not_convert": [name.removesuffix(".weight") for name in matrices],
         }
+    elif quantization in INT4:
+        stated = {"quant_method": "glm5-int4", "group_size": INT4_GROUP}
     return dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."), quantization_config=stated)
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glm5.checkpoint.tensor_files import FLOAT_DTYPES, INDEX_FILE
+from glm5.checkpoint.tensor_files import FLOAT_DTYPES, INDEX_FILE, PACKED_DTYPES
 
-_DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in (FLOAT_DTYPES | PACKED_DTYPES).items()}
 
 
 @dataclass(frozen=True)

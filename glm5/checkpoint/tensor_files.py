@@ -29,6 +29,8 @@ FLOAT_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+PACKED_DTYPES = {"U8": torch.uint8}
+"""Two INT4 values a byte."""
 
 
 @dataclass(frozen=True)

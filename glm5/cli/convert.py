@@ -24,11 +24,12 @@ class ConvertOptions:
     """Change dtype and sharding of a model directory. The model is never whole in memory."""
 
     src: Annotated[Path, tyro.conf.Positional]
-    """Model directory to read: BF16, FP32 or FP8, sharded or not."""
+    """Model directory to read: BF16, FP32, FP8 or INT4, sharded or not."""
     dst: Annotated[Path, tyro.conf.Positional]
     """Directory to write; it appears when it is complete."""
-    dtype: Literal["bf16", "fp32", "fp8"] = "bf16"
-    """Storage of the weights; fp8 quantises matrices to e4m3 blocks and keeps the rest in bf16."""
+    dtype: Literal["bf16", "fp32", "fp8", "int4", "int4-experts"] = "bf16"
+    """Storage of the weights; fp8 quantises matrices to e4m3 blocks, int4 packs them (or those of the experts alone) in
+    groups of 32 inputs, a format that only glm5 reads; the rest is bf16."""
     max_shard_size: str = "5GB"
     """Largest shard, e.g. 5GB, 500MB or 2GiB."""
     overwrite: bool = False

@@ -140,15 +140,20 @@ def _check_rope(config: ModelConfig) -> None:
 
 
 def _check_quantization(config: ModelConfig) -> None:
-    """FP8 in the published form: e4m3 with one scale per block."""
+    """FP8 in the published form: e4m3 with one scale per block. INT4 in our own: groups of inputs of a row."""
     if config.quantization_config is None:
         return
     check_object("quantization_config", config.quantization_config)
     method, fmt = config.quantization_config.get("quant_method"), config.quantization_config.get("fmt", "e4m3")
+    if method == "glm5-int4":
+        group = config.quantization_config.get("group_size")
+        if not isinstance(group, int) or isinstance(group, bool) or group < 2:
+            raise ConfigError(f"group_size in quantization_config is {group!r}; it must be a whole number above 1.")
+        return
     if (method, fmt) != ("fp8", "e4m3"):
         raise ConfigError(
-            f"quantization_config states {method!r} {fmt!r}; only 'fp8' with 'e4m3' is read: "
-            "use the BF16 or FP8 release of the model."
+            f"quantization_config states {method!r} {fmt!r}; only 'fp8' with 'e4m3' is read (and "
+            "'glm5-int4', our own): use the BF16 or FP8 release of the model."
         )
     block = config.quantization_config.get("weight_block_size")
     if not isinstance(block, list | tuple) or len(block) != 2 or not all(_is_whole(b) and b > 0 for b in block):

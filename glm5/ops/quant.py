@@ -119,6 +119,12 @@ INT4_GROUP = 32
 """Inputs that share a scale; every width of the published models and of `nano` is a multiple of it."""
 
 
+def int4_shapes(shape: tuple[int, ...], group: int = INT4_GROUP) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what `quantize_int4` makes of a weight [..., out, in]."""
+    *lead, columns = shape
+    return (*lead, columns // 2), (*lead, -(-columns // group))
+
+
 def quantize_int4(weight: Tensor, group: int = INT4_GROUP) -> tuple[Tensor, Tensor]:
     """`weight` [..., out, in] -> (uint8 [..., out, in / 2], bf16 scales [..., out, ceil(in / group)]).
 
