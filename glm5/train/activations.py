@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +30,7 @@ def checkpoint_layers(model: GLM5) -> None:
 
 def _recomputing(forward: Callable[[Tensor, Pass], Any]) -> Callable[[Tensor, Pass], Any]:
     def run_layer(h_BTD: Tensor, run: Pass) -> tuple[Tensor, RouterRecord | None]:
-        if not h_BTD.requires_grad and not any(p.requires_grad for p in forward.__self__.parameters()):  # type: ignore[attr-defined]
+        if not torch.is_grad_enabled():
             return forward(h_BTD, run)
         found = copy.copy(run)
 
