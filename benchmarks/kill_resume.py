@@ -98,9 +98,8 @@ def prove(root: Path, kills: int, seed: int) -> dict[str, Verdict]:
     return verdicts
 
 
-def table(verdicts: dict[str, Verdict], seed: int) -> str:
+def table(verdicts: dict[str, Verdict], seed: int, commit: str) -> str:
     """The result as Markdown."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     asked = sum(len(verdict.kills) for verdict in verdicts.values())
     kills = [(name, kill) for name, verdict in verdicts.items() for kill in verdict.kills if not kill.finished]
     late = f" ({asked - len(kills)} more came after the run had ended)" if len(kills) < asked else ""
@@ -112,7 +111,7 @@ def table(verdicts: dict[str, Verdict], seed: int) -> str:
     lines = [
         "# Kill -9 and resume, all stages",
         "",
-        f"`python -m benchmarks.kill_resume --kills {asked} --seed {seed}` at commit {commit or 'unknown'}; "
+        f"`python -m benchmarks.kill_resume --kills {asked} --seed {seed}` at commit {commit}; "
         f"Python {platform.python_version()}, PyTorch {torch.__version__}, {platform.machine()}, one thread. "
         f"{STEPS} steps a stage, a checkpoint every 5.",
         "",
@@ -135,15 +134,23 @@ def table(verdicts: dict[str, Verdict], seed: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def current_commit() -> str:
+    """The short hash, marked when files differ from it."""
+    commands = (["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+    commit, changes = (subprocess.run(c, capture_output=True, text=True).stdout.strip() for c in commands)
+    return (commit or "unknown") + (" with changes" if changes else "")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the table here as well")
     options = parser.parse_args()
+    commit = current_commit()  # before the proof: it takes a while
     with tempfile.TemporaryDirectory() as root:
         verdicts = prove(Path(root), options.kills, options.seed)
-    text = table(verdicts, options.seed)
+    text = table(verdicts, options.seed, commit)
     print(text)
     if options.out is not None:
         options.out.write_text(text, encoding="utf-8")
