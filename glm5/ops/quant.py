@@ -163,8 +163,8 @@ class _StraightThrough(torch.autograd.Function):
 def fake_quantize_int4(weight: Tensor, group: int = INT4_GROUP) -> Tensor:
     """What a served INT4 weight will be, to the bit; its gradient goes to `weight` as if nothing had been rounded.
 
-    The straight-through estimator (Bengio et al. 2013, arXiv 1308.3432). `weight + (rounded - weight).detach()` would
-    not do: that sum is rounded once more.
+    The straight-through estimator (Bengio et al. 2013, arXiv 1308.3432), as a function of its own: the usual form
+    `weight + (rounded - weight).detach()` adds two roundings that nothing promises to be exact.
     """
     result: Tensor = _StraightThrough.apply(weight, group)
     return result
