@@ -137,9 +137,10 @@ class Chain:
         self.root = options.work / f"seed-{seed}"
         self.text, self.heldout = (options.recipe / "data" / split for split in ("train", "heldout"))
         self.tokenizer = Tokenizer.from_pretrained(options.recipe / "tokenizer")
-        self.curriculum, self.length = CURRICULUM, CURRICULUM[-1].length
+        self.curriculum = CURRICULUM
         if options.quick:
-            self.curriculum = tuple(dataclasses.replace(phase, rows=1, steps=2) for phase in CURRICULUM)
+            self.curriculum = tuple(dataclasses.replace(p, rows=1, steps=2) for p in CURRICULUM if p.length <= 256)
+        self.length = self.curriculum[-1].length
 
     def loop(self, loop: LoopConfig, steps: int | None = None) -> LoopConfig:
         """The same with this seed, and few steps when it is quick."""
@@ -163,7 +164,8 @@ class Chain:
         phases = tuple(
             Phase(length=p.length, rows=p.rows, steps=p.steps, train_data=self.shares(p)) for p in self.curriculum
         )
-        common: dict[str, Any] = {"heldout_data": self.heldout, "heldout_documents": 12, "mtp_weight": 0.0}
+        documents = 1 if self.options.quick else 12
+        common: dict[str, Any] = {"heldout_data": self.heldout, "heldout_documents": documents, "mtp_weight": 0.0}
         longest = phases[-1].train_data
         assert isinstance(longest, tuple)
         midtrained = self.do(
@@ -192,10 +194,10 @@ class Chain:
         found = Measured(self.seed)
         heldout = open_dataset(self.heldout, self.tokenizer)
         loaded = {name: glm5.load_model(path, dtype=torch.float32) for name, path in models.items()}
-        topk = loaded["dsa1"].config.index_topk
+        short, long = lengths(loaded["dsa1"].config.index_topk, self.options.quick)
         for name in ("midtrain", "dsa1", "dsa2"):
-            for length in (8 * topk, 32 * topk):
-                recall = measure_indexer_recall(loaded[name], heldout, length=length, rows=4096 // length or 1)
+            for length in (short, long):
+                recall = measure_indexer_recall(loaded[name], heldout, length=length, rows=max(1, 4096 // length))
                 found.recall[f"{name} {length}"] = {
                     "mass": recall.mass, "worst layer": recall.worst_mass, "positions": recall.positions,
                     "joined": recall.joined,
@@ -208,7 +210,7 @@ class Chain:
                 loaded[name].eval(), heldout, length=self.length, rows=2, documents=documents, attention=attention
             ).bits_per_byte  # type: ignore[arg-type]
             config = NeedleConfig(
-                lengths=(32 * topk,), per_cell=1 if self.options.quick else self.options.questions,
+                lengths=(long,), per_cell=1 if self.options.quick else self.options.questions,
                 attention=attention, rows=2,
             )  # type: ignore[arg-type]  # fmt: skip
             answers[label] = find_needles(loaded[name], self.tokenizer, heldout, config)
@@ -224,9 +226,14 @@ class Chain:
         return found
 
 
-def lines(found: Measured, topk: int) -> list[tuple[str, str, str]]:
-    """(what, number, against its bar) of one seed."""
-    short, long = (found.recall[f"dsa1 {length}"] for length in (8 * topk, 32 * topk))
+def lengths(topk: int, quick: bool) -> tuple[int, int]:
+    """The two contexts that are measured: 8 and 32 times what sparse attention reads."""
+    return (2 * topk, 4 * topk) if quick else (8 * topk, 32 * topk)
+
+
+def lines(found: Measured, at: tuple[int, int]) -> list[tuple[str, str, str]]:
+    """(what, number, against its bar) of one seed, measured at the two contexts `at`."""
+    short, long = (found.recall[f"dsa1 {length}"] for length in at)
     dense, sparse = (found.bits_per_byte[f"{name} attention"] for name in ("dense, dense", "dsa2, sparse"))
     excess = sparse / dense - 1
     counts = found.dense_found >= 0.9
@@ -234,11 +241,11 @@ def lines(found: Measured, topk: int) -> list[tuple[str, str, str]]:
     if counts:
         needles = "met" if found.difference.low >= -0.03 else "MISSED"
     rows = [
-        (f"recall after dsa1, {8 * topk} tokens", shown(short), "met" if short["mass"] >= 0.9 else "MISSED"),
-        (f"recall after dsa1, {32 * topk} tokens", shown(long), ""),
+        (f"recall after dsa1, {at[0]} tokens", shown(short), "met" if short["mass"] >= 0.9 else "MISSED"),
+        (f"recall after dsa1, {at[1]} tokens", shown(long), ""),
         ("bits per byte, sparse against dense", f"{sparse:.4f} / {dense:.4f} ({excess:+.2%})",
          "met" if excess <= 0.01 else "MISSED"),
-        (f"needles at {32 * topk}, sparse less dense", str(found.difference), needles),
+        (f"needles at {at[1]}, sparse less dense", str(found.difference), needles),
     ]  # fmt: skip
     rows += [(f"recall of {name}", shown(value), "") for name, value in found.recall.items() if "dsa1" not in name]
     rows += [(f"bits per byte, {name}", f"{value:.4f}", "") for name, value in found.bits_per_byte.items()]
@@ -255,7 +262,7 @@ def shown(recall: dict[str, float]) -> str:
             f"positions {recall['positions']:.1%}; {joined}")  # fmt: skip
 
 
-def markdown(found: list[Measured], options: Options, topk: int) -> str:
+def markdown(found: list[Measured], options: Options, at: tuple[int, int]) -> str:
     """The page of results."""
     seeds = " ".join(str(one.seed) for one in found)
     command = f"python -m benchmarks.dsa --recipe {options.recipe.name} --seeds {seeds} --questions {options.questions}"
@@ -265,7 +272,7 @@ def markdown(found: list[Measured], options: Options, topk: int) -> str:
         parts += ["A quick run: a few steps of each stage. These numbers say nothing.", ""]
     for one in found:
         parts += [f"## Seed {one.seed}", "", "| what | found | bar |", "| --- | --- | --- |"]
-        parts += [f"| {what} | {number} | {bar} |" for what, number, bar in lines(one, topk)] + [""]
+        parts += [f"| {what} | {number} | {bar} |" for what, number, bar in lines(one, at)] + [""]
     return "\n".join(parts)
 
 
@@ -274,16 +281,16 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     console = Console()
     parents = options.parents or (options.recipe / "pretrain",) * len(options.seeds)
-    found, topk = [], 64
+    found, at = [], (0, 0)
     for seed, parent in zip(options.seeds, parents, strict=True):
         chain = Chain(options, seed, parent, console)
         models = chain.run()
-        topk = glm5.ModelConfig.from_pretrained(models["dsa1"]).index_topk
+        at = lengths(glm5.ModelConfig.from_pretrained(models["dsa1"]).index_topk, options.quick)
         found.append(chain.measure(models))
-        for what, number, bar in lines(found[-1], topk):
+        for what, number, bar in lines(found[-1], at):
             console.print(f"seed {seed}  {what}: {number}  {bar}", highlight=False)
     if options.out is not None:
-        options.out.write_text(markdown(found, options, topk), encoding="utf-8")
+        options.out.write_text(markdown(found, options, at), encoding="utf-8")
 
 
 if __name__ == "__main__":
