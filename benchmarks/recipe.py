@@ -1,18 +1,19 @@
 """Ablations of the training recipe at `nano` size, three seeds each, on the quickstart's text.
 
-    python -m benchmarks.recipe --out docs/results/recipe.md       # about 40 minutes of one core
+    python -m benchmarks.recipe --out docs/results/recipe.md       # about 35 minutes of one core
     python -m benchmarks.recipe --quick                            # a few minutes: does it run, not what it says
 
 What is compared: Muon split per head (GLM-5 report, section 2.1) with Muon on whole matrices and with AdamW; no
-multi-token prediction with one and with three trained draft steps; experts with a dense model of the same architecture,
-at equal active weights and at equal processor time. One optimiser differs from another in the matrices inside the layers
-only; embeddings, head and norms are AdamW's at one rate in every arm. Each optimiser (and the dense model) gets the best
-rate of a small sweep of its own, widened until the best is not at its edge; the sweep is printed.
+multi-token prediction with one and with three trained draft steps; experts with a dense model of the same
+architecture, at equal active weights and at equal processor time. One optimiser differs from another in the matrices
+inside the layers only; embeddings, head and norms are AdamW's at one rate in every arm. Each optimiser (and the dense
+model) gets the best rate of a small sweep of its own, widened until the best is not at its edge; it is printed.
 
-Held-out bits per byte are those of the main head. Accept length is measured by real greedy speculation: after a held-out
-prefix the shared MTP module drafts three tokens from its own drafts, the model then says greedily what it would have
-said; accepted drafts plus the model's own token are one step's yield. Time is processor time, because other work may
-share the machine. Every finished run is a JSON file under --work: a second call goes on, and prints the same table.
+Held-out bits per byte are those of the main head. Accept length is measured by real greedy speculation: after a
+held-out prefix the shared MTP module drafts three tokens from its own drafts, and the model then says greedily what it
+would have said; accepted drafts plus the model's own token are one step's yield. Time is processor time, because other
+work may share the machine. Every finished run is a JSON file under --work: a second call goes on, and prints the same
+table. Seeds are the outer loop, so an interrupted study still compares all arms.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ DRAFTS = 3
 class Options:
     """Options of the ablations."""
 
-    steps: int = 150
+    steps: int = 80
     """Steps of 8 rows of 256 tokens in every arm."""
-    sweep_steps: int = 60
+    sweep_steps: int = 30
     """Steps of each run that only looks for a rate."""
     seeds: int = 3
     documents: int = 40
@@ -203,8 +204,8 @@ class Study:
             model, seconds, loss = train(arm, rate, steps, seed, self.train_data)
             documents = o.documents // 2 if sweep else o.documents
             found = evaluate_bits_per_byte(model, self.heldout, length=LENGTH, documents=documents)
-            values: dict[str, Any] = {"arm": arm.name, "rate": rate, "steps": steps, "seed": seed, "cpu_seconds": seconds,
-                                      "train_loss": loss, "bits_per_byte": found.bits_per_byte}  # fmt: skip
+            values: dict[str, Any] = {"arm": arm.name, "rate": rate, "steps": steps, "seed": seed, "train_loss": loss,
+                                      "cpu_seconds": seconds, "bits_per_byte": found.bits_per_byte}  # fmt: skip
             if arm.mtp_steps and not sweep:
                 values["accept_length"] = accept_length(model, self.heldout, o.prefixes)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -223,9 +224,6 @@ class Study:
             wider = best / 2 if best == min(scores) else best * 2
             scores[wider] = self.run(arm, wider, seed=100, sweep=True)["bits_per_byte"]
         return min(scores, key=scores.__getitem__), dict(sorted(scores.items()))
-
-    def all_seeds(self, arm: Arm, rate: float) -> list[dict[str, Any]]:
-        return [self.run(arm, rate, seed) for seed in range(self.options.seeds)]
 
     def time_ratio(self, steps: int = 8) -> float:
         """Processor seconds of a step of experts over one of the dense model; steps in turn."""
@@ -281,18 +279,22 @@ def study(options: Options) -> tuple[list[list[str]], dict[str, Any]]:
     for arm in (SPLIT, PLAIN, ADAMW, DENSE):
         rates[arm.name], sweep = do.best_rate(arm)
         sweeps[arm.name] = {f"{rate:g}": round(score, 4) for rate, score in sweep.items()}
-    base = do.all_seeds(SPLIT, rates[SPLIT.name])
-    lines = [line("Muon split, experts, no MTP", base, base)]
-    for arm in (PLAIN, ADAMW):
-        lines.append(line(arm.name, do.all_seeds(arm, rates[arm.name]), base))
-    for drafts in (1, DRAFTS):
-        arm = Arm(name=f"MTP, {drafts} trained draft step{'s' if drafts > 1 else ''}", mtp_steps=drafts)
-        lines.append(line(arm.name, do.all_seeds(arm, rates[SPLIT.name]), base))
-    equal = do.all_seeds(DENSE, rates[DENSE.name])
-    lines.append(line("dense, equal active weights and steps", equal, base))
     ratio = do.time_ratio()
-    longer = Arm(name="dense, equal time", dense=True, times=round(ratio, 2))
-    lines.append(line("dense, equal processor time", do.all_seeds(longer, rates[DENSE.name]), base))
+    arms = {
+        "Muon split, experts, no MTP": (SPLIT, SPLIT),
+        "Muon on whole matrices": (PLAIN, PLAIN),
+        "AdamW": (ADAMW, ADAMW),
+        "MTP, 1 trained draft step": (Arm(name="MTP 1", mtp_steps=1), SPLIT),
+        f"MTP, {DRAFTS} trained draft steps": (Arm(name=f"MTP {DRAFTS}", mtp_steps=DRAFTS), SPLIT),
+        "dense, equal active weights and steps": (DENSE, DENSE),
+        "dense, equal processor time": (Arm(name="dense, longer", dense=True, times=round(ratio, 2)), DENSE),
+    }
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    for seed in range(options.seeds):
+        for name, (arm, tuned) in arms.items():
+            runs[name].append(do.run(arm, rates[tuned.name], seed))
+    base = next(iter(runs.values()))
+    lines = [line(name, found, base) for name, found in runs.items()]
     facts = {**machine(), "seeds": options.seeds, "tokens per step": ROWS * LENGTH, "sweeps": sweeps,
              "a step of experts over a step of the dense model, processor time": round(ratio, 2),
              "active weights": model_config(SPLIT).num_parameters(active=True),
@@ -317,9 +319,9 @@ def main() -> None:
 
 
 NOTE = (
-    "Mean ± standard deviation over the seeds. Differences are taken seed by seed (above 0: worse than Muon split). A "
-    "sweep lists\nthe held-out bits per byte of one seed at each peak rate; the best rate is used. All arms see the same "
-    "batches of the\nsame seed; fp32, dense attention, rows of 256 tokens."
+    "Mean ± standard deviation over the seeds. Differences are taken seed by seed (above 0: worse than Muon split).\n"
+    "A sweep lists the held-out bits per byte of one seed at each peak rate; the best rate is used. All arms see the\n"
+    "same batches of the same seed; fp32, dense attention, rows of 256 tokens."
 )
 
 

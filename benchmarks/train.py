@@ -15,9 +15,11 @@ At T = 4,096 `transformers` makes T x T matrices for 16 index heads and 4 attent
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,8 @@ class Options:
     seed: int = 0
     matmul: str = "highest"
     """`torch.set_float32_matmul_precision` for all sides."""
+    clock: Literal["wall", "processor"] = "wall"
+    """What a second is. With one thread on an idle machine both agree; beside other work the processor's compare."""
     extras: bool = True
     """Also time our dense attention, the indexer's loss and multi-token prediction."""
     out: Path | None = None
@@ -113,7 +117,8 @@ def measure(models: dict[str, nn.Module], tokens: int, dtype: str, options: Opti
     rows = max(1, TOKENS // tokens)
     calls = steps(models, random_ids(config, rows, tokens, options.seed), dtype, options.extras)
     memory = {name: peak_extra_bytes(call) for name, call in calls.items()}
-    return Result(tokens, rows, dtype, alternate(calls, options.repeats, warmup=0), memory)
+    clock = time.process_time if options.clock == "processor" else time.perf_counter
+    return Result(tokens, rows, dtype, alternate(calls, options.repeats, warmup=0, clock=clock), memory)
 
 
 HEADER = ["rows x T", "dtype", "step of", "tokens/s", "against transformers", "against the dense model", "extra MiB"]
@@ -150,7 +155,9 @@ def main() -> None:
         for dtype in options.dtypes:
             lines += table_rows(measure(models, tokens, dtype, options))
             console.print(*(" | ".join(line) for line in lines[-6:]), sep="\n", highlight=False)
-    facts = {**machine(), "seed": options.seed, "repeats": options.repeats, "float32_matmul_precision": options.matmul,
+    facts = {**machine(), "seed": options.seed, "repeats": options.repeats,
+             "float32_matmul_precision": options.matmul, "clock": options.clock,
+             "bf16 instructions": torch.cpu._is_avx512_bf16_supported(),
              "active weights, nano": ours.config.num_parameters(active=True),
              "active weights, dense model": dense.active_parameters()}  # fmt: skip
     table = Table(*HEADER, title="training step: tokens per second, median (slowest to fastest)")
@@ -158,7 +165,7 @@ def main() -> None:
         table.add_row(*line)
     console.print(table, json.dumps(facts, indent=1))
     if options.out is not None:
-        command = f"python -m benchmarks.train --threads {options.threads} --repeats {options.repeats}"
+        command = f"python -m benchmarks.train --repeats {options.repeats} --clock {options.clock}"
         listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
         body = "\n".join("| " + " | ".join(cells) + " |" for cells in [HEADER, ["---"] * len(HEADER), *lines])
         text = f"# The training step of `nano`\n\n`{command}`\n\n{NOTE}\n\n{listed}\n\n{body}\n"

@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from glm5.ops import reference
+from glm5.ops.precision import full_precision
 from glm5.ops.spans import Spans
+from glm5.ops.sparse_attention import SparseAttention
 
 BLOCK_BUDGET = 1 << 23
 """Elements of the largest temporary of one block of queries (gathered latents, or scores): 32 MB in fp32."""
@@ -80,18 +82,13 @@ def sparse_attention(
     q_BTHC: Tensor, latents_BSC: Tensor, selected_BTK: Tensor, value_width: int, scale: float
 ) -> Tensor:
     """Absorbed attention [B, T, H, value_width] over the selected latents; only those are gathered and read."""
-
-    def block(q_BQHC: Tensor, latents_BSC: Tensor, selected_BQK: Tensor) -> Tensor:
-        batch, queries, heads, _ = q_BQHC.shape
-        gathered = gather_latents(latents_BSC, selected_BQK).flatten(0, 1)  # [B*Q, K, C]
-        scores = _scores(q_BQHC.flatten(0, 1), gathered) * scale  # [B*Q, H, K]
-        missing = (selected_BQK < 0).flatten(0, 1)[:, None]
-        p = torch.softmax(scores.masked_fill(missing, torch.finfo(scores.dtype).min), dim=-1)
-        p = p.masked_fill(missing, 0.0)  # a query that selected nothing attends to nothing
-        return (p.to(gathered.dtype) @ gathered[..., :value_width]).view(batch, queries, heads, value_width)
-
-    per_query = q_BTHC.shape[0] * selected_BTK.shape[2] * max(latents_BSC.shape[2], q_BTHC.shape[2])
-    return _in_blocks(block, q_BTHC, (latents_BSC,), (selected_BTK,), per_query=per_query)
+    if torch.is_autocast_enabled(q_BTHC.device.type):  # the products' dtype is fixed here, for both passes
+        dtype = torch.get_autocast_dtype(q_BTHC.device.type)
+        q_BTHC, latents_BSC = q_BTHC.to(dtype), latents_BSC.to(dtype)
+    queries = max(1, BLOCK_BUDGET // (selected_BTK.shape[2] * max(latents_BSC.shape[2], q_BTHC.shape[2])))
+    with full_precision(q_BTHC):
+        out: Tensor = SparseAttention.apply(q_BTHC, latents_BSC, selected_BTK, value_width, scale, queries)
+    return out
 
 
 def gather_latents(latents_BSC: Tensor, selected_BTK: Tensor) -> Tensor:

@@ -131,6 +131,20 @@ def test_sparse_attention_and_its_gradients_are_the_reference(spans):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_sparse_attention_under_autocast_rounds_the_inputs_only(spans):
+    selected = reference.select(draw(2, 60, 60), spans.lo_BT, spans.hi_BT, 9)
+    grads = []
+    for autocast in (True, False):
+        q, latents = (draw(2, 60, *shape).bfloat16().float().requires_grad_() for shape in ((3, 10), (10,)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = attention.sparse_attention(q, latents, selected, 7, 0.3)
+        assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+        grads.append((out.float(), *torch.autograd.grad(out.float().square().sum(), (q, latents))))
+    for ours, theirs in zip(*grads, strict=True):
+        assert float((ours - theirs).detach().norm() / theirs.detach().norm()) < 0.02
+
+
 def test_sparse_attention_over_everything_is_dense_attention(spans):
     q, latents = draw(2, 60, 3, 10), draw(2, 60, 10)
     dense = attention.absorbed_attention(q, latents, spans, 7, 0.3)
