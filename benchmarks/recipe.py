@@ -19,6 +19,7 @@ table. Seeds are the outer loop, so an interrupted study still compares all arms
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -37,11 +38,11 @@ from glm5.config import ModelConfig
 from glm5.data import Loader, TokenDataset, build_corpus, open_corpus, open_dataset, tokenize_corpus
 from glm5.files import write_json
 from glm5.model import GLM5, initialize_
-from glm5.optim import OptimizerConfig, Schedule, build_optimizers, rate_at, set_rate, update_router_bias
+from glm5.optim import OptimizerConfig, Schedule, rate_at, set_rate
 from glm5.optim.muon import Muon, whole
 from glm5.train.evaluate import evaluate_bits_per_byte
-from glm5.train.loop import expert_loads, router_biases
-from glm5.train.pretrain import pretrain_loss
+from glm5.train.loop import LoopConfig, Stage, compute, prepare, update
+from glm5.train.losses import language_loss
 
 ROWS, LENGTH = 8, 256
 EMBEDDING_RATE = 0.048
@@ -123,26 +124,23 @@ def train(arm: Arm, rate: float, steps: int, seed: int, data: TokenDataset) -> t
     model = GLM5(model_config(arm))
     initialize_(model, model.config.initializer_range, seed=seed)
     model.mtp_steps = arm.mtp_steps
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".indexer." not in name)
-    optimizers = build_optimizers(model, model.config, optimizer_config(arm, rate))
+    loss = functools.partial(
+        language_loss, attention="dense", mtp_weight=0.3 if arm.mtp_steps else 0.0, balance_weight=1e-4
+    )
+    loader = Loader(data, rows=ROWS, length=LENGTH, seed=seed)
+    stage = Stage(name=arm.name, loader=loader, loss=loss, learns=lambda name: ".indexer." not in name)
+    config = LoopConfig(steps=steps, optimizer=optimizer_config(arm, rate), schedule=SCHEDULE)
+    optimizers = prepare(stage, model, config)
     if arm.optimizer == "muon":
         unsplit(optimizers)
-    loader = Loader(data, rows=ROWS, length=LENGTH, seed=seed)
-    biases = router_biases(model)
     losses: list[float] = []
     started = time.process_time()
     for step in range(steps):
-        set_rate(optimizers, rate_at(SCHEDULE, step, steps))
-        loss = pretrain_loss(model, loader.batch(step), mtp_weight=0.3 if arm.mtp_steps else 0.0, balance_weight=1e-4)
-        loss.total.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        for layer, load_E in expert_loads(loss.router).items():
-            update_router_bias(biases[layer], load_E, 1e-3)
-        losses.append(loss.parts["lm"].item())
+        set_rate(optimizers, rate_at(config.schedule, step, steps))
+        found = compute(stage, model, loader.batch(step), config)
+        update(model, optimizers, found.loads, config)
+        model.zero_grad(set_to_none=True)
+        losses.append(found.parts["lm"])
     tail = losses[-max(1, steps // 10) :]
     return model.eval(), time.process_time() - started, sum(tail) / len(tail)
 
@@ -192,7 +190,7 @@ class Study:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.train_data, self.heldout = prepare(options.work)
+        self.train_data, self.heldout = read_text(options.work)
 
     def run(self, arm: Arm, rate: float, seed: int, *, sweep: bool = False) -> dict[str, Any]:
         """The finished run of an arm: bits per byte, processor seconds, accept length."""
@@ -235,7 +233,7 @@ class Study:
         return float(json.loads(file.read_text(encoding="utf-8"))["ratio"])
 
 
-def prepare(work: Path) -> tuple[TokenDataset, TokenDataset]:
+def read_text(work: Path) -> tuple[TokenDataset, TokenDataset]:
     """Train and held-out data sets of the quickstart's text with a tokenizer of 4,096 tokens."""
     corpus = open_corpus(work / "corpus") if (work / "corpus").exists() else build_corpus(work / "corpus")
     if not (work / "tokenizer" / "chat_template.jinja").exists():

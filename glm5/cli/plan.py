@@ -17,6 +17,7 @@ from glm5.planner import (
     Serving,
     TrainingPlan,
     hardware_from,
+    host_training_memory,
     plain,
     plan_serving,
     print_formulas,
@@ -77,7 +78,8 @@ def run(options: PlanOptions) -> int:
     if options.train:
         if isinstance(config, GLM47Config):
             raise InputError(f"{GLM47} is described for comparison only; plan training for a GLM-5 preset.")
-        result = training_memory(config, options.parallel, hardware)
+        in_fp32 = options.parallel.precision == "fp32"
+        result = (host_training_memory if in_fp32 else training_memory)(config, options.parallel, hardware)
         if options.json:
             print(json.dumps({"model": options.model, "fits": result.fits, **plain(result)}, indent=2))
         elif options.explain:

@@ -49,7 +49,7 @@ class SparseAttention(torch.autograd.Function):
         return out_NHV.view(*q_BTHC.shape[:3], value_width)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out_BTHV: Tensor) -> tuple[Tensor | None, ...]:
         q_BTHC, latents_BSC, selected_BTK = ctx.saved_tensors
         width, value_width = latents_BSC.shape[-1], ctx.value_width

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from glm5.planner.hardware import CLASSES
+from glm5.planner.host_training import HostTrainingMemory
 from glm5.planner.plan import Estimate, ServingPlan
 from glm5.planner.quantity import quantities
 from glm5.planner.training import TrainingMemory
@@ -31,7 +32,7 @@ def print_serving(plan: ServingPlan, console: Console) -> None:
     )
 
 
-def print_training(name: str, result: TrainingMemory, console: Console) -> None:
+def print_training(name: str, result: TrainingMemory | HostTrainingMemory, console: Console) -> None:
     """Memory per device under a parallel plan."""
     p = result.plan
     console.print(
@@ -50,13 +51,13 @@ def print_training(name: str, result: TrainingMemory, console: Console) -> None:
     console.print(f"It {word}: {result.total.text} of {result.capacity.text}.")
 
 
-def print_formulas(thing: ServingPlan | TrainingMemory, console: Console) -> None:
+def print_formulas(thing: ServingPlan | TrainingMemory | HostTrainingMemory, console: Console) -> None:
     """Every quantity with its formula and its numbers; for a serving plan also those of the two comparisons."""
 
     def write(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    if isinstance(thing, TrainingMemory):
+    if isinstance(thing, TrainingMemory | HostTrainingMemory):
         for quantity in quantities(thing):
             write(quantity.explain())
         return

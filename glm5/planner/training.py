@@ -8,7 +8,8 @@ those times `tensor` over `expert`). Activations count the tensors that backward
 checkpointing each layer keeps its input only, and one layer is recomputed at a time. The fullest device is that of the
 first or last pipeline stage under a 1F1B schedule.
 
-Left out: scratch of kernels and collectives beyond the reserve, the indexer's KL blocks, imbalance between experts.
+A plan in FP32 (one process on a CPU) is `host_training.py`'s. Left out: scratch of kernels and collectives beyond the
+reserve, the indexer's KL blocks, imbalance between experts.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from glm5.planner.weights import Shares, check_dtype, parameter_shares
 
 Optimizer = Literal["muon", "adamw"]
 Shard = Literal["none", "optimizer", "gradients", "full"]
+Precision = Literal["bf16", "fp32"]
 _LOGIT_CHUNK = 4096
 
 
@@ -47,6 +49,8 @@ class TrainingPlan(ParallelPlan):
     """Keep each layer's input only, and recompute the rest in backward."""
     mtp: bool = True
     """Train the MTP layer too."""
+    precision: str = "bf16"
+    """bf16: BF16 weights with FP32 masters, over any devices. fp32: one process on a CPU, all in FP32."""
 
     def check(self, config: ModelConfig, *, length: int | None = None) -> None:
         """Raises `InputError` for a plan that `config` cannot be trained under."""
@@ -55,6 +59,7 @@ class TrainingPlan(ParallelPlan):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         check_dtype(self.optimizer, Optimizer, "optimizer")
         check_dtype(self.shard, Shard, "shard")
+        check_dtype(self.precision, Precision, "precision")
         if self.sequence > config.max_position_embeddings:
             raise InputError(f"sequence {self.sequence:,} is beyond the {config.max_position_embeddings:,} positions.")
         super().check(config, length=self.sequence)
@@ -92,7 +97,7 @@ def training_memory(config: ModelConfig, plan: TrainingPlan, hardware: Hardware)
             f"write {hardware.device.name}x{plan.devices} or change the plan."
         )
     stage = _stage(config, plan)
-    local, matrices = parameter_shares(stage), parameter_shares(t for t in stage if _orthogonalised(t))
+    local, matrices = parameter_shares(stage), parameter_shares(t for t in stage if is_orthogonalised(t))
     cut = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}[plan.shard]
     weights = _sharded("Weights", "2", local, plan, cut >= 3, "BF16")
     gradients = _sharded("Gradients", "4", local, plan, cut >= 2, "FP32")
@@ -117,7 +122,7 @@ def training_memory(config: ModelConfig, plan: TrainingPlan, hardware: Hardware)
     return TrainingMemory(plan, weights, gathered, gradients, optimizer, saved, layer, logits, reserve, total, capacity)
 
 
-def _orthogonalised(t: Tensor) -> bool:
+def is_orthogonalised(t: Tensor) -> bool:
     """What Muon takes: every matrix but the vocabulary tables (a stack of norms is not a matrix)."""
     return t.storage != "table" and t.rows > 1 and "norm" not in t.name
 
