@@ -32,10 +32,9 @@ from typing import Any
 import torch
 import tyro
 
-import glm5
 from benchmarks.measure import machine
 from glm5.config import ModelConfig
-from glm5.data import Loader, TokenDataset, build_corpus, open_corpus, open_dataset, tokenize_corpus
+from glm5.data import Loader, TokenDataset
 from glm5.files import write_json
 from glm5.model import GLM5, initialize_
 from glm5.optim import OptimizerConfig, Schedule, rate_at, set_rate
@@ -43,6 +42,7 @@ from glm5.optim.muon import Muon, whole
 from glm5.train.evaluate import evaluate_bits_per_byte
 from glm5.train.loop import LoopConfig, Stage, compute, prepare, update
 from glm5.train.losses import language_loss
+from recipes.text import quickstart_text
 
 ROWS, LENGTH = 8, 256
 EMBEDDING_RATE = 0.048
@@ -190,7 +190,7 @@ class Study:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.train_data, self.heldout = read_text(options.work)
+        self.train_data, self.heldout = quickstart_text(options.work)
 
     def run(self, arm: Arm, rate: float, seed: int, *, sweep: bool = False) -> dict[str, Any]:
         """The finished run of an arm: bits per byte, processor seconds, accept length."""
@@ -231,20 +231,6 @@ class Study:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {"ratio": statistics.median(a / b for a, b in pairs)})
         return float(json.loads(file.read_text(encoding="utf-8"))["ratio"])
-
-
-def read_text(work: Path) -> tuple[TokenDataset, TokenDataset]:
-    """Train and held-out data sets of the quickstart's text with a tokenizer of 4,096 tokens."""
-    corpus = open_corpus(work / "corpus") if (work / "corpus").exists() else build_corpus(work / "corpus")
-    if not (work / "tokenizer" / "chat_template.jinja").exists():
-        glm5.Tokenizer.train(corpus.texts("train"), vocab_size=4096).save(work / "tokenizer")
-    tokenizer = glm5.Tokenizer.from_pretrained(work / "tokenizer")
-    paths = [(work / split, split) for split in ("train", "heldout")]
-    first, second = (
-        open_dataset(path, tokenizer) if path.exists() else tokenize_corpus(corpus, split, tokenizer, path)  # type: ignore[arg-type]
-        for path, split in paths
-    )
-    return first, second
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from glm5.config import PRESETS, ModelConfig
 from glm5.config.glm47 import GLM47Config
 from glm5.errors import ConfigError, InputError, did_you_mean
 from glm5.planner import (
+    HostTrainingMemory,
     Serving,
+    TrainingMemory,
     TrainingPlan,
     hardware_from,
     host_training_memory,
@@ -78,8 +80,11 @@ def run(options: PlanOptions) -> int:
     if options.train:
         if isinstance(config, GLM47Config):
             raise InputError(f"{GLM47} is described for comparison only; plan training for a GLM-5 preset.")
-        in_fp32 = options.parallel.precision == "fp32"
-        result = (host_training_memory if in_fp32 else training_memory)(config, options.parallel, hardware)
+        result: TrainingMemory | HostTrainingMemory
+        if options.parallel.precision == "fp32":
+            result = host_training_memory(config, options.parallel, hardware)
+        else:
+            result = training_memory(config, options.parallel, hardware)
         if options.json:
             print(json.dumps({"model": options.model, "fits": result.fits, **plain(result)}, indent=2))
         elif options.explain:
