@@ -20,7 +20,14 @@ from glm5.cli.recipe import Recipe, run_recipe
 from glm5.cli.recipe_data import DataPlan, Layout, LongPhase
 from glm5.config import ModelConfig
 from glm5.data import Share
-from glm5.data.recipe_sets import NANO_INSTRUCT, NANO_SFT_LENGTH, NANO_SFT_ROWS, NANO_WORLD, NANO_WORLD_SHARE
+from glm5.data.recipe_sets import (
+    NANO_INSTRUCT,
+    NANO_SFT_LENGTH,
+    NANO_SFT_ROWS,
+    NANO_SFT_STEPS,
+    NANO_WORLD,
+    NANO_WORLD_SHARE,
+)
 from glm5.evals.needles import NeedleConfig
 from glm5.evals.skills import SkillsConfig
 from glm5.optim import OptimizerConfig, Schedule
@@ -91,7 +98,7 @@ def nano_recipe(out: Path, seed: int = 0) -> Recipe:
                 parent=at.stage("dsa2"), train_data=at.chats, attention="sparse",
                 rows=NANO_SFT_ROWS, length=NANO_SFT_LENGTH,
                 loop=LoopConfig(
-                    steps=400, seed=seed, router_bias_rate=0.0, on_spike="skip",
+                    steps=NANO_SFT_STEPS, seed=seed, router_bias_rate=0.0, spike_factor=None,
                     optimizer=OptimizerConfig(lr=5e-3, embedding_lr_scale=4.0),
                     schedule=Schedule(shape="cosine", warmup_steps=10, final_fraction=0.1),
                 ),

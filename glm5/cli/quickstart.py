@@ -20,6 +20,7 @@ from glm5.cli.recipe_data import DataPlan, Layout, LongPhase
 from glm5.config import ModelConfig
 from glm5.data import Share
 from glm5.data.instruct import InstructConfig
+from glm5.data.recipe_sets import NANO_SFT_LENGTH, NANO_SFT_ROWS
 from glm5.data.world import WorldConfig
 from glm5.envs import Sums
 from glm5.evals.needles import NeedleConfig
@@ -127,7 +128,15 @@ def quick_recipe(out: Path, preset: str = "nano") -> Recipe:
             "dsa2": SparseConfig(
                 parent=at.stage("dsa1"), train_data=(text, facts), length=512, rows=4, **held,
             ),
-            "sft": SFTConfig(parent=at.stage("dsa2"), train_data=at.chats, attention="sparse"),
+            "sft": SFTConfig(
+                parent=at.stage("dsa2"), train_data=at.chats, attention="sparse",
+                rows=NANO_SFT_ROWS, length=NANO_SFT_LENGTH,
+                loop=LoopConfig(
+                    steps=150, router_bias_rate=0.0, spike_factor=None,
+                    optimizer=OptimizerConfig(lr=5e-3, embedding_lr_scale=4.0),
+                    schedule=Schedule(shape="cosine", warmup_steps=10, final_fraction=0.1),
+                ),
+            ),
         },
         needles=NeedleConfig(lengths=(256, 512), per_cell=10),
         skills=SkillsConfig(facts=120, sums=40, tools=20, unknown=20),
