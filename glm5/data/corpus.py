@@ -2,8 +2,8 @@
 
 On disk: `train.jsonl` and `heldout.jsonl`, one document a line, in the order of their hashes, so that any first part is
 a fair sample; `manifest.json` with, per source, package, version, licence, documents, bytes, the SHA-256 of its text,
-and what was dropped for which reason. A document is held out by its own hash (the parts of one that was cut by their
-origin's), so the split survives a change of the sources. Documents go to the disk as they are read: memory holds some
+and what was dropped for which reason. A document is held out by the hash of what it was read from, so the split
+survives a change of the sources and of their preparation. Documents go to the disk as they are read: memory holds some
 hundred bytes of each, whatever its length.
 """
 
@@ -104,7 +104,7 @@ def build_corpus(
         kept.sort(key=lambda document: document.sha256)
         parts: dict[Split, list[_Kept]] = {split: [] for split in SPLITS}
         for document in kept:
-            parts["heldout" if is_held_out(document.split_sha256, heldout_per_thousand) else "train"].append(document)
+            parts["heldout" if is_held_out(document.origin_sha256, heldout_per_thousand) else "train"].append(document)
         for split, part in parts.items():
             if not part:
                 raise DataError(
@@ -137,7 +137,7 @@ class _Kept(NamedTuple):
     """Where a document lies in the spool, and what decides its place."""
 
     sha256: str
-    split_sha256: str
+    origin_sha256: str
     start: int
     line_bytes: int
     text_bytes: int
@@ -158,7 +158,7 @@ def read_source(source: Source, sieve: Sieve, spool: BinaryIO, kept: list[_Kept]
             licence = raw.licence or source.licence
             document = Document(found.text, source.name, found.name, found.sha256, found.origin_sha256, licence)
             line = (json.dumps(vars(document), ensure_ascii=False) + "\n").encode()
-            kept.append(_Kept(found.sha256, found.split_sha256, spool.tell(), len(line), len(data)))
+            kept.append(_Kept(found.sha256, found.origin_sha256, spool.tell(), len(line), len(data)))
             spool.write(line)
             tally.keep(data)
         progress(f"reading {source.name}", tally.read, None)

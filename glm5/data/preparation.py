@@ -83,8 +83,7 @@ class Prepared:
     text: str
     sha256: str
     origin_sha256: str
-    split_sha256: str
-    """Decides the split: the text's hash, or the origin's when it was cut, so that its parts stay together."""
+    """Decides the split, so that parts of one document stay together and no setting moves a document."""
 
 
 class Sieve:
@@ -110,8 +109,7 @@ class Sieve:
         if second is None:
             found = self.judge(raw.name, first, tally, filtered)
             if found is not None:
-                digest = sha256_of_text(found)
-                yield Prepared(raw.name, found, digest, raw.sha256 or sha256_of_text(first), digest)
+                yield Prepared(raw.name, found, sha256_of_text(found), raw.sha256 or sha256_of_text(first))
             return
         tally.cut += 1
         origin = raw.sha256 or sha256_of_text(raw.text if isinstance(raw.text, str) else raw.name)
@@ -119,7 +117,7 @@ class Sieve:
             name = f"{raw.name} part {number}"
             found = self.judge(name, part, tally, filtered)
             if found is not None:
-                yield Prepared(name, found, sha256_of_text(found), origin, origin)
+                yield Prepared(name, found, sha256_of_text(found), origin)
 
     def judge(self, name: str, text: str, tally: Tally, filtered: bool) -> str | None:
         """The cleaned text, or None after the drop was counted."""

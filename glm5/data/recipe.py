@@ -51,7 +51,10 @@ class SourceSpec:
     filtered: bool = True
     """Whether the filters for quality and language judge it; say no for code and tables."""
     weight: float | None = None
-    """Share of rows in training when every source has a dataset of its own; None: in proportion to its tokens."""
+    """Share of rows in training when every source has a dataset of its own (of each package for `installed`).
+
+    Give it to all sources, or to none: then shares are in proportion to tokens.
+    """
 
     def sources(self) -> tuple[Source, ...]:
         """What it stands for; one source, or those of the installed packages."""
@@ -106,6 +109,9 @@ class DataRecipe:
                 raise DataError(f"two sources are called {name!r}; give one of them another name.")
         if not self.separate and any(spec.weight is not None for spec in self.sources):
             raise DataError("weights need a dataset per source; build with separate.")
+        unweighted = [source.name for source, weight in found if weight is None]
+        if 0 < len(unweighted) < len(found):
+            raise DataError(f"source {unweighted[0]!r} has no weight and others have; give one to all or to none.")
         return found
 
 

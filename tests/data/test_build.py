@@ -100,6 +100,10 @@ def test_a_recipe_file_is_the_same_recipe(folder, tmp_path):
         ('{"sources": []}', "name at least one"),
         ('{"sources": [{"kind": "text", "path": "a/x"}, {"kind": "text", "path": "b/x"}]}', "are called 'x'"),
         ('{"sources": [{"kind": "text", "path": "a", "weight": 2}]}', "build with separate"),
+        (
+            '{"separate": true,"sources": [{"kind": "text", "path": "a", "weight": 2},{"kind": "text", "path": "b"}]}',
+            "source 'b' has no weight and others have",
+        ),
         ('{"heldout_per_thousand": 0}', "give a number from 1 to 999"),
         ('{"preparation": {"longest": 3}}', "give 1,000 or more"),
     ],

@@ -204,6 +204,17 @@ def test_huge_documents_are_cut_and_their_parts_stay_together(tmp_path):
     )
 
 
+def test_no_setting_moves_a_document_to_the_other_side(tmp_path):
+    texts = [(f"d{i}", f"  {story(i)}  \r\nRead more\r\n{story(i + 500)}") for i in range(60)]
+    found = []
+    for number, changes in enumerate(({}, {"clean": False}, {"boilerplate": True}, {"longest": 1000})):
+        made = build_corpus(
+            tmp_path / str(number), [source("x", texts)], heldout_per_thousand=300, preparation=Preparation(**changes)
+        )
+        found.append({document.name.split(" part")[0] for document in made.documents("heldout")})
+    assert len(found[0]) > 5 and found.count(found[0]) == 4
+
+
 def test_broken_things_stop_the_build_or_are_counted(tmp_path):
     texts = [(f"d{i}", story(i)) for i in range(30)]
     mixed = Source("mixed", "python", "MIT", lambda: iter([*texts, Broken("bad:7", "bad:7 is damaged; mend it.")]))
