@@ -82,8 +82,8 @@ class LatentCache:
         tensors = [*self.latents.values(), *self.keys.values()]
         return sum(t.shape[-1] * t.element_size() for t in tensors)
 
-    def reserve(self, batch: int, tokens: int, segments_BT: Tensor | None, positions_BT: Tensor | None) -> Spans:
-        """See `Cache`. Without segment ids the new tokens continue each row's last segment."""
+    def claim(self, batch: int, tokens: int) -> None:
+        """Makes sure that `tokens` more of each of `batch` rows fit; `commit` then counts them."""
         if batch != self.batch:
             raise InputError(f"The cache holds {self.batch} row(s) but the input has {batch}; make a cache that fits.")
         if self.length + tokens > self.capacity:
@@ -92,6 +92,10 @@ class LatentCache:
                 "given; make a larger cache, or grow this one."
             )
         self._reserved = tokens
+
+    def reserve(self, batch: int, tokens: int, segments_BT: Tensor | None, positions_BT: Tensor | None) -> Spans:
+        """See `Cache`. Without segment ids the new tokens continue each row's last segment."""
+        self.claim(batch, tokens)
         if self.length == 0:
             self.segments_BS = None
         device = next(iter(self.latents.values())).device

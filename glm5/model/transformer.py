@@ -15,6 +15,7 @@ from glm5.config import ModelConfig
 from glm5.errors import InputError
 from glm5.model.cache import Cache, LatentCache
 from glm5.model.checks import check_attention, check_collect, check_ids, check_replay, check_shapes
+from glm5.model.decode import FastSteps
 from glm5.model.initialization import initialize_
 from glm5.model.layer import DecoderLayer, MTPModule
 from glm5.model.mla import Pass
@@ -73,6 +74,7 @@ class GLM5(nn.Module):
         """Draft steps that `collect={"mtp"}` runs; the last module serves every further step."""
         self.rows: Rows = WholeRows()
         """Which tokens of the rows it is given this process computes."""
+        self._fast_steps = FastSteps()
         if not self.lm_head.weight.is_meta:
             initialize_(self, config.initializer_range)
 
@@ -104,9 +106,12 @@ class GLM5(nn.Module):
         check_collect(wanted, has_mtp=len(self.mtp) > 0, has_cache=cache is not None)
         if logits_to_keep < 0:
             raise InputError(f"logits_to_keep is {logits_to_keep}; give 0 for all positions or a positive number.")
-        sparse = attention == "sparse"
-        long = input_ids_BT.shape[1] > CHUNK and isinstance(self.rows, WholeRows)
-        if long and not (torch.is_grad_enabled() or wanted or replay):
+        sparse, whole = attention == "sparse", isinstance(self.rows, WholeRows)
+        if whole and positions_BT is None and segment_ids_BT is None and replay is None and not wanted:
+            logits_BTV = self._fast_steps.logits(self, self.config, input_ids_BT, cache, sparse)
+            if logits_BTV is not None:
+                return ModelOutput(logits=logits_BTV)
+        if input_ids_BT.shape[1] > CHUNK and whole and not (torch.is_grad_enabled() or wanted or replay):
             return self._in_chunks(input_ids_BT, positions_BT, segment_ids_BT, cache, sparse, logits_to_keep)
         return self._run(input_ids_BT, positions_BT, segment_ids_BT, cache, sparse, logits_to_keep, wanted, replay)
 

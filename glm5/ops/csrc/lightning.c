@@ -5,7 +5,8 @@
  * a tie; a score of -inf or NaN is never chosen. `select` in ../reference.py is the truth, ../lightning.py the caller.
  *
  * The keys are packed once into panels of 48 keys, transposed, so that a vector register holds 16 keys (or 8, or 4);
- * for a few queries (decoding) each panel is packed on the fly instead, which saves writing and reading the copy.
+ * for a few queries (decoding) no copy is made: with AVX2 and AVX-512 the keys are read as they lie and a lane is a
+ * head, elsewhere each panel is packed on the fly. Either way a score is the same sum in the same order.
  * A thread takes a block of queries, multiplies it with one panel after another while the scores stay in the first
  * cache, and keeps at most 2k candidates per query. No T x S array exists. Threads take the next free block from a
  * shared counter, because causal rows differ in length; POSIX threads rather than OpenMP, which Apple's compiler lacks
@@ -37,8 +38,10 @@ enum {
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL16 UNROLL
 #else
 #define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL16 _Pragma("GCC unroll 16")
 #endif
 
 typedef struct { /* the candidates of one query, in order of position */
@@ -134,12 +137,61 @@ static void pack_panel(const float *keys, float *panel, int64_t start, int64_t c
 
 #if defined(__x86_64__)
 
+/* Turn over 16 x 16 floats. */
+__attribute__((target("avx512f"))) static inline void transpose_16(__m512 *v) {
+    __m512 a[16], b[16];
+    UNROLL16 for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4) { /* b[i + j] holds column j of every quarter of the rows i to i + 3 */
+        for (int j = 0; j < 2; j++) {
+            const __m512d low = (__m512d)a[i + j], high = (__m512d)a[i + j + 2];
+            b[i + 2 * j] = (__m512)_mm512_unpacklo_pd(low, high);
+            b[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(low, high);
+        }
+    }
+    UNROLL for (int j = 0; j < 4; j++) { /* quarters 0 and 2, then 1 and 3, of eight rows each */
+        const __m512 even = _mm512_shuffle_f32x4(b[j], b[j + 4], 0x88);
+        const __m512 odd = _mm512_shuffle_f32x4(b[j], b[j + 4], 0xdd);
+        const __m512 even_below = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0x88);
+        const __m512 odd_below = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0xdd);
+        v[j] = _mm512_shuffle_f32x4(even, even_below, 0x88);
+        v[j + 4] = _mm512_shuffle_f32x4(odd, odd_below, 0x88);
+        v[j + 8] = _mm512_shuffle_f32x4(even, even_below, 0xdd);
+        v[j + 12] = _mm512_shuffle_f32x4(odd, odd_below, 0xdd);
+    }
+}
+
+/* Turn over 8 x 8 floats. */
+__attribute__((target("avx2"))) static inline void transpose_8(__m256 *v) {
+    __m256 a[8], b[8];
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4) { /* b[i + j] holds column j of both halves of the rows i to i + 3 */
+        for (int j = 0; j < 2; j++) {
+            const __m256d low = (__m256d)a[i + j], high = (__m256d)a[i + j + 2];
+            b[i + 2 * j] = (__m256)_mm256_unpacklo_pd(low, high);
+            b[i + 2 * j + 1] = (__m256)_mm256_unpackhi_pd(low, high);
+        }
+    }
+    UNROLL for (int j = 0; j < 4; j++) {
+        v[j] = _mm256_permute2f128_ps(b[j], b[j + 4], 0x20);
+        v[j + 4] = _mm256_permute2f128_ps(b[j], b[j + 4], 0x31);
+    }
+}
+
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx2,fma,popcnt")))
 #define LANES 16
 #define ROWS 8
 #define RELU(v) ((vector_avx512)_mm512_max_ps(_mm512_setzero_ps(), (__m512)(v)))
 #define COMPRESS
+#define KEYS 16
+#define VECTORS 1
+#define TRANSPOSE(v) transpose_16((__m512 *)(v))
 #include "lightning_kernel.h"
 #undef NAME
 #undef TARGET
@@ -147,18 +199,27 @@ static void pack_panel(const float *keys, float *panel, int64_t start, int64_t c
 #undef ROWS
 #undef RELU
 #undef COMPRESS
+#undef KEYS
+#undef VECTORS
+#undef TRANSPOSE
 
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
 #define ROWS 4
 #define RELU(v) ((vector_avx2)_mm256_max_ps(_mm256_setzero_ps(), (__m256)(v)))
+#define KEYS 6
+#define VECTORS 2
+#define TRANSPOSE(v) transpose_8((__m256 *)(v))
 #include "lightning_kernel.h"
 #undef NAME
 #undef TARGET
 #undef LANES
 #undef ROWS
 #undef RELU
+#undef KEYS
+#undef VECTORS
+#undef TRANSPOSE
 
 #define NAME(x) x##_plain
 #define TARGET
@@ -194,7 +255,7 @@ static int find_variants(void (*found[3])(const job *, scratch *, int64_t, int64
 static int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static int open_scratch(const job *work, scratch *own) {
-    const int64_t queries = work->block, rows = (queries * work->heads + TILE - 1) / TILE * TILE;
+    const int64_t queries = work->block, rows = queries * ((work->heads + 15) / 16 * 16);
     own->room = padded(4 * (2 * work->best + 2 * PANEL + 16)) / 4; /* both lists begin on a cache line */
     const int64_t sizes[] = {
         padded(4 * rows * work->width),
@@ -242,7 +303,9 @@ static void *worker(void *shared) {
 
 static void run(job *work, int threads) {
     pthread_t others[MOST_THREADS];
+    const int64_t blocks = (work->tokens + work->block - 1) / work->block;
     int started = 0;
+    if (threads > blocks) threads = (int)blocks;
     while (started < threads - 1 && !pthread_create(&others[started], NULL, worker, work)) started++;
     worker(work);
     while (started) pthread_join(others[--started], NULL);
