@@ -12,7 +12,7 @@ def extension(name: str) -> Extension:
     return Extension(
         f"glm5.ops._{name}",
         [f"glm5/ops/csrc/{name}.c"],
-        depends=[f"glm5/ops/csrc/{name}_kernel.h"],
+        depends=[f"glm5/ops/csrc/{name}_kernel.h", "glm5/ops/csrc/transpose.h"],
         define_macros=[("Py_LIMITED_API", "0x030B0000")],
         extra_compile_args=["-O3", "-pthread"],
         extra_link_args=["-pthread"],

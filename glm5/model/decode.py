@@ -6,7 +6,7 @@ the truth: tests compare the two over every part, and whatever this file does no
 grouped routers, replaced modules, packed rows) is left to them.
 
 Nothing is derived from the weights. The decoder keeps where they lie, reads them there, and checks before every step
-that the model still consists of the same modules and memory; a weight that trains or is loaded in place is seen at once.
+that the model still consists of the same modules and memory. Weights that train or are loaded are seen at once.
 """
 
 from __future__ import annotations
@@ -242,6 +242,8 @@ class Decoder:
             layer = weights.module(layers, str(i), DecoderLayer)
             self._steps.append(AttentionStep(weights, layer, c, indexer_type))
             self._steps.append(FeedForwardStep(weights, layer, c, mlp_type))
+        if not weights.current():  # hooks, a replaced forward
+            raise Unsuitable
         self._rows: dict[int, Rows] = {}
         self._tables: dict[bool, Any] = {}
         self._tables_start = -1
@@ -318,7 +320,8 @@ class FastSteps:
             except Unsuitable:
                 self._decoder = None
                 return None
-        if self._decoder.products > MOST_PRODUCTS and torch.get_num_threads() > 1 or not self._decoder.fits(cache):
+        many = self._decoder.products > MOST_PRODUCTS and torch.get_num_threads() > 1
+        if many or not self._decoder.fits(cache):
             return None
         return self._decoder.step(ids_BT[:, 0].tolist(), cache, sparse)
 

@@ -46,9 +46,11 @@ class WeightsInPlace:
         """A parameter or buffer of this shape: fp32, on the CPU, without gaps."""
         holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
         tensor = holder.get(name)
-        if type(tensor) not in (nn.Parameter, Tensor) or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        if not isinstance(tensor, Tensor) or type(tensor) not in (nn.Parameter, Tensor):
             raise Unsuitable
-        if tensor.device.type != "cpu" or tensor.shape != shape:
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise Unsuitable
+        if tensor.shape != shape:
             raise Unsuitable
         self._slots.append((holder, name, tensor))
         self._tensors.append((tensor, tensor.data_ptr()))

@@ -39,14 +39,18 @@ class Matrix(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> Matrix:
         """A contiguous CPU tensor; leading dimensions become rows, a vector becomes one row."""
-        if not tensor.is_contiguous() or tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.int64):
+        if (
+            not tensor.is_contiguous()
+            or tensor.device.type != "cpu"
+            or tensor.dtype not in (torch.float32, torch.int64)
+        ):
             raise ValueError(f"a matrix is contiguous fp32 or int64 on the CPU, not {tensor.dtype} on {tensor.device}")
         columns = tensor.shape[-1]
         return cls(tensor.data_ptr(), tensor.numel() // max(columns, 1), columns, columns)
 
     def cut(self, first: int, width: int) -> Matrix:
         """Some columns (fp32)."""
-        assert 0 <= first and first + width <= self.columns
+        assert first >= 0 and first + width <= self.columns
         return Matrix(self.address + 4 * first, self.rows, width, self.stride)
 
     def lines(self, first: int, count: int) -> Matrix:
@@ -65,7 +69,7 @@ _EVERYTHING = torch.tensor([0, 2**62])
 
 
 def select(chosen: int, q: Matrix, keys: Matrix, w: Matrix, k: int) -> None:
-    """The lightning indexer's choice among all keys for one query [H, I]: k positions (int64) at the address `chosen`."""
+    """The lightning indexer's choice among all keys for one query [H, I]: k positions (int64) at an address."""
     lo = _EVERYTHING.data_ptr()
     sizes = 1, keys.rows, q.rows, keys.columns, k, 1, 0
     _lightning.select(q.address, keys.address, 0, w.address, lo, lo + 8, chosen, *sizes)

@@ -169,29 +169,23 @@ ENTRY(linear) {
     Py_RETURN_NONE;
 }
 
-/* y[b, h] = x[b, h] @ weight[h], where weight[h] begins h * step rows below `weight`. */
-ENTRY(combine_heads) {
+/* Both: weight[h] begins h * step rows below `weight`. */
+typedef void (*heads_kernel)(matrix y, matrix x, matrix weight, int64_t heads, int64_t step);
+
+static PyObject *by_head(PyObject *const *args, Py_ssize_t given, int combine, heads_kernel run) {
     matrix m[3];
     int64_t heads, step;
     if (!read_all(args, given, 3, m, 2, &args) || !whole(args[0], &heads) || !whole(args[1], &step)) return NULL;
-    if (!fits(m[0].rows == m[1].rows && m[1].columns == m[2].rows && m[0].columns == m[2].columns && heads > 0 &&
-              m[0].rows % heads == 0))
+    const int64_t from = combine ? m[2].rows : m[2].columns, to = combine ? m[2].columns : m[2].rows;
+    if (!fits(m[0].rows == m[1].rows && m[1].columns == from && m[0].columns == to && heads > 0 && m[0].rows % heads == 0))
         return NULL;
-    use->combine_heads(m[0], m[1], m[2], heads, step);
+    run(m[0], m[1], m[2], heads, step);
     Py_RETURN_NONE;
 }
 
-/* y[b, h] = weight[h] @ x[b, h], where weight[h] begins h * step rows below `weight`. */
-ENTRY(split_heads) {
-    matrix m[3];
-    int64_t heads, step;
-    if (!read_all(args, given, 3, m, 2, &args) || !whole(args[0], &heads) || !whole(args[1], &step)) return NULL;
-    if (!fits(m[0].rows == m[1].rows && m[0].columns == m[2].rows && m[1].columns == m[2].columns && heads > 0 &&
-              m[0].rows % heads == 0))
-        return NULL;
-    use->split_heads(m[0], m[1], m[2], heads, step);
-    Py_RETURN_NONE;
-}
+ENTRY(combine_heads) { return by_head(args, given, 1, use->combine_heads); }
+
+ENTRY(split_heads) { return by_head(args, given, 0, use->split_heads); }
 
 ENTRY(rotate) {
     matrix m[4];
