@@ -57,20 +57,26 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     try:
         beside.mkdir(parents=True)
         yield beside
-        for written in [*beside.rglob("*"), beside]:
-            if not written.is_symlink():
-                _sync(written)
-        try:
-            if path.is_dir():
-                os.rename(path, aside)
-            os.rename(beside, path)
-        except BaseException:
-            restore_directory(path)
-            raise
-        _sync(path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        put_directory(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def put_directory(beside: Path, path: Path) -> None:
+    """Flushes the directory `beside` and gives it the name `path`; what stood there is removed at the very end."""
+    for written in [*beside.rglob("*"), beside]:
+        if not written.is_symlink():
+            _sync(written)
+    aside = _aside(path)
+    try:
+        if path.is_dir():
+            os.rename(path, aside)
+        os.rename(beside, path)
+    except BaseException:
+        restore_directory(path)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def restore_directory(path: Path) -> None:

@@ -58,6 +58,7 @@ def save_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     quantization: Quantization | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes config.json, generation_config.json, safetensors shards with their index, and the tokenizer's files.
 
@@ -69,11 +70,12 @@ def save_model(
         dtype: float32 or bfloat16 on disk; None keeps the model's. With FP8, of the tensors that are not quantised.
         max_shard_bytes: a shard's data is at most this (a larger single tensor stands alone).
         quantization: "fp8" for e4m3 blocks; "int4" for packed matrices, "int4-experts" for those of the experts alone.
+        state: the weights, where the model's own are cut over processes.
         generation_config: content of generation_config.json; None writes the config's special tokens.
 
     Raises `CheckpointError` for unmerged adapters, a destination that is not a model, and a disk that refuses.
     """
-    state = model.state_dict()
+    state = model.state_dict() if state is None else state
     adapter = next((name for name in state if "lora_" in name), None)
     if adapter is not None:
         raise CheckpointError(f"{adapter} is an adapter that is not merged; merge the adapters into the weights first.")

@@ -4,6 +4,8 @@
     glm5 train midtrain --parent runs/pretrain --train-data D --phases 512:4:60 1024:2:60 --loop.steps 120 --out runs/m
     glm5 train --out runs/m --resume                       # the settings are in its run.json
     glm5 train --out runs/m --replay-step 17               # the batch as text, the numbers then and now
+    torchrun --nproc-per-node 2 -m glm5.cli.main train --out runs/m --resume --parallel.data-shard 2
+    glm5 train export runs/m exported --step 120           # a Hugging Face directory of a checkpoint
     glm5 train sft ... --out proofs/sft --verify-resume      # a run, and a killed and resumed one, compared
 
 Flags are the fields of the stage's configuration; a few types have a short form (see `glm5.cli.train_flags`).
@@ -14,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,10 +27,13 @@ from rich.console import Console
 from glm5.cli.train_flags import REGISTRY
 from glm5.cli.train_proof import print_replay, print_verdict
 from glm5.errors import RunError
+from glm5.parallel import ParallelPlan
+from glm5.parallel.mesh import processes, world_rank
 from glm5.train import RunDirectory
+from glm5.train.export import export_checkpoint
 from glm5.train.job import perform
 from glm5.train.replay import replay_step
-from glm5.train.stages import CONFIGS, config_of, job_of, shortened
+from glm5.train.stages import CONFIGS, config_of, job_of, shortened, with_plan
 from glm5.train.verify_resume import verify_resume
 
 
@@ -50,14 +55,30 @@ class RunOptions:
     """Decides the moments."""
     replay_step: int | None = None
     """Instead of going on, compute this step of the existing run again and print it."""
+    parallel: ParallelPlan = field(default_factory=ParallelPlan)
+    """How the processes that torchrun started share the work; a resumed run may have another plan."""
     threads: int | None = None
     """Processor threads; all cores when left out."""
     json: bool = False
     """Print the result as one JSON object."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write the model of a checkpoint, at any step that the run still has, as a Hugging Face directory."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run directory."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The model directory to write."""
+    step: int | None = None
+    """The checkpoint's step; the newest when left out."""
+
+
 def run(arguments: Sequence[str]) -> int:
     """Parses the flags of the stage, or of an existing run, and does what they say."""
+    if arguments and arguments[0] == "export":
+        return export(arguments[1:])
     if arguments and not arguments[0].startswith("-"):
         options, config = parse_stage(arguments)
     elif arguments and arguments[0] not in ("-h", "--help"):
@@ -83,8 +104,19 @@ def run(arguments: Sequence[str]) -> int:
             threads=torch.get_num_threads(),
         )  # fmt: skip
         return print_verdict(verdict, console, as_json=options.json)
-    done = perform(job_of(config), options.out, resume=options.resume, console=console)
-    summarise(done, console, as_json=options.json)
+    with processes():
+        job = job_of(with_plan(config, options.parallel))
+        done = perform(job, options.out, resume=options.resume, console=console)
+        if world_rank() == 0:
+            summarise(done, console, as_json=options.json)
+    return 0
+
+
+def export(arguments: Sequence[str]) -> int:
+    """`glm5 train export RUN OUT --step N`."""
+    options = tyro.cli(ExportOptions, prog="glm5 train export", args=arguments)
+    step = export_checkpoint(options.run, options.out, step=options.step)
+    Console().print(f"{options.out}: the model of {options.run} before step {step}", soft_wrap=True)
     return 0
 
 

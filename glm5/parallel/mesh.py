@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from glm5.errors import GLM5Error
 from glm5.parallel.plan import ParallelPlan
 
+Result = TypeVar("Result")
 AXES = ("pipeline", "data_replicate", "data_shard", "context", "tensor")
 JOINED = {
     "data": ("data_replicate", "data_shard"),
@@ -54,6 +57,26 @@ def world_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def on_first(work: Callable[[], Result]) -> Result | None:
+    """Does `work` on the first process while the others wait; an error that a user can mend is raised on all.
+
+    Gives the result of `work`, and None on the other processes.
+    """
+    if world_size() == 1:
+        return work()
+    result: Result | None = None
+    problems: list[GLM5Error | None] = [None]
+    if world_rank() == 0:
+        try:
+            result = work()
+        except GLM5Error as error:
+            problems = [error]
+    dist.broadcast_object_list(problems)
+    if problems[0] is not None:
+        raise problems[0]
+    return result
+
+
 @dataclass(frozen=True)
 class Mesh:
     """The axes of a plan over the processes. `None` meshes and groups: a world of one process."""
@@ -72,6 +95,11 @@ class Mesh:
     def world(self) -> int:
         """Processes in all."""
         return self.plan.devices
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return torch.device("cpu" if self.axes is None else self.axes.device_type)
 
     def size(self, axis: str) -> int:
         """Processes along an axis of `AXES` or `JOINED`, or along "expert"."""

@@ -45,6 +45,10 @@ class ParallelPlan:
         """Processes over which parameters and states are cut."""
         return self.data_shard * self.context
 
+    def data_index(self, rank: int) -> int:
+        """Which of the `data` different parts of a batch process `rank` reads."""
+        return rank // (self.context * self.tensor) % self.data
+
     def check(self, config: ModelConfig, *, length: int | None = None) -> None:
         """Raises `InputError` for a plan under which `config` (in rows of `length` tokens) cannot be trained."""
         for name in (field.name for field in fields(ParallelPlan)):

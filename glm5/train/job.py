@@ -26,6 +26,8 @@ from glm5.data.mixture import Packing
 from glm5.errors import ConfigError, RunError
 from glm5.files import write_json
 from glm5.model import GLM5
+from glm5.parallel.apply import whole_state
+from glm5.parallel.mesh import on_first, world_rank, world_size
 from glm5.text import Tokenizer
 from glm5.train.checks import check_counts, check_numbers
 from glm5.train.evaluate import Evaluation, evaluate_bits_per_byte
@@ -106,6 +108,7 @@ class Job:
 
 def perform(job: Job, run_directory: Path, *, resume: bool = False, console: Console | None = None) -> RunDirectory:
     """Does the job; gives the finished run. With `resume`, goes on where it stopped."""
+    job.config.loop.parallel.check_world(world_size())
     run = RunDirectory.start(
         run_directory, stage=job.stage.name, config=job.config, inputs=job.inputs, parent=job.parent, resume=resume
     )
@@ -123,9 +126,14 @@ def perform(job: Job, run_directory: Path, *, resume: bool = False, console: Con
                 **job.more(model),
             }
             evaluation["sanity_lines"] = lines | job.after(model)
-            write_json(run.path / "evaluation.json", evaluation)
-        write_report(run.path)
-        save_model(model, run.model_directory, job.tokenizer)
+            on_first(lambda: write_json(run.path / "evaluation.json", evaluation))
+        weights = whole_state(model)
+
+        def finish() -> None:
+            write_report(run.path)
+            save_model(model, run.model_directory, job.tokenizer, state=weights)
+
+        on_first(finish)
     return run
 
 
@@ -206,8 +214,14 @@ def check_length(length: int, model: ModelConfig) -> None:
 def loader_of(config: Any, data: Mixture, packing: Packing = "cut") -> Loader:
     """The loader of a stage with `rows`, `length`, `warmup` and the seed of its loop."""
     return Loader(
-        data, rows=config.rows, length=config.length, seed=config.loop.seed, packing=packing, warmup=config.warmup
-    )
+        data, rows=config.rows, length=config.length, seed=config.loop.seed, packing=packing, warmup=config.warmup,
+        **part_of(config.loop),
+    )  # fmt: skip
+
+
+def part_of(loop: LoopConfig) -> dict[str, Any]:
+    """Which rows of a batch this process reads, for a loader."""
+    return {"rank": loop.parallel.data_index(world_rank()), "world": loop.parallel.data}
 
 
 def sampler(tokenizer: Tokenizer, prompts: tuple[str, ...], attention: str) -> Callable[[GLM5], str] | None:

@@ -2,7 +2,10 @@
 
 Exact by construction: a batch is a function of the step, the learning rate is a function of the step, nothing draws
 random numbers from a hidden state. A checkpoint is therefore weights, optimiser state and a step number, and a run that
-was killed and resumed gives the same bits as one that was not. Left out: ranks, asynchronous saving.
+was killed and resumed gives the same bits as one that was not.
+
+On many processes (`LoopConfig.parallel`) each computes its rows of the batch; what a mean divides by, losses, loads of
+the experts and gradients are added over all of them, so that they take the step of one process. Only the first writes.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+import tyro
 from rich.console import Console
 
 from glm5.data import Batch
@@ -29,6 +33,9 @@ from glm5.optim import (
     set_rate,
     update_router_bias,
 )
+from glm5.parallel import ParallelPlan
+from glm5.parallel.apply import parallelize
+from glm5.parallel.mesh import Mesh, on_first, open_mesh
 from glm5.train.activations import checkpoint_layers
 from glm5.train.checks import check_choice, check_counts, check_numbers
 from glm5.train.experts import Loads, busiest_expert, expert_loads, router_biases
@@ -61,12 +68,20 @@ class LoopConfig:
     """Rows of a forward pass; the gradients of a step add up over them. None: all rows at once."""
     checkpoint_activations: bool = False
     """Layers keep only their input and run again in the backward pass: less memory, the same bits."""
+    parallel: Annotated[ParallelPlan, tyro.conf.Suppress] = field(default_factory=ParallelPlan)
+    """How many processes share the work, and how; a resumed run may have another plan."""
+    gather: Literal["fp32", "bf16"] = "fp32"
+    """The dtype in which FSDP gathers weights and layers compute; `bf16` halves its traffic."""
     spike_factor: float | None = 3.0
     """A loss of this many times the median of the last 20 steps is a spike; None lets it pass."""
     on_spike: Literal["stop", "skip"] = "stop"
     """At a spike, or at a loss or gradient that is not finite: stop with the batch's number, or leave the step out."""
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    keep_best: str | None = None
+    """A metric (such as heldout_bits_per_byte): the checkpoint with its lowest value stays too."""
+    save_in_background: bool = True
+    """Checkpoints are written while the next steps run."""
     evaluate_every: int = 0
     """Steps between evaluations and samples; 0: only after the last step."""
     watch: tuple[Watcher, ...] = ()
@@ -82,6 +97,7 @@ class LoopConfig:
         if self.spike_factor is not None:
             check_numbers(self, "spike_factor", above=1)
         check_choice(self, "precision", "fp32", "bf16")
+        check_choice(self, "gather", "fp32", "bf16")
         check_choice(self, "on_spike", "stop", "skip")
         for name in self.watch:
             check_choice(self, "watch", "tensorboard", "trackio", value=name)
@@ -130,23 +146,25 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
     Ctrl-C finishes the step, saves and raises RunInterrupted. A loss that is not finite, or a spike, raises RunError
     before the weights take the step, or is left out if the configuration says so.
     """
-    optimizers = prepare(stage, model, config)
+    mesh = open_mesh(config.parallel)
+    optimizers = prepare(stage, model, config, mesh)
     first = run.load_checkpoint(model, optimizers)
     run.rewind(first)
     recent = recent_losses(run.read("metrics"))
     model.train()
-
+    first_process = mesh.rank == 0
     with (
-        progress_bar(stage.name, first, config.steps, console) as show,
+        progress_bar(stage.name, first, config.steps, console if first_process else Console(quiet=True)) as show,
         interrupts() as stopped,
-        watchers(config.watch, run.path, first) as write,
+        watchers(config.watch if first_process else (), run.path, first) as write,
+        run.saved,
     ):
         for step in range(first, config.steps):
             started = time.perf_counter()
             fraction = rate_at(config.schedule, step, config.steps)
             set_rate(optimizers, fraction)
             batch = stage.loader.batch(step)
-            found = compute(stage, model, batch, config)
+            found = compute(stage, model, batch, config, mesh)
             values = metrics_of(step, found, fraction * config.optimizer.lr)
             trouble = trouble_with(found.loss, found.grad_norms, recent, config.spike_factor)
             if trouble is None:
@@ -165,13 +183,16 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
             if last or (config.evaluate_every and (step + 1) % config.evaluate_every == 0):
                 values |= observe(stage, model, run.path / "samples" / f"step-{step + 1:08d}.txt")
             run.append("metrics", values)
-            speed = batch.input_ids_BT.numel() / seconds
+            speed = batch.input_ids_BT.numel() * mesh.size("data") / seconds
             run.append("speed", {"step": step, "seconds": round(seconds, 4), "tokens_per_second": round(speed)})
             write(step, {**values, "tokens_per_second": speed})
             show(step + 1, f"loss {found.loss:.3f}", speed)
-            stop = stopped()
+            stop = mesh.any(stopped())
             if last or stop or (step + 1) % config.checkpoint_every == 0:
-                run.save_checkpoint(step + 1, model, optimizers, keep=config.keep_checkpoints)
+                run.save_checkpoint(
+                    step + 1, model, optimizers, metrics=values, keep=config.keep_checkpoints,
+                    keep_best=config.keep_best, wait=last or stop or not config.save_in_background,
+                )  # fmt: skip
             if stop and not last:
                 raise RunInterrupted(
                     f"Stopped after step {step + 1} of {config.steps} of {stage.name}; all is saved in {run.path}. "
@@ -179,12 +200,16 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
                 )
 
 
-def prepare(stage: Stage, model: GLM5, config: LoopConfig) -> list[torch.optim.Optimizer]:
-    """Freezes what the stage does not train; gives the optimisers of the rest, of the indexers last."""
+ONE = Mesh(ParallelPlan())
+
+
+def prepare(stage: Stage, model: GLM5, config: LoopConfig, mesh: Mesh = ONE) -> list[torch.optim.Optimizer]:
+    """Freezes what the stage does not train, cuts the model; gives the optimisers of the rest, of the indexers last."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.learns(name))
     if config.checkpoint_activations:
         checkpoint_layers(model)
+    parallelize(model.to(mesh.device), mesh, gather_dtype=torch.bfloat16 if config.gather == "bf16" else None)
     if config.indexer_optimizer is None:
         return build_optimizers(model, model.config, config.optimizer)
     return [
@@ -193,10 +218,14 @@ def prepare(stage: Stage, model: GLM5, config: LoopConfig) -> list[torch.optim.O
     ]
 
 
-def compute(stage: Stage, model: GLM5, batch: Batch, config: LoopConfig) -> Computed:
-    """Loss and gradients of one step, micro-batch after micro-batch; the gradients are clipped over all of them."""
-    counts = count(batch, model.mtp_steps if len(model.mtp) else 0)
-    total = torch.zeros((), device=batch.input_ids_BT.device)
+def compute(stage: Stage, model: GLM5, batch: Batch, config: LoopConfig, mesh: Mesh = ONE) -> Computed:
+    """Loss and gradients of one step, micro-batch after micro-batch; the gradients are clipped over all of them.
+
+    `batch` holds the rows of this process; what is computed is that of all rows.
+    """
+    batch = Batch(*(x.to(mesh.device) for x in (batch.input_ids_BT, batch.targets_BT, batch.segment_ids_BT)))
+    counts = Counts(mesh.total(count(batch, model.mtp_steps if len(model.mtp) else 0).values, "data"))
+    total = torch.zeros((), device=mesh.device)
     parts: dict[str, torch.Tensor] = {}
     loads: Loads = {}
     for micro in micro_batches(batch, config.micro_rows):
@@ -207,8 +236,10 @@ def compute(stage: Stage, model: GLM5, batch: Batch, config: LoopConfig) -> Comp
         parts = {name: parts.get(name, 0) + value for name, value in loss.parts.items()}
         loads = expert_loads(loss.router, loads)
     norms = clip(model, config.clip_norm)
-    values = {name: value.item() for name, value in parts.items()}
-    return Computed(total.item(), values, int(counts.tokens), norms, loads)
+    whole, *sums = mesh.total(torch.stack([total, *parts.values()]), "tokens").tolist()
+    if loads:
+        loads = dict(zip(loads, mesh.total(torch.stack(list(loads.values())), "tokens"), strict=True))
+    return Computed(whole, dict(zip(parts, sums, strict=True)), int(counts.tokens), norms, loads)
 
 
 def clip(model: GLM5, most: float) -> dict[str, float]:
@@ -244,13 +275,19 @@ def metrics_of(step: int, found: Computed, rate: float) -> dict[str, Any]:
     return {"step": step, "tokens": found.tokens, **plain, "rate": rate, **busiest_expert(found.loads)}
 
 
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file, all or nothing."""
+    with replacing(file) as beside:
+        beside.write(text.encode())
+
+
 def observe(stage: Stage, model: GLM5, file: Path) -> dict[str, float]:
     """Evaluates and samples; the samples go to `file`."""
     model.eval()
     with torch.no_grad():
         values = stage.evaluate(model) if stage.evaluate else {}
         if stage.sample:
-            with replacing(file) as beside:
-                beside.write(stage.sample(model).encode())
+            text = stage.sample(model)  # by all processes: a cut model runs on all of them
+            on_first(lambda: write_text(file, text))
     model.train()
     return values

@@ -21,7 +21,19 @@ from glm5.errors import ConfigError
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.train.checks import check_counts, check_numbers
-from glm5.train.job import Data, Job, Parent, StageConfig, check_length, during, named, open_data, perform, sampler
+from glm5.train.job import (
+    Data,
+    Job,
+    Parent,
+    StageConfig,
+    check_length,
+    during,
+    named,
+    open_data,
+    part_of,
+    perform,
+    sampler,
+)  # fmt: skip
 from glm5.train.loop import BatchSource, LoopConfig, Stage
 from glm5.train.losses import language_loss
 from glm5.train.run_directory import RunDirectory
@@ -106,7 +118,8 @@ def midtrain_job(config: MidtrainConfig) -> Job:
         if phase.train_data is not None:
             data = open_data(phase.train_data, parent.tokenizer)
             parent.inputs[f"train_data of phase {i}"] = data.sha256
-        loader = Loader(data, rows=phase.rows, length=phase.length, seed=config.loop.seed + i)
+        seed = config.loop.seed + i
+        loader = Loader(data, rows=phase.rows, length=phase.length, seed=seed, **part_of(config.loop))
         loaders.append((phase.steps, loader))
     stage = Stage(
         name="midtrain",

@@ -14,25 +14,28 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from glm5.checkpoint.training_state import DamagedCheckpoint, TrainingCheckpoints, load_training_state
 from glm5.config import ModelConfig
-from glm5.data.manifest import note_file, read_manifest
-from glm5.errors import DataError, RunError
-from glm5.files import replacing, replacing_directory, sha256_of, write_json
+from glm5.errors import RunError
+from glm5.files import replacing, sha256_of, write_json
+from glm5.parallel.mesh import on_first, world_rank
 
 OPERATIONAL = frozenset(
     {
         "checkpoint_activations",
         "checkpoint_every",
         "evaluate_every",
+        "keep_best",
         "keep_checkpoints",
         "on_spike",
+        "parallel",
+        "save_in_background",
         "spike_factor",
         "watch",
     }
@@ -41,11 +44,12 @@ OPERATIONAL = frozenset(
 
 
 class RunDirectory:
-    """Create one with `start`, find one with `open`."""
+    """Create one with `start`, find one with `open`. Of many processes the first writes, the others agree with it."""
 
     def __init__(self, path: Path, description: dict[str, Any]) -> None:
         self.path = path
         self.description = description
+        self.saved = TrainingCheckpoints(path / "checkpoints")
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
@@ -74,6 +78,14 @@ class RunDirectory:
         that it starts from. Raises RunError when the directory is taken, or when a resumed run was started
         differently; `OPERATIONAL` settings may differ, each session notes its own.
         """
+        on_first(lambda: cls._note(path, stage, config, inputs, parent, resume))
+        return cls.open(path)
+
+    @classmethod
+    def _note(
+        cls, path: Path, stage: str, config: Any, inputs: dict[str, str], parent: str | None, resume: bool
+    ) -> None:
+        """Writes `run.json`, or adds a session to it."""
         plan = {"stage": stage, "config": plain(config), "inputs": inputs, "parent": parent}
         session = {
             "version": importlib.metadata.version("glm5"),
@@ -97,11 +109,12 @@ class RunDirectory:
         if not sessions or sessions[-1] != session:
             sessions = [*sessions, session]
         write_json(path / "run.json", {"kind": "run", **plan, "sessions": sessions})
-        return cls.open(path)
 
     # ---- metrics ------------------------------------------------------------------------------------------------
     def append(self, file: str, values: dict[str, Any]) -> None:
         """Adds a line to `metrics` or `speed`."""
+        if world_rank() > 0:
+            return
         with open(self.path / f"{file}.jsonl", "a", encoding="utf-8") as lines:
             lines.write(json.dumps(values) + "\n")
 
@@ -113,6 +126,9 @@ class RunDirectory:
 
     def rewind(self, step: int) -> None:
         """Forgets the lines of `step` and later: they will be computed again. Raises RunError if earlier ones lack."""
+        on_first(lambda: self._rewind(step))
+
+    def _rewind(self, step: int) -> None:
         if [values["step"] for values in self.read("metrics") if values["step"] < step] != list(range(step)):
             raise RunError(
                 f"{self.path / 'metrics.jsonl'} lacks lines of the {step} steps before the newest checkpoint; restore "
@@ -126,23 +142,27 @@ class RunDirectory:
     # ---- checkpoints --------------------------------------------------------------------------------------------
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted(p for p in (self.path / "checkpoints").glob("step-*") if p.suffix != ".partial")
+        return self.saved.all()
 
     def save_checkpoint(
-        self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], *, keep: int = 2
+        self,
+        step: int,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        *,
+        keep: int = 2,
+        keep_best: str | None = None,
+        metrics: dict[str, float] | None = None,
+        wait: bool = True,
     ) -> None:
-        """Saves the state before `step` is computed, then removes all but the newest `keep`."""
-        for name in ("metrics", "speed"):  # a checkpoint on the disk must not be ahead of its lines
+        """Saves the state before `step` is computed, then removes all but the newest `keep` and the best.
+
+        Arguments: see `TrainingCheckpoints.save`.
+        """
+        for name in ("metrics", "speed") if world_rank() == 0 else ():  # a checkpoint must not be ahead of its lines
             with open(self.path / f"{name}.jsonl", "ab") as lines:
                 os.fsync(lines.fileno())
-        with replacing_directory(self.path / "checkpoints" / f"step-{step:08d}") as beside:
-            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            with replacing(beside / "state.pt") as file:
-                torch.save(state, file)
-            files = {"state.pt": note_file(beside / "state.pt")}
-            write_json(beside / "manifest.json", {"kind": "training state", "step": step, "files": files})
-        for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old)
+        self.saved.save(step, model, optimizers, metrics=metrics, keep=keep, keep_best=keep_best, wait=wait)
 
     def load_checkpoint(
         self, model: nn.Module, optimizers: list[torch.optim.Optimizer], *, at_most: int | None = None
@@ -156,15 +176,10 @@ class RunDirectory:
             return 0
         *older, newest = found
         try:
-            step = int(read_manifest(newest, "training state")["step"])
-        except DataError as error:
+            return load_training_state(newest, model, optimizers)
+        except DamagedCheckpoint as error:
             earlier = older[-1].name if older else "the beginning"
             raise RunError(f"{newest} is damaged; remove that directory to resume from {earlier}.") from error
-        state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        return step
 
     # ---- the result ---------------------------------------------------------------------------------------------
     @property

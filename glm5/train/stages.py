@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from glm5.config import ModelConfig
 from glm5.errors import RunError
+from glm5.parallel import ParallelPlan
 from glm5.train.dsa import DSAConfig, dsa_job
 from glm5.train.job import Job
 from glm5.train.midtrain import MidtrainConfig, midtrain_job
@@ -43,18 +44,27 @@ def job_of(config: AnyConfig) -> Job:
 
 
 def config_of(run: RunDirectory) -> AnyConfig:
-    """The configuration in a run's `run.json`. Raises RunError for a run of another kind or version."""
+    """The configuration in a run's `run.json`, for one process: a parallel plan belongs to a session, not to the run.
+
+    Raises RunError for a run of another kind or version.
+    """
     stage, values = run.description.get("stage"), dict(run.description.get("config") or {})
     if stage not in CONFIGS:
         raise RunError(f"{run.path} is a run of {stage!r}; `glm5 train` knows {', '.join(CONFIGS)}.")
     if "model" in values:
         values["model"] = ModelConfig.from_dict(values["model"])
     try:
-        return TypeAdapter(CONFIGS[stage]).validate_python(values)
+        config: AnyConfig = TypeAdapter(CONFIGS[stage]).validate_python(values)
+        return with_plan(config, ParallelPlan())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise RunError(f"{run.path / 'run.json'} has a {where} that cannot be read: {first['msg']}.") from error
+
+
+def with_plan(config: AnyConfig, plan: ParallelPlan) -> AnyConfig:
+    """The same stage under another parallel plan."""
+    return dataclasses.replace(config, loop=dataclasses.replace(config.loop, parallel=plan))
 
 
 def shortened(config: AnyConfig, steps: int) -> AnyConfig:

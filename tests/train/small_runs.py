@@ -5,6 +5,7 @@ import signal
 
 import torch
 
+from glm5.checkpoint.training_state import read_training_state
 from glm5.data import Loader
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.train import LoopConfig, PretrainConfig
@@ -22,7 +23,11 @@ def pretrain_config(tiny, **loop) -> PretrainConfig:
 
 
 def state_of(run) -> dict:
-    return torch.load(run.checkpoints()[-1] / "state.pt", weights_only=True)
+    return read_training_state(run.checkpoints()[-1])
+
+
+def weights_of(run) -> dict:
+    return {name.removeprefix("model."): x for name, x in state_of(run).items() if name.startswith("model.")}
 
 
 def same(a, b) -> bool:

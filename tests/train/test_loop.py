@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from small_runs import StopAt, pretrain_config, same, state_of
+from small_runs import StopAt, pretrain_config, same, state_of, weights_of
 
 from glm5.checkpoint import load_model
 from glm5.data import Loader, open_dataset
@@ -57,13 +57,13 @@ def test_what_a_finished_run_holds(tiny, straight):
     assert "heldout_bits_per_byte" in lines[2] and "heldout_bits_per_byte" not in lines[3]
     assert {"lm", "mtp", "balance", "grad_norm", "rate", "busiest_expert"} <= lines[0].keys()
     model = load_model(straight.model_directory)
-    assert same(dict(model.state_dict()), dict(state_of(straight)["model"]))
+    assert same(dict(model.state_dict()), weights_of(straight))
     description = json.loads((straight.path / "run.json").read_text())
     assert description["config"]["loop"]["optimizer"]["lr"] == 5e-3 and len(description["inputs"]["train_data"]) == 64
 
 
 def test_the_router_bias_follows_the_load_and_the_indexer_stays(tiny, straight):
-    state = state_of(straight)["model"]
+    state = weights_of(straight)
     biases = [value for name, value in state.items() if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2 and all(bias.abs().max() > 0 for bias in biases)
     _, config = tiny

@@ -53,7 +53,7 @@ def test_lines_are_on_the_disk_before_the_checkpoint(tmp_path, monkeypatch):
     original = os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), original(handle)))
     run.save_checkpoint(1, torch.nn.Linear(2, 2), [])
-    files = [run.path / "metrics.jsonl", run.path / "speed.jsonl", run.checkpoints()[-1] / "state.pt"]
+    files = [run.path / "metrics.jsonl", run.path / "speed.jsonl", run.checkpoints()[-1] / "__0_0.distcp"]
     order = [synced.index(file.stat().st_ino) for file in files]
     assert max(order[:2]) < order[2]
 
@@ -71,9 +71,9 @@ def test_a_run_that_lost_lines_says_so_and_goes_on_from_an_older_checkpoint(tiny
 
 def test_a_damaged_checkpoint_is_refused_and_the_older_one_named(tiny, straight, stopped):
     newest = stopped.checkpoints()[-1]
-    data = bytearray((newest / "state.pt").read_bytes())
+    data = bytearray((newest / "__0_0.distcp").read_bytes())
     data[len(data) // 2] ^= 1
-    (newest / "state.pt").write_bytes(data)
+    (newest / "__0_0.distcp").write_bytes(data)
     with pytest.raises(RunError, match="step-00000003 is damaged; remove that directory to resume from step-00000002"):
         pretrain(pretrain_config(tiny), stopped.path, resume=True)
     shutil.rmtree(newest)
