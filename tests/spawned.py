@@ -20,7 +20,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "glm5.train", "glm5.parallel.fsdp", "glm5.parallel.expert", "tiny"])
 
 
-def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 600) -> list[Any]:
     """`function(*arguments)` in `world` processes that form a group; the results in the order of the ranks."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
