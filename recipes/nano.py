@@ -43,8 +43,8 @@ CURRICULUM = (
     LongPhase(length=128, rows=9, steps=100, kinds=NEEDLES, words=128, text=0.125),
     LongPhase(length=256, rows=5, steps=80, kinds=NEEDLES, words=128, text=0.25),
     LongPhase(length=512, rows=4, steps=60, kinds=NEEDLES, words=128, text=0.5),
-    LongPhase(length=1024, rows=2, steps=40, kinds=NEEDLES, words=128, text=0.5),
-    LongPhase(length=2048, rows=2, steps=40, kinds=NEEDLES, words=128, text=0.5),
+    LongPhase(length=1024, rows=2, steps=80, kinds=NEEDLES, words=128, text=0.5),
+    LongPhase(length=2048, rows=2, steps=100, kinds=NEEDLES, words=128, text=0.5),
 )
 """Short rows over few words until the circuit that looks up has formed, then more words, then longer rows (LOG.md)."""
 
