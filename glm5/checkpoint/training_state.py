@@ -14,7 +14,7 @@ import json
 import random
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
@@ -204,7 +204,7 @@ def load_training_state(path: Path, model: nn.Module, optimizers: list[torch.opt
             optimizer.state[parameter] = state
         else:
             optimizer.state.pop(parameter, None)
-    strange = sorted(saved.keys() ^ tensors.keys())
+    strange = sorted(saved.keys() ^ _names_everywhere(tensors.keys()))
     if strange:
         where = "in the checkpoint only" if strange[0] in saved else "not in the checkpoint"
         raise CheckpointError(
@@ -213,6 +213,14 @@ def load_training_state(path: Path, model: nn.Module, optimizers: list[torch.opt
     dcp.load(tensors, storage_reader=reader, no_dist=world_size() == 1)
     _set_random_state(json.loads((path / "random.json").read_text()))
     return int(notes["step"])
+
+
+def _names_everywhere(names: Iterable[str]) -> set[str]:
+    """The names on all processes: pipeline stages hold different layers."""
+    every = [list(names)] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(every, every[0])
+    return {name for part in every for name in part}
 
 
 def read_training_state(path: Path) -> dict[str, Tensor]:

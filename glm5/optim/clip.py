@@ -14,18 +14,26 @@ from glm5.optim.shards import local
 
 @torch.no_grad()
 def clip_gradients(
-    parameters: Iterable[nn.Parameter], most: float, *, pipeline: dist.ProcessGroup | None = None
+    parameters: Iterable[nn.Parameter],
+    most: float,
+    *,
+    pipeline: dist.ProcessGroup | None = None,
+    copies: Iterable[nn.Parameter] = (),
 ) -> float:
     """Scales the gradients so that their norm is at most `most`; gives the norm before.
 
-    pipeline: the processes that hold other layers, if any; all of them must call this.
+    pipeline: the processes that hold other layers, if any; all of them must call this. copies: parameters that another
+    of them counts; they are scaled with the others.
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
     if pipeline is None and not any(isinstance(gradient, DTensor) for gradient in gradients):
         return torch.nn.utils.clip_grad_norm_(with_gradient, most).item()
     squares: dict[tuple[dist.ProcessGroup, ...], Tensor] = {}
+    elsewhere = {id(parameter.grad) for parameter in copies}
     for gradient in gradients:
+        if id(gradient) in elsewhere:
+            continue
         groups = _cutting(gradient)
         square = torch.linalg.vector_norm(local(gradient)).square()
         squares[groups] = squares[groups] + square if groups in squares else square

@@ -44,6 +44,7 @@ class PipelinePart(GLM5):
 
     first: bool
     last: bool
+    pipeline: Pipeline
     incoming: Tensor | None
     outgoing: Tensor | None
 
@@ -77,8 +78,9 @@ class PipelinePart(GLM5):
         )
 
 
-def apply_pipeline_parallel(model: GLM5, stage: int, stages: int) -> None:
-    """Takes from `model`, in place, what other stages hold. Before tensor parallelism and FSDP."""
+def apply_pipeline_parallel(model: GLM5, group: ProcessGroup) -> None:
+    """Takes from `model`, in place, what other stages of `group` hold. Before tensor parallelism and FSDP."""
+    stage, stages = group.rank(), group.size()
     kept = stage_layers(model.config, stages)[stage]
     for name in list(model.model.layers._modules):
         if int(name) not in kept:  # deleted by name: the others keep their numbers, which checkpoints know
@@ -87,6 +89,7 @@ def apply_pipeline_parallel(model: GLM5, stage: int, stages: int) -> None:
     assert isinstance(model, PipelinePart)
     model.first, model.last = stage == 0, stage == stages - 1
     model.incoming = model.outgoing = None
+    model.pipeline = Pipeline(group)
     if not model.first and not (model.last and len(model.mtp)):
         model.model.embed_tokens = None
     if not model.last:
@@ -94,24 +97,24 @@ def apply_pipeline_parallel(model: GLM5, stage: int, stages: int) -> None:
         model.mtp = nn.ModuleList()
 
 
-def copies(model: GLM5) -> set[str]:
-    """Names of parameters that the first stage holds as well: the embedding beside the MTP modules."""
+def copies(model: GLM5) -> list[nn.Parameter]:
+    """Parameters that the first stage holds as well: the embedding beside the MTP modules."""
     if isinstance(model, PipelinePart) and model.last and not model.first and model.model.embed_tokens is not None:
-        return {"model.embed_tokens.weight"}
-    return set()
+        return [model.model.embed_tokens.weight]
+    return []
 
 
 class Pipeline:
-    """Runs the micro-batches of a step through the stages of `group`."""
+    """Runs the micro-batches of a step through the stages of `group`. Its model is given with every step."""
 
-    def __init__(self, model: GLM5, group: ProcessGroup) -> None:
-        assert isinstance(model, PipelinePart)
-        self.model, self.group = model, group
-        self._worker = _Worker(model)
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self._worker: _Worker | None = None
         self._schedules: dict[tuple[int, ...], Schedule1F1B] = {}
 
     def step(
         self,
+        model: PipelinePart,
         micro_batches: Sequence[M],
         loss: Callable[[GLM5, M], tuple[Tensor, K]],
         state_shape: tuple[int, int, int],
@@ -129,32 +132,35 @@ class Pipeline:
                 f"{count} micro-batch(es) cannot fill {self.group.size()} pipeline stages; give at least as many "
                 "(a smaller micro_rows)."
             )
+        worker = self._worker = self._worker or _Worker(model)
         key = (count, *state_shape)
         if key not in self._schedules:
-            self._schedules[key] = self._schedule(count, state_shape, dtype)
-        self._worker.begin(micro_batches, loss)
-        numbers = torch.arange(count, device=self._worker.device)
-        given = (numbers,) if self.model.first else ()
+            self._schedules[key] = self._schedule(worker, count, state_shape, dtype)
+        worker.begin(micro_batches, loss)
+        numbers = torch.arange(count, device=worker.device)
+        given = (numbers,) if model.first else ()
         self._schedules[key].step(*given, number=numbers, target=numbers, return_outputs=False)
-        self._sum_copies()
-        return self._worker.kept
+        self._sum_copies(model)
+        return worker.kept
 
-    def _schedule(self, count: int, state_shape: tuple[int, int, int], dtype: torch.dtype) -> Schedule1F1B:
-        model, device = self.model, self._worker.device
+    def _schedule(
+        self, worker: _Worker, count: int, state_shape: tuple[int, int, int], dtype: torch.dtype
+    ) -> Schedule1F1B:
+        model, device = worker.model, worker.device
         state = torch.empty(state_shape, dtype=dtype, device="meta", requires_grad=True)
         number = torch.empty(1, dtype=torch.int64, device="meta")
         total = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
         stage = PipelineStage(
-            self._worker, self.group.rank(), self.group.size(), device, group=self.group,
+            worker, self.group.rank(), self.group.size(), device, group=self.group,
             input_args=number if model.first else state, output_args=total if model.last else state,
         )  # fmt: skip
         return Schedule1F1B(stage, count, loss_fn=lambda total, target: total, scale_grads=False)
 
-    def _sum_copies(self) -> None:
+    def _sum_copies(self, model: PipelinePart) -> None:
         """Adds up the gradients of the embedding and of its copy on the last stage."""
-        embedding = self.model.model.embed_tokens
+        embedding = model.model.embed_tokens
         last = self.group.size() - 1
-        if embedding is None or self.model.config.num_nextn_predict_layers == 0 or last == 0:
+        if embedding is None or model.config.num_nextn_predict_layers == 0 or last == 0:
             return
         if not embedding.weight.requires_grad:
             return
@@ -163,7 +169,7 @@ class Pipeline:
         gradient = embedding.weight.grad
         mine = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         theirs = torch.empty_like(mine)
-        peer = dist.get_global_rank(self.group, last if self.model.first else 0)
+        peer = dist.get_global_rank(self.group, last if model.first else 0)
         for work in dist.batch_isend_irecv([
             dist.P2POp(dist.isend, mine.clone(), peer, self.group), dist.P2POp(dist.irecv, theirs, peer, self.group)
         ]):  # fmt: skip

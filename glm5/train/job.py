@@ -27,7 +27,9 @@ from glm5.errors import ConfigError, RunError
 from glm5.files import write_json
 from glm5.model import GLM5
 from glm5.parallel.apply import whole_state
+from glm5.parallel.context import whole_rows
 from glm5.parallel.mesh import on_first, world_rank, world_size
+from glm5.parallel.pipeline import PipelinePart
 from glm5.text import Tokenizer
 from glm5.train.checks import check_counts, check_numbers
 from glm5.train.evaluate import Evaluation, evaluate_bits_per_byte
@@ -118,23 +120,38 @@ def perform(job: Job, run_directory: Path, *, resume: bool = False, console: Con
     lines = job.before(model)
     with disk_errors(run):
         train(job.stage, model, run, job.config.loop, console=console)
-        model.eval()
-        if job.judge is not None:
-            evaluation = {
-                "heldout": dataclasses.asdict(job.judge(model)),
-                "row_length": job.row_length,
-                **job.more(model),
-            }
-            evaluation["sanity_lines"] = lines | job.after(model)
-            on_first(lambda: write_json(run.path / "evaluation.json", evaluation))
         weights = whole_state(model)
+        evaluation = evaluate(job, model.eval(), weights, lines)
 
         def finish() -> None:
+            if evaluation is not None:
+                write_json(run.path / "evaluation.json", evaluation)
             write_report(run.path)
             save_model(model, run.model_directory, job.tokenizer, state=weights)
 
         on_first(finish)
     return run
+
+
+def evaluate(job: Job, model: GLM5, weights: dict[str, torch.Tensor], lines: dict[str, float]) -> dict[str, Any] | None:
+    """What `evaluation.json` says of the finished model; all processes call this, the first one gets it."""
+
+    def judged(model: GLM5) -> dict[str, Any] | None:
+        if job.judge is None:
+            return None
+        heldout = dataclasses.asdict(job.judge(model))
+        found = {"heldout": heldout, "row_length": job.row_length, **job.more(model)}
+        return found | {"sanity_lines": lines | job.after(model)}
+
+    def put_together() -> dict[str, Any] | None:
+        whole = job.make_model().eval()
+        whole.load_state_dict(weights)
+        return judged(whole)
+
+    if isinstance(model, PipelinePart):  # no process has the whole model
+        return on_first(put_together)
+    with whole_rows(model):
+        return judged(model)
 
 
 @contextlib.contextmanager

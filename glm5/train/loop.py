@@ -10,6 +10,7 @@ the experts and gradients are added over all of them, so that they take the step
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import tyro
 from rich.console import Console
 
 from glm5.data import Batch
+from glm5.errors import RunError
 from glm5.files import replacing
 from glm5.model import GLM5
 from glm5.optim import (
@@ -35,7 +37,9 @@ from glm5.optim import (
 )
 from glm5.parallel import ParallelPlan
 from glm5.parallel.apply import parallelize
+from glm5.parallel.context import whole_rows
 from glm5.parallel.mesh import Mesh, on_first, open_mesh
+from glm5.parallel.pipeline import PipelinePart, copies
 from glm5.train.activations import checkpoint_layers
 from glm5.train.checks import check_choice, check_counts, check_numbers
 from glm5.train.experts import Loads, busiest_expert, expert_loads, router_biases
@@ -224,22 +228,58 @@ def compute(stage: Stage, model: GLM5, batch: Batch, config: LoopConfig, mesh: M
     `batch` holds the rows of this process; what is computed is that of all rows.
     """
     batch = Batch(*(x.to(mesh.device) for x in (batch.input_ids_BT, batch.targets_BT, batch.segment_ids_BT)))
-    counts = Counts(mesh.total(count(batch, model.mtp_steps if len(model.mtp) else 0).values, "data"))
+    counts = Counts(mesh.total(count(batch, model.mtp_steps).values, "data"))
     total = torch.zeros((), device=mesh.device)
     parts: dict[str, torch.Tensor] = {}
     loads: Loads = {}
-    for micro in micro_batches(batch, config.micro_rows):
+
+    def micro_loss(model: GLM5, micro: Batch) -> tuple[torch.Tensor, Loss]:
         with torch.autocast(total.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             loss = stage.loss(model, micro, counts)
-        loss.total.backward()
-        total = total + loss.total.detach()
+        return loss.total, dataclasses.replace(loss, total=loss.total.detach())
+
+    for loss in losses(model, list(micro_batches(batch, config.micro_rows)), micro_loss, config):
+        total = total + loss.total
         parts = {name: parts.get(name, 0) + value for name, value in loss.parts.items()}
         loads = expert_loads(loss.router, loads)
     norms = clip(model, config.clip_norm)
     whole, *sums = mesh.total(torch.stack([total, *parts.values()]), "tokens").tolist()
     if loads:
         loads = dict(zip(loads, mesh.total(torch.stack(list(loads.values())), "tokens"), strict=True))
-    return Computed(whole, dict(zip(parts, sums, strict=True)), int(counts.tokens), norms, loads)
+    found = Computed(whole, dict(zip(parts, sums, strict=True)), int(counts.tokens), norms, loads)
+    return over_stages(found, model) if isinstance(model, PipelinePart) else found
+
+
+def losses(
+    model: GLM5, micro: list[Batch], loss: Callable[[GLM5, Batch], tuple[torch.Tensor, Loss]], config: LoopConfig
+) -> Iterator[Loss]:
+    """The (detached) loss of every micro-batch, when its backward pass is done."""
+    if isinstance(model, PipelinePart):
+        shape = (*model.rows.part(micro[0].input_ids_BT).shape, model.config.hidden_size)
+        if len(micro[0].input_ids_BT) != len(micro[-1].input_ids_BT):
+            raise RunError("pipeline stages want micro-batches of one size; choose a micro_rows that divides the rows.")
+        dtype = torch.bfloat16 if config.gather == "bf16" else torch.float32
+        yield from model.pipeline.step(model, micro, loss, shape, dtype)
+        return
+    for batch in micro:
+        total, kept = loss(model, batch)
+        total.backward()
+        yield kept
+
+
+def over_stages(found: Computed, model: PipelinePart) -> Computed:
+    """What all stages of a pipeline found together: a part of the loss may belong to some of them only."""
+    group = model.pipeline.group
+    stages: list[Computed] = [found] * group.size()
+    mine = dataclasses.replace(found, loads={layer: load_E.cpu() for layer, load_E in found.loads.items()})
+    torch.distributed.all_gather_object(stages, mine, group=group)
+    parts: dict[str, float] = {}
+    for stage in reversed(stages):  # the last one has the parts that come first
+        for name, value in stage.parts.items():
+            parts[name] = parts.get(name, 0.0) + value
+    device = next(model.parameters()).device
+    loads = {layer: load_E.to(device) for stage in stages for layer, load_E in stage.loads.items()}
+    return dataclasses.replace(found, loss=sum(stage.loss for stage in stages), parts=parts, loads=loads)
 
 
 def clip(model: GLM5, most: float) -> dict[str, float]:
@@ -248,7 +288,9 @@ def clip(model: GLM5, most: float) -> dict[str, float]:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             parts.setdefault("indexer_grad_norm" if ".indexer." in name else "grad_norm", []).append(parameter)
-    return {name: clip_gradients(part, most) for name, part in parts.items()}
+    group = model.pipeline.group if isinstance(model, PipelinePart) else None
+    twice = copies(model)
+    return {name: clip_gradients(parts[name], most, pipeline=group, copies=twice) for name in sorted(parts)}
 
 
 def micro_batches(batch: Batch, rows: int | None) -> Iterator[Batch]:
@@ -264,8 +306,9 @@ def update(model: GLM5, optimizers: list[torch.optim.Optimizer], loads: Loads, c
         optimizer.step()
     if config.router_bias_rate:
         biases = router_biases(model)
-        for layer, load_E in loads.items():
-            update_router_bias(biases[layer], load_E, config.router_bias_rate)
+        for layer, bias_E in biases.items():
+            if layer in loads:
+                update_router_bias(bias_E, loads[layer], config.router_bias_rate)
 
 
 def metrics_of(step: int, found: Computed, rate: float) -> dict[str, Any]:
@@ -282,9 +325,11 @@ def write_text(file: Path, text: str) -> None:
 
 
 def observe(stage: Stage, model: GLM5, file: Path) -> dict[str, float]:
-    """Evaluates and samples; the samples go to `file`."""
+    """Evaluates and samples; the samples go to `file`. A model cut into pipeline stages does neither."""
+    if isinstance(model, PipelinePart):
+        return {}
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), whole_rows(model):
         values = stage.evaluate(model) if stage.evaluate else {}
         if stage.sample:
             text = stage.sample(model)  # by all processes: a cut model runs on all of them

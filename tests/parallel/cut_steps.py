@@ -21,7 +21,6 @@ from glm5.model import GLM5
 from glm5.parallel import ParallelPlan
 from glm5.parallel.apply import parallelize
 from glm5.parallel.mesh import Mesh, open_mesh
-from glm5.parallel.pipeline import Pipeline
 from glm5.train.losses import Counts, Loss, count, language_loss
 
 ROWS, VOCABULARY = 4, 96
@@ -79,7 +78,7 @@ def step(case: Case) -> dict[str, Any]:
     if case.plan.pipeline > 1:
         micro = [rows_of(rows, slice(i, i + 1)) for i in range(len(rows.input_ids_BT))]
         shape = (1, model.rows.part(micro[0].input_ids_BT).shape[1], model.config.hidden_size)
-        kept = Pipeline(model, mesh.group("pipeline")).step(micro, loss, shape)
+        kept = model.pipeline.step(model, micro, loss, shape)
     else:
         total, found = loss(model, rows)
         total.backward()
