@@ -1,12 +1,12 @@
 """The bars of sparse attention at `nano` size: recall of the indexer, bits per byte and needles against dense.
 
-    glm5 quickstart --out runs/quickstart           # or any recipe: its tokenizer, data and pretrain run are used
-    python -m benchmarks.dsa --recipe runs/quickstart --out docs/results/dsa.md
-    python -m benchmarks.dsa --recipe runs/quickstart --quick       # the whole path in a minute or two, no result
+    python -m recipes.nano --out runs/nano                       # its data and its stages are used
+    python -m benchmarks.dsa --recipe runs/nano --out docs/results/dsa.md
+    python -m benchmarks.dsa --recipe runs/nano --quick          # the whole path in a minute or two, no result
 
-Per seed: midtrain (long-context rows, 64 to 2,048 tokens) -> dsa1 (the indexer alone) -> dsa2 (sparse), and beside dsa2
-a dense continuation of midtrain on the same batches, for as many steps, at the same rate. A run that is whole below
-`--work` is measured, not run again. Printed, for every seed:
+Seed 0 is the recipe's own run; the others start from its pre-trained model and run its stages midtrain -> dsa1 -> dsa2
+below `--work`. Beside dsa2 of every seed stands a dense continuation of midtrain on the same batches, for as many
+steps, at the same rate. A run that is whole is measured, not run again. Printed, for every seed:
 
 - recall after dsa1: attention mass of the indexer's top-k over that of the true top-k, held-out rows of 8 x index_topk
   (bar: 90% in the mean over layers) and of 32 x index_topk;
@@ -21,7 +21,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -29,67 +29,15 @@ from rich.console import Console
 
 import glm5
 from benchmarks.measure import machine
-from glm5.data import Share, open_dataset, write_dataset
-from glm5.data.long_context import DEFAULT_WORDS, LongContext
+from glm5.cli.recipe_data import Layout
+from glm5.data import open_dataset
 from glm5.evals.needles import NeedleConfig, NeedleResult, compare_needles, find_needles
-from glm5.optim import OptimizerConfig, Schedule
 from glm5.text import Tokenizer
-from glm5.train import LoopConfig, MidtrainConfig, Phase, SparseConfig, evaluate_bits_per_byte, midtrain, train_sparse
-from glm5.train.dsa import DSAConfig, warm_up_indexer
+from glm5.train import Phase, evaluate_bits_per_byte
 from glm5.train.indexer_recall import measure_indexer_recall
-
-TEXT = 0.25
-"""Share of plain text in the rows of mid-training."""
-
-
-@dataclass(frozen=True)
-class LongPhase:
-    """One phase of the curriculum: rows of `length` tokens over the first `words` words."""
-
-    length: int
-    rows: int
-    steps: int
-    words: int
-    kinds: dict[str, float]
-    zipf: float | None = None
-    text: float = TEXT
-
-
-LISTS = {"repeat": 1.0, "key_value": 1.0}
-NEEDLES = {"repeat": 0.5, "key_value": 1.0, "multi_needle": 2.0, "needle": 1.0}
-CURRICULUM = (
-    LongPhase(64, 16, 300, 32, LISTS, text=0.125),
-    LongPhase(64, 16, 300, DEFAULT_WORDS, LISTS, zipf=8.0, text=0.125),
-    LongPhase(64, 16, 60, DEFAULT_WORDS, NEEDLES, text=0.125),
-    LongPhase(128, 9, 100, DEFAULT_WORDS, NEEDLES, text=0.125),
-    LongPhase(256, 5, 80, DEFAULT_WORDS, NEEDLES),
-    LongPhase(512, 4, 60, DEFAULT_WORDS, NEEDLES, text=0.5),
-    LongPhase(1024, 2, 40, DEFAULT_WORDS, NEEDLES, text=0.5),
-    LongPhase(2048, 2, 40, DEFAULT_WORDS, NEEDLES, text=0.5),
-)
-"""Short rows over few words until the circuit that looks up has formed, then more words, then longer rows."""
-MIDTRAIN_LOOP = LoopConfig(
-    steps=sum(phase.steps for phase in CURRICULUM),
-    optimizer=OptimizerConfig(lr=8e-3, embedding_lr_scale=3.0),
-    schedule=Schedule(shape="linear", warmup_steps=10, final_fraction=0.1),
-    spike_factor=None,
-    checkpoint_every=50,
-)
-INDEXER_LOOP = LoopConfig(
-    steps=100,
-    optimizer=OptimizerConfig(name="adamw", lr=5e-3, weight_decay=0.0),
-    schedule=Schedule(shape="cosine", warmup_steps=5, final_fraction=0.04),
-    router_bias_rate=0.0,
-    checkpoint_every=50,
-)
-SPARSE_LOOP = LoopConfig(
-    steps=60,
-    optimizer=OptimizerConfig(lr=5e-4, embedding_lr_scale=3.0),
-    indexer_optimizer=OptimizerConfig(name="adamw", lr=2e-4, weight_decay=0.0),
-    schedule=Schedule(shape="constant", warmup_steps=5),
-    spike_factor=None,
-    checkpoint_every=50,
-)
+from glm5.train.job import perform
+from glm5.train.stages import job_of, shortened
+from recipes.nano import nano_recipe
 
 
 @dataclass
@@ -97,9 +45,7 @@ class Options:
     """Options of the benchmark."""
 
     recipe: Path
-    """Directory of a quickstart or recipe: tokenizer, data/train, data/heldout, pretrain."""
-    parents: tuple[Path, ...] = ()
-    """A pre-trained run for each seed; default: the recipe's own for all of them."""
+    """Directory of a run of `recipes.nano`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     work: Path = Path("runs/dsa")
     """Where the runs lie: one directory per seed."""
@@ -130,64 +76,40 @@ class Measured:
 
 
 class Chain:
-    """The runs of one seed."""
+    """The runs of one seed: the recipe's stages, and the dense continuation."""
 
-    def __init__(self, options: Options, seed: int, parent: Path, console: Console) -> None:
-        self.options, self.seed, self.parent, self.console = options, seed, parent, console
-        self.root = options.work / f"seed-{seed}"
-        self.text, self.heldout = (options.recipe / "data" / split for split in ("train", "heldout"))
+    def __init__(self, options: Options, seed: int, console: Console) -> None:
+        self.options, self.console, self.seed = options, console, seed
+        own = seed == 0 and not options.quick
+        self.root = options.recipe if own else options.work / f"seed-{seed}"
+        self.heldout = Layout(options.recipe).heldout
         self.tokenizer = Tokenizer.from_pretrained(options.recipe / "tokenizer")
-        self.curriculum = CURRICULUM
-        if options.quick:
-            self.curriculum = tuple(dataclasses.replace(p, rows=1, steps=2) for p in CURRICULUM if p.length <= 256)
-        self.length = self.curriculum[-1].length
-
-    def loop(self, loop: LoopConfig, steps: int | None = None) -> LoopConfig:
-        """The same with this seed, and few steps when it is quick."""
-        steps = steps or (3 if self.options.quick else loop.steps)
-        return dataclasses.replace(loop, steps=steps, seed=self.seed)
-
-    def shares(self, phase: LongPhase) -> tuple[Share, ...]:
-        """Generated rows of a phase, and text."""
-        kind = "lists" if phase.kinds == LISTS else "needles"
-        name = f"seed-{self.seed}-{phase.length}-{phase.words}-{phase.zipf or 'even'}-{kind}"
-        path = self.options.work / "data" / name
-        if not path.exists():
-            text = open_dataset(self.text, self.tokenizer)
-            maker = LongContext(self.tokenizer, text, split="train", seed=self.seed, words=phase.words, zipf=phase.zipf)
-            count = phase.rows * phase.steps + 1  # none is seen twice
-            write_dataset(path, maker.documents(count, phase.length, phase.kinds), self.tokenizer)
-        return (Share(path=path, weight=1 - phase.text), Share(path=self.text, weight=phase.text))
+        self.stages = nano_recipe(options.recipe, seed).stages
 
     def run(self) -> dict[str, Path]:
         """All runs of this seed, done or found; name -> model directory."""
-        phases = tuple(
-            Phase(length=p.length, rows=p.rows, steps=p.steps, train_data=self.shares(p)) for p in self.curriculum
-        )
-        documents = 1 if self.options.quick else 12
-        common: dict[str, Any] = {"heldout_data": self.heldout, "heldout_documents": documents, "mtp_weight": 0.0}
-        longest = phases[-1].train_data
-        assert isinstance(longest, tuple)
-        midtrained = self.do(
-            "midtrain", midtrain, MidtrainConfig,
-            parent=self.parent, train_data=self.text, phases=phases, rope_theta=None,
-            loop=self.loop(MIDTRAIN_LOOP, sum(phase.steps for phase in phases)), **common,
+        sparse = self.stages["dsa2"]
+        loop = dataclasses.replace(sparse.loop, indexer_optimizer=None)
+        phase = Phase(length=sparse.length, rows=sparse.rows, steps=loop.steps)
+        dense = dataclasses.replace(
+            self.stages["midtrain"], train_data=sparse.train_data, phases=(phase,), loop=loop,
+            mtp_weight=sparse.mtp_weight, mtp_steps=sparse.mtp_steps,
         )  # fmt: skip
-        rows: dict[str, Any] = {"train_data": longest, "rows": 1, "length": self.length, **common}
-        warm = self.do("dsa1", warm_up_indexer, DSAConfig, parent=midtrained, loop=self.loop(INDEXER_LOOP), **rows)
-        sparse = self.do("dsa2", train_sparse, SparseConfig, parent=warm, loop=self.loop(SPARSE_LOOP), **rows)
-        loop = dataclasses.replace(self.loop(SPARSE_LOOP), indexer_optimizer=None)
-        phase = Phase(length=self.length, rows=1, steps=loop.steps)
-        dense = self.do(
-            "dense", midtrain, MidtrainConfig, parent=midtrained, train_data=longest, phases=(phase,), rope_theta=None,
-            loop=loop, **common,
-        )  # fmt: skip
-        return {"midtrain": midtrained, "dsa1": warm, "dsa2": sparse, "dense": dense}
+        return {
+            "midtrain": self.do("midtrain", self.stages["midtrain"], self.options.recipe / "pretrain"),
+            "dsa1": self.do("dsa1", self.stages["dsa1"], self.root / "midtrain"),
+            "dsa2": self.do("dsa2", sparse, self.root / "dsa1"),
+            "dense": self.do("dense", dense, self.root / "midtrain"),
+        }
 
-    def do(self, name: str, stage: Any, config: Any, **values: Any) -> Path:
+    def do(self, name: str, config: Any, parent: Path) -> Path:
+        """One stage; its model directory."""
+        config = dataclasses.replace(config, parent=parent)
+        if self.options.quick:
+            config = shortened(config, 2)
         path = self.root / name
         resume = (path / "run.json").exists()
-        return Path(stage(config(**values), path, resume=resume, console=self.console).model_directory)
+        return perform(job_of(config), path, resume=resume, console=self.console).model_directory
 
     def measure(self, models: dict[str, Path]) -> Measured:
         """Every number of the bars."""
@@ -204,15 +126,23 @@ class Chain:
                 }  # fmt: skip
         documents = 2 if self.options.quick else self.options.heldout_documents
         answers: dict[str, NeedleResult] = {}
-        for name, attention in (("dense", "dense"), ("dsa1", "sparse"), ("dsa2", "sparse"), ("dsa2", "dense")):
+        asked: tuple[tuple[str, Literal["dense", "sparse"]], ...] = (
+            ("dense", "dense"), ("dsa1", "sparse"), ("dsa2", "sparse"), ("dsa2", "dense"),
+        )  # fmt: skip
+        for name, attention in asked:
             label = f"{name}, {attention} attention"
             found.bits_per_byte[label] = evaluate_bits_per_byte(
-                loaded[name].eval(), heldout, length=self.length, rows=2, documents=documents, attention=attention
-            ).bits_per_byte  # type: ignore[arg-type]
+                loaded[name].eval(),
+                heldout,
+                length=self.stages["dsa2"].length,
+                rows=2,
+                documents=documents,
+                attention=attention,
+            ).bits_per_byte
             config = NeedleConfig(
                 lengths=(long,), per_cell=1 if self.options.quick else self.options.questions,
                 attention=attention, rows=2,
-            )  # type: ignore[arg-type]  # fmt: skip
+            )  # fmt: skip
             answers[label] = find_needles(loaded[name], self.tokenizer, heldout, config)
             found.needles[label] = str(answers[label].accuracy())
         dense, sparse = answers["dense, dense attention"], answers["dsa2, sparse attention"]
@@ -280,10 +210,9 @@ def main(options: Options) -> None:
     """Runs what is missing, measures, prints and writes."""
     torch.set_num_threads(options.threads)
     console = Console()
-    parents = options.parents or (options.recipe / "pretrain",) * len(options.seeds)
     found, at = [], (0, 0)
-    for seed, parent in zip(options.seeds, parents, strict=True):
-        chain = Chain(options, seed, parent, console)
+    for seed in options.seeds:
+        chain = Chain(options, seed, console)
         models = chain.run()
         at = lengths(glm5.ModelConfig.from_pretrained(models["dsa1"]).index_topk, options.quick)
         found.append(chain.measure(models))
