@@ -33,7 +33,7 @@ from glm5.cli.recipe_data import Layout
 from glm5.data import open_dataset
 from glm5.evals.needles import NeedleConfig, NeedleResult, compare_needles, find_needles
 from glm5.text import Tokenizer
-from glm5.train import Phase, evaluate_bits_per_byte
+from glm5.train import MidtrainConfig, Phase, evaluate_bits_per_byte
 from glm5.train.indexer_recall import measure_indexer_recall
 from glm5.train.job import perform
 from glm5.train.stages import job_of, shortened
@@ -88,15 +88,16 @@ class Chain:
 
     def run(self) -> dict[str, Path]:
         """All runs of this seed, done or found; name -> model directory."""
-        sparse = self.stages["dsa2"]
+        sparse, midtrain = self.stages["dsa2"], self.stages["midtrain"]
+        assert isinstance(midtrain, MidtrainConfig)
         loop = dataclasses.replace(sparse.loop, indexer_optimizer=None)
         phase = Phase(length=sparse.length, rows=sparse.rows, steps=loop.steps)
         dense = dataclasses.replace(
-            self.stages["midtrain"], train_data=sparse.train_data, phases=(phase,), loop=loop,
+            midtrain, train_data=sparse.train_data, phases=(phase,), loop=loop,
             mtp_weight=sparse.mtp_weight, mtp_steps=sparse.mtp_steps,
         )  # fmt: skip
         return {
-            "midtrain": self.do("midtrain", self.stages["midtrain"], self.options.recipe / "pretrain"),
+            "midtrain": self.do("midtrain", midtrain, self.options.recipe / "pretrain"),
             "dsa1": self.do("dsa1", self.stages["dsa1"], self.root / "midtrain"),
             "dsa2": self.do("dsa2", sparse, self.root / "dsa1"),
             "dense": self.do("dense", dense, self.root / "midtrain"),
