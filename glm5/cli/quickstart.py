@@ -28,9 +28,11 @@ from glm5.evals.skills import SkillsConfig
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.rl import RLConfig
 from glm5.train import PretrainConfig, SFTConfig
+from glm5.train.dsa import NANO_LOOP as INDEXER_LOOP
 from glm5.train.dsa import DSAConfig
 from glm5.train.loop import LoopConfig
 from glm5.train.midtrain import MidtrainConfig
+from glm5.train.sparse import NANO_LOOP as SPARSE_LOOP
 from glm5.train.sparse import SparseConfig
 
 CURRICULUM = (
@@ -109,7 +111,7 @@ def quick_recipe(out: Path, preset: str = "nano") -> Recipe:
                 model=model, tokenizer=at.tokenizer, train_data=(text, facts), prompts=PROMPTS, mtp_steps=1,
                 **held,
                 loop=LoopConfig(
-                    steps=400,
+                    steps=260,
                     optimizer=OptimizerConfig(lr=8e-3, embedding_lr_scale=6.0),
                     schedule=Schedule(shape="cosine", warmup_steps=20, final_fraction=0.1),
                     evaluate_every=100,
@@ -119,20 +121,24 @@ def quick_recipe(out: Path, preset: str = "nano") -> Recipe:
                 parent=at.stage("pretrain"), train_data=(text, facts), rope_theta=None, mtp_weight=0.0, **held,
                 phases=tuple(phase.phase(at) for phase in CURRICULUM),
                 loop=LoopConfig(
-                    steps=sum(phase.steps for phase in CURRICULUM),
-                    optimizer=OptimizerConfig(lr=4e-3, embedding_lr_scale=6.0),
+                    steps=sum(phase.steps for phase in CURRICULUM), spike_factor=None,
+                    optimizer=OptimizerConfig(lr=8e-3, embedding_lr_scale=3.0),
                     schedule=Schedule(shape="linear", warmup_steps=5, final_fraction=0.25),
                 ),
             ),
-            "dsa1": DSAConfig(parent=at.stage("midtrain"), train_data=text.path, length=512, rows=4, **held),
+            "dsa1": DSAConfig(
+                parent=at.stage("midtrain"), train_data=text.path, length=512, rows=2, **held,
+                loop=dataclasses.replace(INDEXER_LOOP, steps=50),
+            ),
             "dsa2": SparseConfig(
-                parent=at.stage("dsa1"), train_data=(text, facts), length=512, rows=4, **held,
+                parent=at.stage("dsa1"), train_data=(text, facts), length=512, rows=2, **held,
+                loop=dataclasses.replace(SPARSE_LOOP, steps=40),
             ),
             "sft": SFTConfig(
                 parent=at.stage("dsa2"), train_data=at.chats, attention="sparse",
                 rows=NANO_SFT_ROWS, length=NANO_SFT_LENGTH,
                 loop=LoopConfig(
-                    steps=150, router_bias_rate=0.0, spike_factor=None,
+                    steps=120, router_bias_rate=0.0, spike_factor=None,
                     optimizer=OptimizerConfig(lr=5e-3, embedding_lr_scale=4.0),
                     schedule=Schedule(shape="cosine", warmup_steps=10, final_fraction=0.1),
                 ),
@@ -142,7 +148,7 @@ def quick_recipe(out: Path, preset: str = "nano") -> Recipe:
         skills=SkillsConfig(facts=120, sums=40, tools=20, unknown=20),
         policy=Policy(
             config=RLConfig(
-                parent=at.stage("sft"), steps=40, prompts_per_step=8, group_size=8, max_tokens=48, thinking=True,
+                parent=at.stage("sft"), steps=24, prompts_per_step=8, group_size=8, max_tokens=48, thinking=True,
                 optimizer=OptimizerConfig(name="adamw", lr=5e-4, betas=(0.9, 0.98), weight_decay=0.0),
             ),
             env=Sums(split="train"),
