@@ -43,6 +43,7 @@ CURRICULUM = (
     LongPhase(length=512, rows=4, steps=30, kinds={"key_value": 1, "multi_needle": 2, "needle": 1}, words=32, text=0.5),
 )
 """Lookups over few words: short rows until the circuit forms, then longer ones."""
+CONVERSATIONS = 6000
 PROMPTS = ("And the LORD said unto Moses,", "torch.nn.functional.", "The function returns")
 
 
@@ -104,7 +105,7 @@ def quick_recipe(out: Path, preset: str = "nano") -> Recipe:
             vocab_size=model.vocab_size,
             world=WorldConfig(entities=100),
             curriculum=CURRICULUM,
-            chats=InstructConfig(conversations=6000),
+            chats=InstructConfig(conversations=CONVERSATIONS),
         ),
         stages={
             "pretrain": PretrainConfig(

@@ -24,6 +24,7 @@ def small_world(monkeypatch):
     """Little text and a tiny model, so that the chain takes seconds."""
     sources = tuple(s for s in installed_sources() if s.name in ("python-reference", "numpy"))
     monkeypatch.setattr("glm5.data.corpus.installed_sources", lambda: sources)
+    monkeypatch.setattr("glm5.cli.quickstart.CONVERSATIONS", 200)
     config = tiny_config(
         vocab_size=1536, pad_token_id=0, eos_token_id=tuple(SPECIAL_TOKENS.index(t) for t in TURN_ENDS)
     )
