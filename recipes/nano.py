@@ -24,7 +24,6 @@ from glm5.data.recipe_sets import (
     NANO_INSTRUCT,
     NANO_SFT_LENGTH,
     NANO_SFT_ROWS,
-    NANO_SFT_STEPS,
     NANO_WORLD,
     NANO_WORLD_SHARE,
 )
@@ -78,9 +77,9 @@ def nano_recipe(out: Path, seed: int = 0) -> Recipe:
                 ),
             ),
             "dsa1": DSAConfig(
-                parent=at.stage("midtrain"), train_data=longest, rows=1, length=2048, **held,
+                parent=at.stage("midtrain"), train_data=text.path, rows=4, length=512, **held,
                 loop=LoopConfig(
-                    steps=100, seed=seed, router_bias_rate=0.0,
+                    steps=80, seed=seed, router_bias_rate=0.0,
                     optimizer=OptimizerConfig(name="adamw", lr=5e-3, weight_decay=0.0),
                     schedule=Schedule(shape="cosine", warmup_steps=5, final_fraction=0.04),
                 ),
@@ -88,7 +87,7 @@ def nano_recipe(out: Path, seed: int = 0) -> Recipe:
             "dsa2": SparseConfig(
                 parent=at.stage("dsa1"), train_data=longest, rows=1, length=2048, **held,
                 loop=LoopConfig(
-                    steps=60, seed=seed, spike_factor=None,
+                    steps=40, seed=seed, spike_factor=None,
                     optimizer=OptimizerConfig(lr=5e-4, embedding_lr_scale=3.0),
                     indexer_optimizer=OptimizerConfig(name="adamw", lr=2e-4, weight_decay=0.0),
                     schedule=Schedule(shape="constant", warmup_steps=5),
@@ -98,7 +97,7 @@ def nano_recipe(out: Path, seed: int = 0) -> Recipe:
                 parent=at.stage("dsa2"), train_data=at.chats, attention="sparse",
                 rows=NANO_SFT_ROWS, length=NANO_SFT_LENGTH,
                 loop=LoopConfig(
-                    steps=NANO_SFT_STEPS, seed=seed, router_bias_rate=0.0, spike_factor=None,
+                    steps=300, seed=seed, router_bias_rate=0.0, spike_factor=None,
                     optimizer=OptimizerConfig(lr=5e-3, embedding_lr_scale=4.0),
                     schedule=Schedule(shape="cosine", warmup_steps=10, final_fraction=0.1),
                 ),
