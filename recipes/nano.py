@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from rich.console import Console
 
 from glm5.cli.recipe import Recipe, run_recipe
 from glm5.cli.recipe_data import DataPlan, Layout, LongPhase
+from glm5.cli.threads import use_threads
 from glm5.config import ModelConfig
 from glm5.data import Share
 from glm5.data.recipe_sets import (
@@ -126,8 +126,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Runs what is missing."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     console = Console(stderr=options.json)
     summary = run_recipe(nano_recipe(options.out, options.seed), options.out, resume=options.resume, console=console)
     if options.json:

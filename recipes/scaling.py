@@ -23,10 +23,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
+from glm5.cli.threads import use_threads
 from glm5.config import ModelConfig
+from glm5.errors import ConfigError
 from glm5.files import write_json
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.train import PretrainConfig, pretrain
@@ -124,7 +125,7 @@ def train_member(width: int, layers: int, options: Options) -> Point:
     config = member(width, layers)
     active = config.num_parameters(active=True)
     steps = max(4, round(options.ratio * active / (ROWS * LENGTH)))
-    directory = options.work / f"width-{width}-steps-{steps}-seed-{options.seed}"
+    directory = options.work / f"width-{width}-steps-{steps}-rate-{options.rate:g}-seed-{options.seed}"
     note = directory / "point.json"
     if not note.exists():
         loop = LoopConfig(
@@ -200,6 +201,8 @@ def svg(points: Sequence[Point], law: PowerLaw) -> str:
 
 def study(options: Options) -> tuple[list[Point], PowerLaw]:
     """All sizes, and the law fitted to all but the last."""
+    if not 4 <= options.sizes <= len(SIZES):
+        raise ConfigError(f"sizes is {options.sizes}; a law needs between 4 and {len(SIZES)}.")
     quickstart_text(options.work)
     points = [train_member(width, layers, options) for width, layers in SIZES[-options.sizes :]]
     return points, fit(points[:-1])
@@ -207,14 +210,17 @@ def study(options: Options) -> tuple[list[Point], PowerLaw]:
 
 def main() -> None:
     options = tyro.cli(Options)
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     points, law = study(options)
     text = table(points, law)
     equation = f"bits per byte = {math.exp(law.intercept):.4g} x C^{law.slope:.4f}"
     print(text, equation, sep="\n\n")
     if options.out is not None:
         options.out.with_suffix(".svg").write_text(svg(points, law), encoding="utf-8")
-        command = f"python -m recipes.scaling --ratio {options.ratio:g} --seed {options.seed}"
+        command = (
+            f"python -m recipes.scaling --ratio {options.ratio:g} --rate {options.rate:g} --sizes {options.sizes} "
+            f"--seed {options.seed}"
+        )
         picture = f"![loss against compute]({options.out.with_suffix('.svg').name})"
         parts = [
             "# Loss against compute",

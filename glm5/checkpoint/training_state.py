@@ -54,8 +54,13 @@ class TrainingCheckpoints:
     def __enter__(self) -> TrainingCheckpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.wait()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.wait()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            error.add_note(str(failed))  # what stopped the loop stays in front
 
     def all(self) -> list[Path]:
         """Whole checkpoints, oldest first."""

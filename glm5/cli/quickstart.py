@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from glm5.cli.recipe import Policy, Recipe, run_recipe
 from glm5.cli.recipe_data import DataPlan, Layout, LongPhase
+from glm5.cli.threads import use_threads
 from glm5.config import ModelConfig
 from glm5.data import Share
 from glm5.data.instruct import InstructConfig
@@ -74,8 +74,7 @@ class QuickstartOptions:
 
 def run(options: QuickstartOptions) -> int:
     """Runs the whole chain; prints where everything is and what to try next."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     console = Console(stderr=options.json)
     recipe = quick_recipe(options.out, options.preset)
     given = {name: getattr(options, f"{name}_steps") for name in (*recipe.stages, "rl")}

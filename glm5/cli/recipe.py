@@ -35,6 +35,7 @@ from glm5.text import Tokenizer
 from glm5.train import RunDirectory
 from glm5.train.indexer_recall import measure_indexer_recall
 from glm5.train.job import perform
+from glm5.train.run_directory import plain
 from glm5.train.stages import AnyConfig, job_of, shortened
 
 COMPARED = "def forward(self, input): returns the sum of all elements in the tensor. " * 8
@@ -141,8 +142,12 @@ class Chain:
     def measured(self, name: str) -> dict[str, Any]:
         """What the recipe measures after this stage; kept in the stage's directory, so that it is measured once."""
         file = self.layout.stage(name) / "measured.json"
+        asked = (self.recipe.needles, self.recipe.needles_after, self.recipe.recall_rows, self.recipe.skills)
+        settings = plain(asked)
         if file.exists():
-            return dict(json.loads(file.read_text(encoding="utf-8")))
+            old: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if old.pop("settings", None) == settings:
+                return old
         found: dict[str, Any] = {}
         if name == "pretrain":
             found["transformers"] = self.compare_with_transformers()
@@ -152,7 +157,7 @@ class Chain:
             found["indexer_recall"] = self.indexer_recall(name)
         if name == "sft":
             found["skills"] = self.skills(name)
-        write_json(file, found)
+        write_json(file, {"settings": settings, **found})
         return found
 
     def compare_with_transformers(self) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from glm5.cli.threads import use_threads
 from glm5.cli.train_flags import REGISTRY
 from glm5.cli.train_proof import print_replay, print_verdict
 from glm5.errors import RunError
@@ -91,8 +92,7 @@ def run(arguments: Sequence[str]) -> int:
     else:
         parse_stage(["--help"])  # prints the stages and exits
         return 0
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     console = Console(stderr=options.json)
     if options.replay_step is not None:
         return print_replay(replay_step(options.out, options.replay_step), console, as_json=options.json)

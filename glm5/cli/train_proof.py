@@ -35,10 +35,10 @@ def print_replay(found: Replayed, console: Console, *, as_json: bool) -> int:
 
 
 def print_verdict(verdict: Verdict, console: Console, *, as_json: bool) -> int:
-    """Kills, hashes, verdict; the exit status is 1 when the runs differ."""
+    """Kills, hashes, verdict; the exit status is 1 when the runs differ or nothing was proved."""
     if as_json:
-        print(json.dumps({**dataclasses.asdict(verdict), "equal": verdict.equal}))
-        return 0 if verdict.equal else 1
+        print(json.dumps({**dataclasses.asdict(verdict), "equal": verdict.equal, "proved": verdict.proved}))
+        return 0 if verdict.proved else 1
     kills = Table("kill", "after step", "seconds later", "lines written", title="SIGKILL")
     for i, kill in enumerate(verdict.kills, 1):
         lines = "the run had ended" if kill.finished else str(kill.lines)
@@ -50,6 +50,10 @@ def print_verdict(verdict: Verdict, console: Console, *, as_json: bool) -> int:
         hashes = (verdict.whole.get(name, "missing")[:16], verdict.killed.get(name, "missing")[:16])
         files.add_row(name, *hashes, style=None if same else "red")
     console.print(files)
-    verdict_text = "the killed and resumed run is the same run, to the bit." if verdict.equal else "THE RUNS DIFFER."
-    console.print(f"Verdict: {verdict_text}")
-    return 0 if verdict.equal else 1
+    said = "THE RUNS DIFFER."
+    if verdict.proved:
+        said = "the killed and resumed run is the same run, to the bit."
+    elif verdict.equal:
+        said = "no kill met a run that was still going; take more steps or kills."
+    console.print(f"Verdict: {said}")
+    return 0 if verdict.proved else 1

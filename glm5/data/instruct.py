@@ -14,6 +14,7 @@ Shares count conversations. Everything is a function of the config and the world
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any
 
 from glm5.data.addition import number_is_held_out, sums
 from glm5.data.chat import Chat
+from glm5.data.corpus import is_held_out
 from glm5.data.gym_chats import gym_chats
 from glm5.data.real_tables import table_chats
 from glm5.data.tool_chats import ToolRequests
@@ -38,6 +40,7 @@ MISSING = {
     "founder": "company", "product": "company", "colour": "mineral", "discoverer": "mineral",
 }  # fmt: skip
 """Nouns of relations that only one kind has."""
+MISSING_HELD_OUT_PER_THOUSAND = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +132,21 @@ class Strangers:
         return text[0].upper() + text[1:], f"{relation.noun} of {name}"
 
     def missing(self) -> tuple[str, str]:
-        """A relation that a known entity does not have."""
+        """A relation that a known entity does not have. By the hash of both, one in five is never asked in training."""
         noun, kind = self._draw.choice(list(MISSING.items()))
-        others = [e for e in self._entities if e.kind != kind and e.name in self._practised]
+        held_out = self._phrasing == "heldout"
+        others = [
+            e for e in self._entities
+            if e.kind != kind and e.name in self._practised and missing_is_held_out(noun, e.name) == held_out
+        ]  # fmt: skip
         name = self._draw.choice(others).name
         text = self._draw.choice(getattr(GENERAL_QUESTIONS, self._phrasing)).format(e=name, noun=noun)
         return text[0].upper() + text[1:], f"{noun} of {name}"
+
+
+def missing_is_held_out(noun: str, name: str) -> bool:
+    """Whether only evaluations ask for this relation of this entity."""
+    return is_held_out(hashlib.sha256(f"missing {noun} of {name}".encode()).hexdigest(), MISSING_HELD_OUT_PER_THOUSAND)
 
 
 def _fact_chat(facts: list[Fact], draw: random.Random, config: InstructConfig) -> Chat:

@@ -87,6 +87,7 @@ class LongContext:
             raise ConfigError(f"zipf is {zipf}; it must be above 0, or None for words that are all alike.")
         self.weights = [1.0 if zipf is None else 1 / (rank + zipf) for rank in range(len(self.words))]
         self.only_words = words is not None or zipf is not None
+        self._splits: dict[tuple[int, int], Split] = {}
         self._needle = tokenizer.encode(NEEDLE)
         self._end = tokenizer.encode(".\n")
         self._line = tokenizer.encode("\n")
@@ -161,7 +162,7 @@ class LongContext:
         draw = self._draw("repeat", length, index)
         period = draw.randint(8, length // 2)
         real = not self.only_words and draw.random() < 0.5
-        passage = self._filler(draw, period) if real else draw.choices(self.words, self.weights, k=period)
+        passage = self._filler(draw, period) if real else self._neighbours(draw, period)
         ids = [self.tokenizer.pad_id, *passage * (length // period + 1)][: length + 1]
         answers = [(at, at + 1) for at in range(period + 2, length + 1)]
         return Example(ids, answers, [(start - period) / length for start, _ in answers])
@@ -194,7 +195,7 @@ class LongContext:
         pairs: list[tuple[int, int]] = []
         while pool and len(pairs) < count:
             key = pool.pop(0)
-            value = next((word for word in pool if self.split == split_of(self._text(key), self._text(word))), None)
+            value = next((word for word in pool if self._belongs(key, word)), None)
             if value is not None:
                 pool.remove(value)
                 pairs.append((key, value))
@@ -203,8 +204,24 @@ class LongContext:
         draw.shuffle(pairs)
         return pairs
 
-    def _text(self, word: int) -> str:
-        return self.tokenizer.decode([word])
+    def _neighbours(self, draw: random.Random, count: int) -> list[int]:
+        """Random words of which every two neighbours, the last and the first too, are a pair of the split."""
+        for _ in range(100):
+            words = draw.choices(self.words, self.weights)
+            for _ in range(1000 * count):
+                word = draw.choices(self.words, self.weights)[0]
+                last = len(words) == count - 1
+                if self._belongs(words[-1], word) and not (last and not self._belongs(word, words[0])):
+                    words.append(word)
+                if len(words) == count:
+                    return words
+        raise DataError(f"{count} words in pairs of the split do not fit into {len(self.words)} words; take more.")
+
+    def _belongs(self, key: int, value: int) -> bool:
+        """Whether the pair is of this split."""
+        if (key, value) not in self._splits:
+            self._splits[key, value] = split_of(self.tokenizer.decode([key]), self.tokenizer.decode([value]))
+        return self._splits[key, value] == self.split
 
     def _filler(self, draw: random.Random, count: int, *, without: Set[int] = frozenset()) -> list[int]:
         """`count` tokens of running text from a random document on, without the marks between documents.

@@ -22,6 +22,14 @@ def recent_losses(lines: Iterable[dict[str, Any]]) -> list[float]:
     return [line["loss"] for line in lines if "skipped" not in line][-SPIKE_WINDOW:]
 
 
+def skipped_in_a_row(lines: Iterable[dict[str, Any]]) -> int:
+    """Steps left out since the last one that was taken."""
+    count = 0
+    for line in lines:
+        count = count + 1 if "skipped" in line else 0
+    return count
+
+
 def trouble_with(
     loss: float, grad_norms: dict[str, float], recent: list[float], spike_factor: float | None
 ) -> str | None:
@@ -36,10 +44,13 @@ def trouble_with(
     return None
 
 
-def unhealthy(trouble: str, stage: str, step: int, seed: int) -> RunError:
-    """The error that names the batch behind such a step, and the ways on."""
+def unhealthy(trouble: str, stage: str, step: int, seed: int, skipped: int = 0) -> RunError:
+    """The error that names the batch behind such a step, and the ways on; `skipped` steps before it were left out."""
     remedy = f"resume with on_spike='skip' to leave such steps out, or {LOWER_RATE}"
-    if "jumped" in trouble:
+    if skipped:
+        trouble = f"{trouble} (the {skipped} steps before it were left out)"
+        remedy = f"resume with spike_factor=None if that is the level of this data, or {LOWER_RATE}"
+    elif "jumped" in trouble:
         remedy = f"resume with spike_factor=None to let it pass, or on_spike='skip' to leave it out, or {LOWER_RATE}"
     return RunError(
         f"The {trouble} at step {step} of {stage}, before the weights changed. The batch is number {step} of seed "

@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 
 from glm5.data import Batch
-from glm5.errors import RunError
+from glm5.errors import ConfigError, RunError
 from glm5.files import replacing
 from glm5.model import GLM5
 from glm5.optim import (
@@ -43,7 +43,7 @@ from glm5.parallel.pipeline import PipelinePart, copies
 from glm5.train.activations import checkpoint_layers
 from glm5.train.checks import check_choice, check_counts, check_numbers
 from glm5.train.experts import Loads, busiest_expert, expert_loads, router_biases
-from glm5.train.guards import recent_losses, trouble_with, unhealthy
+from glm5.train.guards import SPIKE_WINDOW, recent_losses, skipped_in_a_row, trouble_with, unhealthy
 from glm5.train.losses import Counts, Loss, count
 from glm5.train.progress import RunInterrupted, interrupts, progress_bar
 from glm5.train.run_directory import RunDirectory
@@ -103,6 +103,14 @@ class LoopConfig:
         check_choice(self, "precision", "fp32", "bf16")
         check_choice(self, "gather", "fp32", "bf16")
         check_choice(self, "on_spike", "stop", "skip")
+        if self.keep_best is not None:
+            check_choice(self, "keep_best", "loss", "lm", "mtp", "balance", "indexer_kl", "heldout_bits_per_byte")
+            every = self.evaluate_every
+            if self.keep_best == "heldout_bits_per_byte" and not (every and self.checkpoint_every % every == 0):
+                raise ConfigError(
+                    f"keep_best={self.keep_best} needs an evaluation at every checkpoint; set evaluate_every to a "
+                    f"divisor of checkpoint_every ({self.checkpoint_every})."
+                )
         for name in self.watch:
             check_choice(self, "watch", "tensorboard", "trackio", value=name)
 
@@ -155,10 +163,12 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
     first = run.load_checkpoint(model, optimizers)
     run.rewind(first)
     recent = recent_losses(run.read("metrics"))
+    skipped = skipped_in_a_row(run.read("metrics"))
     model.train()
     first_process = mesh.rank == 0
     with (
         progress_bar(stage.name, first, config.steps, console if first_process else Console(quiet=True)) as show,
+        run.exclusive(),
         interrupts() as stopped,
         watchers(config.watch if first_process else (), run.path, first) as write,
         run.saved,
@@ -172,11 +182,13 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
             values = metrics_of(step, found, fraction * config.optimizer.lr)
             trouble = trouble_with(found.loss, found.grad_norms, recent, config.spike_factor)
             if trouble is None:
+                skipped = 0
                 update(model, optimizers, found.loads, config)
                 recent = recent_losses([*({"loss": loss} for loss in recent), values])
-            elif config.on_spike == "stop":
-                raise unhealthy(trouble, stage.name, step, stage.loader.seed)
+            elif config.on_spike == "stop" or skipped == SPIKE_WINDOW:
+                raise unhealthy(trouble, stage.name, step, stage.loader.seed, skipped)
             else:
+                skipped += 1
                 values["skipped"] = trouble
             model.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - started

@@ -74,6 +74,8 @@ class MidtrainConfig(StageConfig):
         super().__post_init__()
         if self.rope_theta is not None:
             check_numbers(self, "rope_theta", above=0)
+        if self.warmup is not None:
+            raise ConfigError("mid-training sets its rows by phases; leave warmup out.")
         planned = sum(phase.steps for phase in self.phases)
         if planned != self.loop.steps:
             raise ConfigError(f"the phases have {planned} steps and the loop {self.loop.steps}; make them equal.")

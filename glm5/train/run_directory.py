@@ -8,12 +8,14 @@ all `model/`, a Hugging Face directory. The presence of `model/` says that the r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from glm5.errors import RunError
 from glm5.files import replacing, sha256_of, write_json
 from glm5.parallel.mesh import on_first, world_rank
 
+IDENTIFIED = frozenset({"parent", "tokenizer", "train_data", "heldout_data", "path"})
+"""Settings that are places; `inputs` and the run's `parent` hold the hashes of what was there."""
 OPERATIONAL = frozenset(
     {
         "checkpoint_activations",
@@ -100,7 +104,8 @@ class RunDirectory:
             old = cls.open(path)
             if not resume:
                 raise RunError(f"{path} already holds a run; resume it, or choose another directory.")
-            change = first_difference({name: old.description.get(name) for name in plan}, plan)
+            before = {name: old.description.get(name) for name in plan}
+            change = first_difference(without_paths(before), without_paths(plan))
             if change is not None:
                 raise RunError(f"{path} was started with another {change}; resume it unchanged, or start a new run.")
             sessions = old.description["sessions"]
@@ -109,6 +114,21 @@ class RunDirectory:
         if not sessions or sessions[-1] != session:
             sessions = [*sessions, session]
         write_json(path / "run.json", {"kind": "run", **plan, "sessions": sessions})
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keeps other processes out while this one trains; a killed one lets go. Raises RunError when one is in."""
+        if os.name != "posix" or world_rank() > 0:
+            yield
+            return
+        import fcntl
+
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.path} is being trained by another process; wait for it, or stop it.") from None
+            yield
 
     # ---- metrics ------------------------------------------------------------------------------------------------
     def append(self, file: str, values: dict[str, Any]) -> None:
@@ -248,6 +268,17 @@ def operational(values: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, dict):
             found |= operational(value)
     return found
+
+
+def without_paths(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan without the places of its inputs: their contents are compared by hash, so a tree may be moved."""
+
+    def stripped(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: stripped(v) for k, v in value.items() if not (k in IDENTIFIED and isinstance(v, str))}
+        return [stripped(item) for item in value] if isinstance(value, list) else value
+
+    return {**plan, "config": stripped(plan["config"])}
 
 
 def first_difference(old: Any, new: Any, name: str = "") -> str | None:

@@ -58,6 +58,11 @@ class Verdict:
         return self.whole == self.killed
 
     @property
+    def proved(self) -> bool:
+        """Equal, and at least one kill met a run that was still going."""
+        return self.equal and any(not kill.finished for kill in self.kills)
+
+    @property
     def differences(self) -> tuple[str, ...]:
         return tuple(
             n for n in sorted(self.whole.keys() | self.killed.keys()) if self.whole.get(n) != self.killed.get(n)
@@ -69,6 +74,8 @@ def verify_resume(config: AnyConfig, out: Path, *, kills: int = 3, seed: int = 0
 
     Raises RunError when `out` holds something, or when a child process fails by itself.
     """
+    if kills < 1:
+        raise RunError(f"kills is {kills}; a proof needs at least one.")
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty; choose another directory for the proof.")
     run_through(config, out / "whole", threads)

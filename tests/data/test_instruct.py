@@ -247,3 +247,15 @@ def test_problems_of_a_gym(monkeypatch):
 @pytest.mark.soak
 def test_problems_of_reasoning_gym():
     check_gym(pytest.importorskip("reasoning_gym"))
+
+
+def test_some_missing_relations_are_asked_by_evaluations_only(world):
+    trained = {subject for _, subject in missing_of(world, 0, "train", 2000)}
+    asked = {subject for _, subject in missing_of(world, 1_000_003, "heldout", 60)}
+    assert len(trained) > 50 and len(asked) > 5
+    assert not trained & asked
+
+
+def missing_of(world, seed, phrasing, count):
+    strangers = Strangers(world, seed, phrasing)
+    return [strangers.missing() for _ in range(count)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_runs import StopAt, pretrain_config, same, state_of
 
-from glm5.data import Share, write_dataset
+from glm5.data import BatchWarmup, Share, write_dataset
 from glm5.data.shards import TokenDocument
 from glm5.errors import ConfigError, DataError, GLM5Error, RunError
 from glm5.text import Tokenizer
@@ -28,7 +28,9 @@ from glm5.train import (
     train_sparse,
     warm_up_indexer,
 )
+from glm5.train.guards import SPIKE_WINDOW, skipped_in_a_row, unhealthy
 from glm5.train.job import perform
+from glm5.train.verify_resume import Kill, Verdict, verify_resume
 
 LOOP = LoopConfig(steps=2)
 
@@ -190,3 +192,56 @@ def test_a_full_disk(tiny, straight, tmp_path, monkeypatch, when):
     assert same(state_of(run), state_of(straight))
     assert (run.path / "metrics.jsonl").read_bytes() == (straight.path / "metrics.jsonl").read_bytes()
     assert not list((run.path / "checkpoints").glob("*.partial"))
+
+
+def test_a_moved_tree_is_the_same_run(tiny, tmp_path):
+    """Places may change; contents are compared by hash."""
+    config = dataclasses.replace(pretrain_config(tiny), loop=dataclasses.replace(pretrain_config(tiny).loop, steps=2))
+    pretrain(config, tmp_path / "run")
+    moved = shutil.copytree(tiny[0], tmp_path / "elsewhere")
+    again = dataclasses.replace(config, train_data=moved / config.train_data.name)
+    assert pretrain(again, tmp_path / "run", resume=True).finished
+
+
+def test_two_processes_do_not_train_one_run(tiny, tmp_path):
+    config = pretrain_config(tiny)
+    pretrain(dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=1)), tmp_path / "run")
+    run = RunDirectory.open(tmp_path / "run")
+    with run.exclusive():
+        with pytest.raises(RunError, match="is being trained by another process"), run.exclusive():
+            pass
+
+
+@pytest.mark.parametrize("settings", [
+    {"keep_best": "heldout_bits_per_bite"},
+    {"keep_best": "heldout_bits_per_byte", "evaluate_every": 7, "checkpoint_every": 5},
+])  # fmt: skip
+def test_a_best_checkpoint_that_would_never_be_known(settings):
+    with pytest.raises(ConfigError, match="keep_best"):
+        LoopConfig(steps=2, **settings)
+
+
+def test_a_warmup_that_phases_would_ignore(tmp_path):
+    with pytest.raises(ConfigError, match="leave warmup out"):
+        MidtrainConfig(
+            parent=tmp_path, train_data=tmp_path, phases=(Phase(length=8, rows=2, steps=2),), loop=LOOP,
+            warmup=BatchWarmup(start=1, steps=2),
+        )  # fmt: skip
+
+
+def test_a_level_that_stays_ends_the_skipping():
+    """Skipped losses are not in the median, so a lasting shift would leave out every step to the end."""
+    lines = [{"loss": 1.0}] * 3 + [{"loss": 9.0, "skipped": "loss jumped"}] * SPIKE_WINDOW
+    assert skipped_in_a_row(lines) == SPIKE_WINDOW
+    assert skipped_in_a_row([*lines, {"loss": 1.0}]) == 0
+    said = str(unhealthy("loss jumped to 9", "sft", 23, 0, SPIKE_WINDOW))
+    assert "20 steps before it were left out" in said and "spike_factor=None" in said
+
+
+def test_a_proof_without_a_kill_proves_nothing(tiny, tmp_path):
+    with pytest.raises(RunError, match="at least one"):
+        verify_resume(pretrain_config(tiny), tmp_path / "proof", kills=0)
+    same_hashes = {"metrics.jsonl": "0"}
+    late = Kill(target=1, seconds_after=0.0, lines=2, finished=True)
+    assert not Verdict((late,), same_hashes, same_hashes).proved
+    assert Verdict((dataclasses.replace(late, finished=False),), same_hashes, same_hashes).proved
