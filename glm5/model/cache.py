@@ -91,13 +91,13 @@ class LatentCache:
                 f"The cache is full: {self.length:,} of {self.capacity:,} tokens are taken and {tokens:,} more were "
                 "given; make a larger cache, or grow this one."
             )
+        if self.length == 0:
+            self.segments_BS = None  # of what was forgotten
         self._reserved = tokens
 
     def reserve(self, batch: int, tokens: int, segments_BT: Tensor | None, positions_BT: Tensor | None) -> Spans:
         """See `Cache`. Without segment ids the new tokens continue each row's last segment."""
         self.claim(batch, tokens)
-        if self.length == 0:
-            self.segments_BS = None
         device = next(iter(self.latents.values())).device
         if segments_BT is None and self.segments_BS is None:
             return plain_spans(batch, tokens, self.length, positions_BT, device)

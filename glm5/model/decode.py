@@ -234,7 +234,7 @@ class Decoder:
             weights.module(trunk, "embed_tokens", nn.Embedding), "weight", c.vocab_size, c.hidden_size
         )
         self._norm = weights.norm(trunk, "norm", c.hidden_size)
-        layers = weights.module(trunk, "layers", nn.ModuleList)
+        layers = self._layers = weights.module(trunk, "layers", nn.ModuleList)
         if len(layers) != c.num_hidden_layers:
             raise Unsuitable
         self._steps: list[AttentionStep | FeedForwardStep] = []
@@ -256,7 +256,7 @@ class Decoder:
 
     def current(self, config: ModelConfig) -> bool:
         """Whether the model still consists of what this decoder reads."""
-        return self.config is config and self._weights.current()
+        return self.config is config and 2 * len(self._layers) == len(self._steps) and self._weights.current()
 
     def fits(self, cache: LatentCache) -> bool:
         """Whether the cache holds rows of every layer and of no other."""
@@ -312,13 +312,16 @@ class FastSteps:
         self, model: nn.Module, config: ModelConfig, ids_BT: Tensor, cache: Cache | None, sparse: bool
     ) -> Tensor | None:
         """Logits [B, 1, V] of a step, whose rows the cache then holds; None: nothing was done, run the modules."""
-        if ids_BT.shape[1] != 1 or not isinstance(cache, LatentCache) or not _suits(ids_BT, cache):
+        if ids_BT.shape[1] != 1 or not isinstance(cache, LatentCache):
             return None
-        if self._decoder is None or not self._decoder.current(config):
+        if self._decoder is not None and not self._decoder.current(config):
+            self._decoder = None  # and with it the memory that the model has left
+        if not _suits(ids_BT, cache):
+            return None
+        if self._decoder is None:
             try:
                 self._decoder = Decoder(model, config)
             except Unsuitable:
-                self._decoder = None
                 return None
         many = self._decoder.products > MOST_PRODUCTS and torch.get_num_threads() > 1
         if many or not self._decoder.fits(cache):

@@ -28,7 +28,7 @@ class WeightsInPlace:
     def __init__(self) -> None:
         self._slots: list[tuple[dict[str, Any], str, object]] = []  # a module's dictionary, a name, what it held
         self._modules: list[tuple[nn.Module, type[nn.Module]]] = []
-        self._tensors: list[tuple[Tensor, int]] = []  # with their addresses
+        self._tensors: list[tuple[Tensor, int, torch.Size]] = []  # with their addresses and shapes
         self._alive: list[Tensor] = []  # the memory outlives a parameter that is given another
         self.products = 0
         """Multiplications that one token takes."""
@@ -53,7 +53,7 @@ class WeightsInPlace:
         if tensor.shape != shape:
             raise Unsuitable
         self._slots.append((holder, name, tensor))
-        self._tensors.append((tensor, tensor.data_ptr()))
+        self._tensors.append((tensor, tensor.data_ptr(), tensor.shape))
         self._alive.append(tensor.detach())
         return Matrix.of(self._alive[-1])
 
@@ -96,8 +96,10 @@ class WeightsInPlace:
         for holder, name, held in self._slots:
             if holder.get(name) is not held:
                 return False
-        for tensor, address in self._tensors:
-            if tensor.data_ptr() != address:
+        for tensor, address, shape in self._tensors:
+            if tensor.data_ptr() != address or tensor.shape != shape or tensor.dtype != torch.float32:
+                return False
+            if not tensor.is_contiguous():
                 return False
         for module, kind in self._modules:
             if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:

@@ -110,7 +110,7 @@ class Pipeline:
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
         self._worker: _Worker | None = None
-        self._schedules: dict[tuple[int, ...], Schedule1F1B] = {}
+        self._schedules: dict[tuple[object, ...], Schedule1F1B] = {}
 
     def step(
         self,
@@ -133,7 +133,9 @@ class Pipeline:
                 "(a smaller micro_rows)."
             )
         worker = self._worker = self._worker or _Worker(model)
-        key = (count, *state_shape)
+        if worker.model is not model:
+            raise InputError("A pipeline runs the model of its first step; make another Pipeline for another model.")
+        key = (count, *state_shape, dtype)
         if key not in self._schedules:
             self._schedules[key] = self._schedule(worker, count, state_shape, dtype)
         worker.begin(micro_batches, loss)

@@ -97,10 +97,12 @@ class CutExperts(Experts):
         gate_up, down = local(self.gate_up_proj), local(self.down_proj)
         here_NK = chosen_NK - self.first
         token_P, slot_P = ((here_NK >= 0) & (here_NK < gate_up.shape[0])).nonzero(as_tuple=True)
-        y_PD = run_experts(
-            x_ND[token_P], here_NK[token_P, slot_P, None], weights_NK[token_P, slot_P, None].to(x_ND.dtype),
-            gate_up, down,
-        )  # fmt: skip
+        if len(token_P):
+            here_P1, weight_P1 = here_NK[token_P, slot_P, None], weights_NK[token_P, slot_P, None]
+        else:  # one pair that counts nothing: the weights must get a gradient all the same
+            token_P = here_NK.new_zeros(1)
+            here_P1, weight_P1 = here_NK.new_zeros(1, 1), weights_NK[:1, :1] * 0
+        y_PD = run_experts(x_ND[token_P], here_P1, weight_P1.to(x_ND.dtype), gate_up, down)
         return sum_over(torch.zeros_like(x_ND).index_add(0, token_P, y_PD.to(x_ND.dtype)), self.group)
 
 

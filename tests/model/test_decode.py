@@ -254,7 +254,15 @@ def another_config(model: glm5.GLM5) -> None:
         layer.self_attn.config = model.config
 
 
-CHANGES = [in_bulk, assigned, moved, replaced, another_layer, adamw, muon, adapted, merged, quantised,
+def seen_otherwise(model: glm5.GLM5) -> None:
+    """The same address, other strides."""
+    weight = model.model.norm.weight
+    with torch.no_grad():
+        weight[0] = 3.0
+    weight.data = weight.data.as_strided(weight.shape, (0,))
+
+
+CHANGES = [seen_otherwise, in_bulk, assigned, moved, replaced, another_layer, adamw, muon, adapted, merged, quantised,
            quantised_experts, hooked, prepared, another_forward, another_class, another_epsilon,
            another_config]  # fmt: skip
 
@@ -268,6 +276,33 @@ def test_a_change_of_the_model_is_seen_by_the_next_step(change):
     change(model)
     after = assert_like_the_modules(model)
     assert (after - before).abs().max() > 1e-4
+
+
+@needs_extension
+def test_a_model_that_became_another_is_left_alone():
+    """Nothing of the old weights is kept, and one more layer is not overlooked."""
+    model = tiny_model(1)
+    assert_like_the_modules(model)
+    cache = filled(model)
+    model.model.layers.append(torch.nn.Identity())
+    assert not model._fast_steps._decoder.current(model.config)
+    assert model._fast_steps.logits(model, model.config, IDS[:1, 30:31], cache, True) is None
+    assert model._fast_steps._decoder is None
+
+
+@needs_extension
+def test_a_cache_that_once_had_padding_starts_anew(steps):
+    model = tiny_model(1)
+    cache = LatentCache(model.config, batch=1, capacity=8)
+    model(IDS[:1, :3], segment_ids_BT=torch.tensor([[-1, 0, 0]]), cache=cache)
+    cache.truncate(0)
+    fresh = LatentCache(model.config, batch=1, capacity=8)
+    for i in range(3):
+        fast = model(IDS[:1, i : i + 1], cache=cache).logits
+        with modules_only():
+            slow = model(IDS[:1, i : i + 1], cache=fresh).logits
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+    assert len(steps) == 3
 
 
 @needs_extension
