@@ -102,6 +102,15 @@ def nano_recipe(out: Path, seed: int = 0) -> Recipe:
                     schedule=Schedule(shape="cosine", warmup_steps=10, final_fraction=0.1),
                 ),
             ),
+            "sft2": SFTConfig(
+                parent=at.stage("sft"), train_data=at.chats, attention="sparse",
+                rows=NANO_SFT_ROWS, length=NANO_SFT_LENGTH,
+                loop=LoopConfig(
+                    steps=220, seed=seed + 1, router_bias_rate=0.0, spike_factor=None,
+                    optimizer=OptimizerConfig(lr=3e-3, embedding_lr_scale=4.0),
+                    schedule=Schedule(shape="cosine", warmup_steps=10, final_fraction=0.1),
+                ),
+            ),
         },
         needles=NeedleConfig(lengths=(512, 2048), per_cell=20),
         recall_rows=8,

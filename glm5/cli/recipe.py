@@ -32,7 +32,7 @@ from glm5.evals.skills import SkillsConfig, evaluate_skills, write_skills
 from glm5.files import write_json
 from glm5.rl import RLConfig, train_policy
 from glm5.text import Tokenizer
-from glm5.train import RunDirectory
+from glm5.train import RunDirectory, SFTConfig
 from glm5.train.indexer_recall import measure_indexer_recall
 from glm5.train.job import perform
 from glm5.train.run_directory import plain
@@ -64,7 +64,7 @@ class Recipe:
     recall_rows: int = 8
     """Held-out rows on which the indexer's recall is measured."""
     skills: SkillsConfig
-    """Asked after SFT."""
+    """Asked after every supervised stage."""
     policy: Policy | None = None
 
     def with_steps(self, steps: dict[str, int]) -> Recipe:
@@ -155,7 +155,7 @@ class Chain:
             found["needles"] = self.needles(name)
         if name in ("dsa1", "dsa2"):
             found["indexer_recall"] = self.indexer_recall(name)
-        if name == "sft":
+        if isinstance(self.recipe.stages[name], SFTConfig):
             found["skills"] = self.skills(name)
         write_json(file, {"settings": settings, **found})
         return found
