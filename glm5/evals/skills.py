@@ -1,8 +1,8 @@
-"""The skills of the first instruct set, measured on what was never trained: `glm5 eval DIR --suite skills --world WORLD`.
+"""Skills measured on what was never trained: `glm5 eval DIR --suite skills --world WORLD`.
 
 | group | what is asked | right when |
 |---|---|---|
-| facts | taught facts in held-out wordings, by exposure; not practised ones apart; train wordings for comparison | the value or an alias |
+| facts | taught facts in held-out wordings, by exposure; not practised ones; train wordings | the value or an alias |
 | sums | sums with a number that no training problem adds; sums of trained numbers for comparison | the number |
 | tools | held-out wordings, numbers and names | one call, valid under the schema; the right tool; the right arguments |
 | unknown | strangers, relations that an entity lacks, never-taught entities of the world | "I don't know" |
@@ -11,7 +11,7 @@
 
 Beside the facts stands the best constant answer per relation, which needs no knowledge. All is greedy and a function of
 the config. The bars are what `recipes/nano.py` has to meet after `sft`.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
