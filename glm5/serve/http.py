@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
 
@@ -36,4 +37,5 @@ def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 0, ready: Callable[
         if ready:
             ready(f"http://{name}:{listener.getsockname()[1]}")
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
-        uvicorn.Server(config).run(sockets=[listener])
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises Ctrl-C once more after its orderly end
+            uvicorn.Server(config).run(sockets=[listener])
