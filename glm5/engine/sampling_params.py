@@ -1,12 +1,14 @@
 """How one request is sampled: the field names and defaults of vLLM's `SamplingParams`, checked when it is made.
 
-Left out for now: penalties, logit bias, prompt log-probabilities and structured output.
+What each field does, with its formula and in which order they apply, is in docs/sampling.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from glm5.engine.checks import as_tuple, check_number, check_whole
 from glm5.errors import InputError
@@ -14,13 +16,67 @@ from glm5.errors import InputError
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_SAMPLES = 256
+MAX_BIASES = 1024
+MAX_BIAS = 100.0
+MAX_PENALTY = 2.0
+MAX_GRAMMAR_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputs:
+    """What the completion must be, word for word; exactly one field is given. Raises `InputError`.
+
+    Whether the schema, expression or grammar can be used is found when the engine takes the request
+    (`glm5.engine.grammar`).
+    """
+
+    json: str | Mapping[str, Any] | bool | None = None
+    """A JSON schema (draft 2020-12) as its text, a mapping or a bool; stored as its text. `{}` is any JSON value."""
+    regex: str | None = None
+    """A regular expression that the whole completion matches (Rust's syntax, no look-around)."""
+    choice: Iterable[str] | None = None
+    """The completion is one of these texts; stored as a tuple."""
+    grammar: str | None = None
+    """A Lark grammar in llguidance's dialect; `start` is its first rule."""
+
+    def __post_init__(self) -> None:
+        fields = {"json": self.json, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
+        given = [name for name, value in fields.items() if value is not None]
+        if len(given) != 1:
+            named = " and ".join(given) or "none"
+            raise InputError(f"structured_outputs has {named}; give exactly one of json, regex, choice and grammar.")
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _choices(self.choice))
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise InputError(f"structured_outputs.{name} is {value!r}; give a text of at least one character.")
+        size = len(self.text.encode("utf-8", "surrogatepass"))
+        if size > MAX_GRAMMAR_BYTES:
+            raise InputError(
+                f"structured_outputs.{self.kind} has {size:,} bytes; at most {MAX_GRAMMAR_BYTES:,} are taken."
+            )
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that is given."""
+        return next(name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None)
+
+    @property
+    def text(self) -> str:
+        """The field as one text, which with `kind` identifies the grammar."""
+        value = getattr(self, self.kind)
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Sampling settings of one request; `dataclasses.replace` changes a field (it validates again).
 
-    The order of the filters is temperature, `min_p`, `top_k`, `top_p`, as in vLLM. Raises `InputError`.
+    The order, as in vLLM: structure, `min_tokens`, `logit_bias`, penalties, temperature, `min_p`, `top_k`, `top_p`.
+    Raises `InputError`.
     """
 
     n: int = 1
@@ -33,6 +89,14 @@ class SamplingParams:
     """Keeps this many of the likeliest tokens; 0 or -1 keeps all."""
     min_p: float = 0.0
     """Drops tokens less likely than this share of the likeliest one."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits, and multiplies the negative ones, of tokens in the prompt or the output."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that is in the output, -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit once for each time that it is in the output, -2 to 2."""
+    logit_bias: Mapping[int, float] | None = None
+    """token id -> number from -100 to 100 that is added to its logit; stored as a dict."""
     max_tokens: int | None = 16
     """Tokens to sample at most; None: as many as the context limit leaves."""
     min_tokens: int = 0
@@ -48,24 +112,37 @@ class SamplingParams:
     """Seed of this request; None draws a fresh one, which the output reports."""
     logprobs: int | None = None
     """How many of the likeliest tokens to report at each position. The sampled token's own is always reported."""
+    prompt_logprobs: int | None = None
+    """Reports the prompt's own tokens too, with this many of the likeliest at each position."""
+    structured_outputs: StructuredOutputs | None = None
+    """Structure that the completion must have; it ends when the structure is complete."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else as_tuple("stop", self.stop, "strings")
         stop_token_ids = as_tuple("stop_token_ids", self.stop_token_ids, "token ids")
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         check_whole("n", self.n, 1, MAX_SAMPLES)
         check_number("temperature", self.temperature, 0.0)
         check_number("top_p", self.top_p, 0.0, 1.0, above=True)
         check_number("min_p", self.min_p, 0.0, 1.0)
         check_whole("top_k", self.top_k, -1)
+        check_number("repetition_penalty", self.repetition_penalty, 0.0, above=True)
+        check_number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        check_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         if self.max_tokens is not None:
             check_whole("max_tokens", self.max_tokens, 1)
         check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
             check_whole("seed", self.seed, 0, 2**64 - 1)
-        if self.logprobs is not None:
-            check_whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputs):
+            raise InputError(
+                f"structured_outputs is a {type(self.structured_outputs).__name__}; give a StructuredOutputs."
+            )
         if len(stop) > MAX_STOPS or len(stop_token_ids) > MAX_STOPS:
             raise InputError(f"stop and stop_token_ids hold at most {MAX_STOPS} entries each; give fewer.")
         for text in stop:
@@ -73,3 +150,39 @@ class SamplingParams:
                 raise InputError(f"stop holds {text!r}; each entry must be a text of at least one character.")
         for token in stop_token_ids:
             check_whole("stop_token_ids entry", token, 0)
+
+
+def _biases(given: Any) -> dict[int, float] | None:
+    """A checked copy of `logit_bias`; None when it changes nothing."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping) or len(given) > MAX_BIASES:
+        what = f"has {len(given):,} entries" if isinstance(given, Mapping) else f"is {given!r}"
+        raise InputError(f"logit_bias {what}; give a dict of at most {MAX_BIASES:,} token ids and their biases.")
+    for token, bias in given.items():
+        check_whole("logit_bias key", token, 0)
+        check_number(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS)
+    return dict(given) or None
+
+
+def _schema_text(given: Any) -> str:
+    """A JSON schema as text."""
+    try:
+        schema = json.loads(given) if isinstance(given, str) else given
+        if not isinstance(schema, Mapping | bool):
+            raise InputError(f"structured_outputs.json is {given!r:.100}; a JSON schema is an object or a boolean.")
+        return given if isinstance(given, str) else json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        raise InputError("structured_outputs.json is nested too deeply; give a flatter schema.") from None
+    except (TypeError, ValueError) as error:  # InputError is neither
+        raise InputError(f"structured_outputs.json is not JSON ({error}); give a JSON schema.") from None
+
+
+def _choices(given: Any) -> tuple[str, ...]:
+    """The texts of `choice`."""
+    choices = as_tuple("structured_outputs.choice", given, "texts")
+    wrong = [choice for choice in choices if not isinstance(choice, str) or not choice]
+    if wrong or not choices:
+        what = f"holds {wrong[0]!r}" if wrong else "is empty"
+        raise InputError(f"structured_outputs.choice {what}; give texts of at least one character.")
+    return choices

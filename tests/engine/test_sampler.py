@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm5.engine import SamplingParams
-from glm5.engine.sampler import filtered_probabilities, sample_token, token_logprobs, uniform
+from glm5.engine.sampler import filtered_probabilities, sample_token, token_logprobs, uniform, uniforms
 from glm5.errors import InputError
 
 
@@ -29,8 +29,8 @@ def test_sampled_counts_follow_the_filtered_softmax(settings):
     params = SamplingParams(**settings)
     draws = 6000
     counts = torch.zeros(16)
-    for position in range(draws):
-        counts[sample_token(logits_V, params, uniform(7, 0, position))] += 1
+    for random in uniforms(7, 0, 0, draws):
+        counts[sample_token(logits_V, params, random)] += 1
     expected_V = reference_distribution(logits_V, params)
     assert counts[expected_V == 0].sum() == 0
     kept = expected_V > 0

@@ -1,0 +1,169 @@
+"""Structured output: which tokens a JSON schema, regular expression, choice or Lark grammar allows next.
+
+The work is done by llguidance (an Earley parser over bytes with a lexer of derivatives; docs/syntax.md of that project
+describes its dialect of Lark). A `GrammarCompiler` belongs to an engine and its tokenizer; a compiled grammar is kept,
+and each completion gets a `GrammarState` of its own, whose mask of allowed tokens the sampler lays over the logits.
+
+**Special tokens in Lark.** Every added token of the tokenizer is a terminal of its own, written as it looks:
+`<think>`, `</think>`, `<tool_call>`, `</tool_call>`, `<arg_key>`, `</arg_key>`, `<arg_value>`, `</arg_value>`,
+`<|user|>`. Texts and expressions never match them (a JSON string may spell `</arg_value>` in plain characters; exclude
+`<` where that would confuse a parser). A GLM call of one tool, in thinking mode, is
+
+    start: /[^<]*/ </think> call
+    call: <tool_call> "get_weather" city days </tool_call>
+    city: <arg_key> "city" </arg_key> <arg_value> /[^<]+/ </arg_value>
+    days: <arg_key> "days" </arg_key> <arg_value> %json {"type": "integer", "minimum": 1} </arg_value>
+
+String arguments are bare text in GLM's format, every other type is JSON (`%json SCHEMA` inside a rule). `call+` allows
+parallel calls, `"a" | "b"` a choice of tools, and texts in quotes are written as JSON strings (`json.dumps`).
+
+**Ends.** A completion ends as soon as its structure is complete and could not go on (`complete`). Where it could go on,
+the end-of-turn tokens are allowed beside the tokens that go on, even with `ignore_eos`.
+
+**White space** in JSON is free between values, as models write it, but at most `LONGEST_SPACE` characters at a time:
+small models otherwise never leave it. Keys come in the order of the schema.
+
+**Hostile grammars** are bounded in size, in llguidance's own fuel for compiling and for each step, and, because a
+compilation cannot be interrupted and deep recursion would end the process, each new grammar is compiled by
+`grammar_probe` first, a process that may be lost. Compiling takes milliseconds, at worst `PROBE_SECONDS`: servers call
+it outside their event loop.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+
+from glm5.engine.grammar_probe import LIMITS, GrammarProbe
+from glm5.engine.sampling_params import StructuredOutputs
+from glm5.errors import InputError
+from glm5.text import Tokenizer
+
+KEPT = 128
+"""Compiled grammars that a compiler keeps, the latest used."""
+LONGEST_SPACE = 32
+_PICTURE = re.compile(r"\s*(\d+ \|.*|\^|<non-verbose/>|)")
+"""Lines of llguidance's messages that show the place in the grammar, or say that they do not."""
+
+
+class GrammarState:
+    """Where one completion stands in its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """Which tokens may come next, bool [V]; at least one. Raises InputError beyond the limits of a step."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._refuse_errors()
+        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+
+    def accept(self, token_id: int) -> None:
+        """Goes on by a token. Raises InputError for one that is not allowed."""
+        if not self._matcher.consume_token(token_id):
+            self._refuse_errors()
+            raise InputError(f"Token {token_id} does not fit the structure of this completion.")
+
+    def rollback(self, count: int) -> None:
+        """Goes back by `count` tokens."""
+        if count and not self._matcher.rollback(count):
+            self._refuse_errors()
+
+    def _refuse_errors(self) -> None:
+        if self._matcher.is_error():
+            raise InputError(f"The structured output cannot go on: {_one_line(self._matcher.get_error())}.")
+
+
+class GrammarCompiler:
+    """Compiles the structured outputs of one engine. Thread-safe; `close` ends its process.
+
+    `vocab_size` is the model's, which may be larger than the tokenizer's: tokens beyond are never allowed. `eos_ids`
+    may end a completion whose structure is satisfied.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int]) -> None:
+        self._vocab_size = vocab_size
+        self._eos_ids = sorted(eos_ids) or list(tokenizer.eos_ids)
+        self._backend = tokenizer.backend
+        self._lock = threading.Lock()
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._probe: GrammarProbe | None = None
+        self._kept: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
+
+    def compile(self, outputs: StructuredOutputs) -> GrammarState:
+        """The beginning of a structure. Raises InputError with llguidance's reason for one that cannot be used."""
+        key = outputs.kind, outputs.text
+        with self._lock:
+            matcher = self._kept.get(key)
+            if matcher is None:
+                matcher = self._kept[key] = self._compiled(outputs)
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return GrammarState(matcher.deep_copy(), self._vocab_size)
+
+    def close(self) -> None:
+        """Ends the process that tries grammars; the next new grammar starts another."""
+        with self._lock:
+            if self._probe is not None:
+                self._probe.close()
+            self._probe = None
+
+    def _compiled(self, outputs: StructuredOutputs) -> llguidance.LLMatcher:
+        named = f"structured_outputs.{outputs.kind}"
+        try:
+            grammar = _grammar(outputs)
+        except ValueError as error:  # a schema that is JSON and yet none, or text that is not Unicode
+            raise InputError(f"{named} cannot be used: {_one_line(str(error))}.") from None
+        if self._tokenizer is None or self._probe is None:
+            tokens = _all_added_tokens_special(self._backend.to_str())
+            self._tokenizer = llguidance.LLTokenizer(tokens, n_vocab=self._vocab_size, eos_token=self._eos_ids)
+            self._probe = GrammarProbe(tokens, self._vocab_size, self._eos_ids)
+        reason = self._probe.error(grammar)
+        if reason:
+            raise InputError(f"{named} cannot be used: {_one_line(reason)}.")
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise InputError(f"{named} cannot be used: {_one_line(matcher.get_error())}.")
+        return matcher
+
+
+def _grammar(outputs: StructuredOutputs) -> str:
+    """llguidance's own form of a structure."""
+    if outputs.kind == "json":
+        return llguidance.LLMatcher.grammar_from_json_schema(
+            outputs.text, overrides={"whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{LONGEST_SPACE}}}"}
+        )
+    if outputs.kind == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(outputs.text)
+    if outputs.kind == "choice":
+        choices = outputs.choice if isinstance(outputs.choice, tuple) else ()
+        return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
+    return llguidance.LLMatcher.grammar_from_lark(outputs.text)
+
+
+def _all_added_tokens_special(tokenizer_json: str) -> str:
+    """A `tokenizer.json` whose added tokens no text can match: GLM's tags of reasoning and calls are not marked so."""
+    state = json.loads(tokenizer_json)
+    for token in state["added_tokens"]:
+        token["special"] = True
+    return json.dumps(state)
+
+
+def _one_line(message: str) -> str:
+    """llguidance's message without the picture of the place, and short."""
+    lines = [line.strip() for line in message.splitlines() if not _PICTURE.fullmatch(line)]
+    return " ".join(lines)[:300].rstrip(" .") or "it is not understood"

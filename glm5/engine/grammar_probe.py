@@ -1,0 +1,120 @@
+"""`GrammarProbe`: a process that compiles each new grammar before the engine does, because it may be lost.
+
+llguidance bounds its own work by fuel, but two ways out were found: a few terms compile for minutes (a large
+`multipleOf`), and a chain of thousands of rules overflows the stack, which ends the process. A compilation runs outside
+Python and cannot be interrupted. So it is tried here, with a limit on time and on half of the usual stack; what passes
+is safe to repeat in the engine.
+
+The process runs this very file, which imports nothing of the package: it starts in a third of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import llguidance
+
+PROBE_SECONDS = 5.0
+"""For one grammar; the first also waits for the process and its tokenizer, `START_SECONDS` more."""
+START_SECONDS = 60.0
+FIRST_STEPS = 4
+STACK_BYTES = 4 * 1024 * 1024
+LIMITS = llguidance.LLParserLimits(max_lexer_states=25_000, verbose_errors=False)
+"""llguidance's own limits (20 ms to build a lexer, about 20 ms a step) with less memory: some 50 MB at most."""
+
+
+class GrammarProbe:
+    """Tries grammars with one tokenizer. Used by one thread at a time."""
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_ids: list[int]) -> None:
+        self._setting = {"tokenizer": tokenizer_json, "vocab_size": vocab_size, "eos_ids": eos_ids}
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: queue.Queue[str] = queue.Queue()
+
+    def error(self, grammar: str) -> str:
+        """Why a grammar (llguidance's own form) cannot be used; empty when it can."""
+        seconds = PROBE_SECONDS
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._start()
+            seconds += START_SECONDS
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(grammar) + "\n")
+            self._process.stdin.flush()
+            answer = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            self.close()
+            return f"it did not compile within {PROBE_SECONDS:g} seconds; simplify it"
+        except BrokenPipeError:
+            answer = ""
+        if not answer:  # the process is gone
+            self.close()
+            return "it is nested too deeply to compile; simplify it"
+        message: str = json.loads(answer)
+        return message
+
+    def close(self) -> None:
+        """Ends the process; the next grammar starts another."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+
+    def _start(self) -> None:
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).resolve())],  # without this folder's modules
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+        )
+        assert process.stdin is not None and process.stdout is not None
+        answers: queue.Queue[str] = queue.Queue()
+        self._answers = answers
+        lines = process.stdout
+
+        def read() -> None:
+            for line in lines:
+                answers.put(line)
+            answers.put("")
+
+        threading.Thread(target=read, name="glm5-grammar-probe", daemon=True).start()
+        process.stdin.write(json.dumps(self._setting) + "\n")
+
+
+def main() -> None:
+    """Answers each grammar on the standard input with its error, one JSON text a line."""
+    setting = json.loads(sys.stdin.readline())
+    tokenizer = llguidance.LLTokenizer(
+        setting["tokenizer"], n_vocab=setting["vocab_size"], eos_token=setting["eos_ids"]
+    )
+    for line in sys.stdin:
+        matcher = llguidance.LLMatcher(tokenizer, json.loads(line), log_level=0, limits=LIMITS)
+        error = matcher.get_error() or _error_of_first_steps(matcher)
+        print(json.dumps(error), flush=True)
+
+
+def _error_of_first_steps(matcher: llguidance.LLMatcher) -> str:
+    """Some limits are met by the first steps only, and some grammars allow nothing."""
+    for step in range(FIRST_STEPS):
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        if matcher.is_error() or (matcher.is_stopped() and step > 0):
+            break
+        if not mask:
+            return "nothing matches it"
+        matcher.consume_token((mask & -mask).bit_length() - 1)  # the first that is allowed
+    return matcher.get_error()
+
+
+if __name__ == "__main__":
+    threading.stack_size(STACK_BYTES)
+    worker = threading.Thread(target=main)
+    worker.start()
+    worker.join()
