@@ -36,7 +36,7 @@ from glm5.train.sparse import NANO_LOOP as SPARSE_LOOP
 from glm5.train.sparse import SparseConfig
 
 CURRICULUM = (
-    LongPhase(length=64, rows=16, steps=200, kinds={"repeat": 1, "key_value": 1}, words=32, text=0.125),
+    LongPhase(length=64, rows=16, steps=300, kinds={"repeat": 1, "key_value": 1}, words=32, text=0.125),
     LongPhase(
         length=256, rows=5, steps=40, kinds={"key_value": 1, "multi_needle": 2, "needle": 1}, words=32, text=0.25
     ),
@@ -144,7 +144,7 @@ def quick_recipe(out: Path, preset: str = "nano") -> Recipe:
                 ),
             ),
         },
-        needles=NeedleConfig(lengths=(256, 512), per_cell=10),
+        needles=NeedleConfig(lengths=(256, 512), per_cell=10, words=CURRICULUM[-1].words),
         skills=SkillsConfig(facts=120, sums=40, tools=20, unknown=20),
         policy=Policy(
             config=RLConfig(

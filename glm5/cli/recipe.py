@@ -26,7 +26,7 @@ from glm5.data import open_dataset
 from glm5.data.world_text import open_world
 from glm5.engine import Engine
 from glm5.envs import Environment
-from glm5.errors import RunError
+from glm5.errors import ConfigError, RunError
 from glm5.evals.needles import NeedleConfig, needles_of, write_needles
 from glm5.evals.skills import SkillsConfig, evaluate_skills, write_skills
 from glm5.files import write_json
@@ -66,6 +66,14 @@ class Recipe:
     skills: SkillsConfig
     """Asked after every supervised stage."""
     policy: Policy | None = None
+
+    def __post_init__(self) -> None:
+        taught = max((phase.words for phase in self.data.curriculum), default=None)
+        if taught is not None and (self.needles.words is None or self.needles.words > taught):
+            raise ConfigError(
+                f"needles.words is {self.needles.words}, but the curriculum teaches to look up {taught} words only; "
+                f"set needles.words to {taught}, or add a phase with more words."
+            )
 
     def with_steps(self, steps: dict[str, int]) -> Recipe:
         """The same recipe with other numbers of steps for some stages, `rl` among them."""

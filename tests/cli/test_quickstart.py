@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ from safetensors.torch import load_file
 from tiny import tiny_config
 
 from glm5.cli.main import main
+from glm5.cli.quickstart import quick_recipe
 from glm5.config import PRESETS
 from glm5.data.sources import installed_sources
+from glm5.errors import ConfigError
 from glm5.text import SPECIAL_TOKENS
 
 STEPS = {"pretrain": 4, "midtrain": 3, "dsa1": 2, "dsa2": 2, "sft": 2, "rl": 2}
@@ -95,3 +98,11 @@ def test_a_taken_directory_is_refused(tmp_path, capsys):
     assert quickstart(tmp_path) == 1
     assert "go on with --resume, or choose another --out" in capsys.readouterr().err
     assert (tmp_path / "something").read_text() == "kept"
+
+
+def test_needles_over_words_that_no_phase_teaches_are_refused(tmp_path):
+    recipe = quick_recipe(tmp_path)
+    assert recipe.needles.words == max(phase.words for phase in recipe.data.curriculum)
+    for words in (128, None):
+        with pytest.raises(ConfigError, match="teaches to look up 32 words only"):
+            dataclasses.replace(recipe, needles=dataclasses.replace(recipe.needles, words=words))
