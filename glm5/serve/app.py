@@ -23,6 +23,7 @@ from glm5.errors import GLM5Error
 from glm5.serve.chat import ChatCompletion
 from glm5.serve.errors import ApiError, error_body, error_status, install_error_handlers
 from glm5.serve.limits import BodyLimit, Gate, Limits
+from glm5.serve.page import install_page
 from glm5.serve.schema import ChatRequest
 from glm5.text import Tokenizer
 
@@ -50,6 +51,7 @@ def create_app(
     app = FastAPI(title="glm5", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
     install_error_handlers(app)
+    install_page(app)
 
     @app.get("/health")
     def health() -> dict[str, Any]:
