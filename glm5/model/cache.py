@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glm5.config import ModelConfig
 from glm5.errors import InputError
+from glm5.ops import selection
 from glm5.ops.spans import Spans, plain_spans, segment_spans
 
 
@@ -24,15 +25,33 @@ class Cache(Protocol):
 
     length: int
     """Tokens written."""
+    crowded: bool
+    """Whether what `read` gives also holds rows of other sequences: then a pass touches the chosen ones alone."""
 
     def reserve(self, batch: int, tokens: int, segments_BT: Tensor | None, positions_BT: Tensor | None) -> Spans:
         """Makes room for `tokens` more rows and says what each new query may see."""
 
-    def append_latents(self, layer: int, latents_BTC: Tensor) -> Tensor:
-        """Stores the new rows of a layer; gives all its rows [B, S, C]."""
+    def append_latents(self, layer: int, latents_BTC: Tensor) -> None:
+        """Stores the new rows of a layer."""
 
-    def append_keys(self, layer: int, keys_BTI: Tensor) -> Tensor:
-        """Stores the new indexer keys of a layer; gives all its keys [B, S, I]."""
+    def append_keys(self, layer: int, keys_BTI: Tensor) -> None:
+        """Stores the new indexer keys of a layer."""
+
+    def keys_of(self, layer: int) -> Tensor:
+        """All indexer keys of a layer, in order of position [B, S, I]."""
+
+    def select(self, layer: int, q_BTHI: Tensor, w_BTH: Tensor, spans: Spans, k: int) -> Tensor | None:
+        """The indexer's k best keys of every query [B, T, K], -1 padded; None: all that is visible.
+
+        What the numbers mean is between `select` and `read`.
+        """
+
+    def read(self, layer: int, selected_BTK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Latents [B, S, C] of a layer, the new ones included, and which of them every query attends to.
+
+        selected_BTK: what `select` chose in this layer or in the one whose indexer it shares; -1 pads what comes back.
+        None on both sides means all that is visible.
+        """
 
     def commit(self) -> None:
         """Counts the reserved rows as written."""
@@ -48,6 +67,8 @@ def draft_layers(config: ModelConfig) -> range:
 
 class LatentCache:
     """Preallocated contiguous rows, layer -> [B, capacity, width]."""
+
+    crowded = False
 
     def __init__(
         self,
@@ -109,28 +130,39 @@ class LatentCache:
         self.segments_BS[:, self.length : end] = segments_BT
         return segment_spans(self.segments_BS[:, :end], tokens, positions_BT)
 
-    def append_latents(self, layer: int, latents_BTC: Tensor) -> Tensor:
+    def append_latents(self, layer: int, latents_BTC: Tensor) -> None:
         """See `Cache`."""
-        return self._append(self.latents, layer, latents_BTC)
+        self._append(self.latents, layer, latents_BTC)
 
-    def append_keys(self, layer: int, keys_BTI: Tensor) -> Tensor:
+    def append_keys(self, layer: int, keys_BTI: Tensor) -> None:
         """See `Cache`."""
-        return self._append(self.keys, layer, keys_BTI)
+        self._append(self.keys, layer, keys_BTI)
 
-    def _append(self, rows: dict[int, Tensor], layer: int, new_BTC: Tensor) -> Tensor:
+    def keys_of(self, layer: int) -> Tensor:
+        """See `Cache`."""
+        return self.keys[layer][:, : self.length + self._reserved]
+
+    def select(self, layer: int, q_BTHI: Tensor, w_BTH: Tensor, spans: Spans, k: int) -> Tensor | None:
+        """See `Cache`; positions."""
+        return selection.choose(q_BTHI, self.keys_of(layer), w_BTH, spans, k)
+
+    def read(self, layer: int, selected_BTK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Cache`."""
+        return self.latents[layer][:, : self.length + self._reserved], selected_BTK
+
+    def _append(self, rows: dict[int, Tensor], layer: int, new_BTC: Tensor) -> None:
         if layer not in rows:
             raise InputError(
                 f"The cache has no rows for layer {layer}; the trunk and the MTP modules (layers=draft_layers(config)) "
                 "need a cache each."
             )
-        rows_BSC, end = rows[layer], self.length + self._reserved
+        rows_BSC = rows[layer]
         if rows_BSC.dtype != new_BTC.dtype:
             raise InputError(
                 f"The cache holds {rows_BSC.dtype} but the model computes in {new_BTC.dtype}; make the cache with "
                 f"dtype={new_BTC.dtype}."
             )
-        rows_BSC[:, self.length : end] = new_BTC
-        return rows_BSC[:, :end]
+        rows_BSC[:, self.length : self.length + self._reserved] = new_BTC
 
     def commit(self) -> None:
         """See `Cache`."""

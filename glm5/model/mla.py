@@ -99,17 +99,21 @@ class MLA(nn.Module):
         latents_BSC = torch.cat((self.kv_a_layernorm(c_kv_BTC), k_rope_BTR), dim=-1)
         latents_BSC = run.rows.gather(latents_BSC)
         if run.cache is not None:
-            latents_BSC = run.cache.append_latents(self.layer, latents_BSC)
+            run.cache.append_latents(self.layer, latents_BSC)
 
         if self.indexer is not None and (
             run.sparse or run.cache is not None or run.collect & {"indexer_kl", "indexer_recall"}
         ):
             self._index(x_BTD, c_q_BTC, run)
-        selected_BTK = self._selected(run, latents_BSC.shape[1])
+        selected_BTK, crowded = run.selected_BTK, False
+        if run.cache is not None:
+            crowded = run.cache.crowded
+            latents_BSC, selected_BTK = run.cache.read(self.layer, selected_BTK)
+        self._record(run, latents_BSC.shape[1])
         self._collect(q_nope_BTHN, q_rope_BTHR, latents_BSC, selected_BTK, run)
 
         tokens, keys = x_BTD.shape[1], latents_BSC.shape[1]
-        if not self._expanded_is_cheaper(tokens, keys, sparse=selected_BTK is not None):
+        if crowded or not self._expanded_is_cheaper(tokens, keys, sparse=selected_BTK is not None):
             q_BTHC = self._absorb(q_nope_BTHN, q_rope_BTHR)
             if selected_BTK is None:
                 o_BTHC = attention.absorbed_attention(q_BTHC, latents_BSC, run.spans, c.kv_lora_rank, self.scale)
@@ -130,23 +134,26 @@ class MLA(nn.Module):
             q_BTHI, k_BSI, w_BTH = self.indexer(x_BTD, c_q_BTC, run.indexer_rotation)
             k_BSI = run.rows.gather(k_BSI)
         if run.cache is not None:
-            k_BSI = run.cache.append_keys(self.layer, k_BSI)
-        run.full_layer, run.index, run.selected_BTK = self.layer, (q_BTHI, k_BSI, w_BTH), None
+            run.cache.append_keys(self.layer, k_BSI)
+        run.full_layer, run.selected_BTK = self.layer, None
         if run.sparse:  # a selection has no gradient: the indexer learns from its KL loss alone
             topk = self.config.index_topk
             if self.layer in run.replay.positions:
                 run.selected_BTK = run.replay.positions[self.layer]
-            elif k_BSI.shape[1] > topk:
-                run.selected_BTK = selection.select(q_BTHI, k_BSI, w_BTH, run.spans, topk)
+            elif run.cache is not None:
+                run.selected_BTK = run.cache.select(self.layer, q_BTHI, w_BTH, run.spans, topk)
+            else:
+                run.selected_BTK = selection.choose(q_BTHI, k_BSI, w_BTH, run.spans, topk)
+        if run.collect & {"indexer_kl", "indexer_recall"}:
+            run.index = q_BTHI, k_BSI if run.cache is None else run.cache.keys_of(self.layer), w_BTH
 
-    def _selected(self, run: Pass, keys: int) -> Tensor | None:
-        """Positions to attend to, or None for all that is visible."""
+    def _record(self, run: Pass, keys: int) -> None:
+        """The positions that this layer attends to, for whoever collects them."""
         if "selection" in run.collect and run.sparse:
             chosen = run.selected_BTK
             if chosen is None:
                 chosen = selection.everything(run.spans, min(keys, self.config.index_topk))
             run.selection[self.layer] = chosen
-        return run.selected_BTK
 
     def _collect(
         self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, latents_BSC: Tensor, selected_BTK: Tensor | None, run: Pass

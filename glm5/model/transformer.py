@@ -234,10 +234,12 @@ class GLM5(nn.Module):
         step: int = 0,
         cache: Cache | None = None,
         attention: str = "sparse",
+        logits_to_keep: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """One draft step: state of token i and token i + 1 give state [B, T, D] and logits [B, T, V] of token i + 2.
 
         The state goes into the next step. `cache` holds the rows of the MTP modules (`layers=draft_layers(config)`).
+        logits_to_keep: of how many last tokens; 0 for all.
         """
         if not self.mtp:
             raise InputError("This model has no MTP module; load one with num_nextn_predict_layers of at least 1.")
@@ -254,7 +256,7 @@ class GLM5(nn.Module):
         state_BTD, _ = self._module(step).draft(hidden_BTD, self.model.embed_tokens(next_ids_BT), run)
         if cache is not None:
             cache.commit()
-        return state_BTD, self.lm_head(state_BTD)
+        return state_BTD, self.lm_head(state_BTD[:, -logits_to_keep:])
 
     def _module(self, step: int) -> MTPModule:
         module = self.mtp[min(step, len(self.mtp) - 1)]

@@ -21,6 +21,11 @@ SCORE_BUDGET = 1 << 22
 KEY_BLOCK = 8192
 
 
+def choose(q_BTHI: Tensor, k_BSI: Tensor, w_BTH: Tensor, spans: Spans, k: int) -> Tensor | None:
+    """`select`, or None where there are at most k keys: then every visible one is chosen."""
+    return select(q_BTHI, k_BSI, w_BTH, spans, k) if k_BSI.shape[1] > k else None
+
+
 @torch.no_grad()
 def select(q_BTHI: Tensor, k_BSI: Tensor, w_BTH: Tensor, spans: Spans, k: int) -> Tensor:
     """Positions [B, T, K] of the k best keys of every query, ascending, -1 padded.

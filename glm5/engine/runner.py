@@ -1,0 +1,170 @@
+"""Forward passes over the paged cache: what one step of the engine computes.
+
+Sequences that add a few tokens (decoding, verification of drafts) go through the model together, flattened into one
+row; a longer run of tokens (a chunk of a prompt) is a pass of its own over its sequence. In strict mode every token is
+a pass of its own: the same instructions whatever else the step computes, and however a prompt was cut into chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glm5.engine.paged_cache import PagedCache
+from glm5.engine.views import BatchView, Run, SequenceView
+from glm5.errors import InputError
+from glm5.model import GLM5
+
+FEW_TOKENS = 16
+"""Sequences with at most this many new tokens share a pass."""
+
+
+@dataclass
+class Chunk:
+    """What one sequence does in one step."""
+
+    token_ids: list[int]
+    """The new tokens, at positions `start` and following."""
+    start: int
+    """How many tokens of the sequence already lie in the cache."""
+    block_table: list[int]
+    """Physical blocks of the sequence, which cover the new tokens too."""
+    logits_to_keep: int
+    """Logits of the last so many tokens: 0 (unfinished prefill), 1, k + 1 (verification) or all (prompt logprobs)."""
+
+
+@dataclass
+class DraftChunk:
+    """What the MTP modules of one sequence do in one step: the state of token i and token i + 1 draft token i + 2."""
+
+    states_TD: Tensor
+    """States of the tokens at positions `start` and following, as `Output` or an earlier draft gave them."""
+    next_ids: list[int]
+    """For each of them the token that follows it."""
+    start: int
+    block_table: list[int]
+
+
+@dataclass
+class Output:
+    """What a chunk gave."""
+
+    logits_KV: Tensor
+    """fp32, on the CPU: of the last `logits_to_keep` tokens (of a draft: of the last one)."""
+    states_TD: Tensor | None
+    """Of every new token, where the model is, if they were asked for: what the MTP modules go on from."""
+
+
+class Runner:
+    """Runs chunks of sequences through one model; the rows that they add lie in the cache afterwards."""
+
+    def __init__(self, model: GLM5, cache: PagedCache, *, attention: str = "sparse", strict: bool = False) -> None:
+        if strict and (cache.dtype, cache.storage) != (torch.float32, "fp32"):
+            raise InputError("Strict mode computes and keeps fp32; use a cache of fp32, or leave strict out.")
+        self.model, self.cache, self.attention, self.strict = model, cache, attention, strict
+
+    def run(self, chunks: list[Chunk]) -> list[Tensor]:
+        """fp32 logits [logits_to_keep, V] on the CPU, one per chunk. Raises InputError for a chunk that cannot run."""
+        return [output.logits_KV for output in self._run(chunks, frozenset())]
+
+    def run_with_states(self, chunks: list[Chunk]) -> list[Output]:
+        """`run`, with the states of the new tokens."""
+        return self._run(chunks, frozenset({"hidden"}))
+
+    @torch.inference_mode()
+    def _run(self, chunks: list[Chunk], collect: frozenset[str]) -> list[Output]:
+        for chunk in chunks:
+            if not 0 <= chunk.logits_to_keep <= len(chunk.token_ids):
+                raise InputError(
+                    f"logits_to_keep is {chunk.logits_to_keep}, but the chunk has {len(chunk.token_ids)} tokens; "
+                    "ask for as many at most."
+                )
+        runs = [self._checked(len(chunk.token_ids), chunk.start, chunk.block_table) for chunk in chunks]
+        if self.strict:
+            return [self._by_token(chunk, run, collect) for chunk, run in zip(chunks, runs, strict=True)]
+        outputs: dict[int, Output] = {}
+        for group, view in self._passes(runs):
+            outputs.update(zip(group, self._pass([chunks[i] for i in group], view, collect), strict=True))
+        return [outputs[i] for i in range(len(chunks))]
+
+    def _pass(self, chunks: list[Chunk], view: BatchView | SequenceView, collect: frozenset[str]) -> list[Output]:
+        """One forward pass. Of a batch, whose sequences want different rows, all logits are computed; they are few."""
+        ids_BT = self._ids([token for chunk in chunks for token in chunk.token_ids])
+        keep = max(chunks[0].logits_to_keep, 1) if len(chunks) == 1 else 0
+        out = self.model(ids_BT, cache=view, attention=self.attention, collect=collect, logits_to_keep=keep)
+        logits_TV, tokens = out.logits[0].float().cpu(), [len(chunk.token_ids) for chunk in chunks]
+        logits = logits_TV.split(tokens) if keep == 0 else (logits_TV,)
+        states = [None] * len(chunks) if out.hidden is None else out.hidden[0].split(tokens)
+        return [
+            Output(logits_TV[len(logits_TV) - chunk.logits_to_keep :], states_TD)
+            for chunk, logits_TV, states_TD in zip(chunks, logits, states, strict=True)
+        ]
+
+    def _by_token(self, chunk: Chunk, run: Run, collect: frozenset[str]) -> Output:
+        """A pass for every token of a chunk."""
+        outs = []
+        for i, token in enumerate(chunk.token_ids):
+            one = Run(1, run.start + i, run.block_table)
+            kept = int(i >= run.tokens - chunk.logits_to_keep)
+            outs += self._pass(
+                [Chunk([token], one.start, chunk.block_table, kept)], BatchView(self.cache, [one]), collect
+            )
+        states = [out.states_TD for out in outs if out.states_TD is not None]
+        return Output(torch.cat([out.logits_KV for out in outs]), torch.cat(states) if states else None)
+
+    @torch.inference_mode()
+    def draft(self, chunks: list[DraftChunk], *, step: int = 0) -> list[Output]:
+        """A draft step of every sequence (see `GLM5.draft`): logits of its last token [1, V], states of all [T, D]."""
+        if not self.cache.draft:
+            raise InputError("The cache has no room for the MTP modules' rows; make it with draft=True.")
+        runs = [self._checked(len(chunk.next_ids), chunk.start, chunk.block_table) for chunk in chunks]
+        outputs: dict[int, Output] = {}
+        for group, view in self._passes(runs):
+            states_BTD = torch.cat([chunks[i].states_TD for i in group]).unsqueeze(0)
+            ids_BT = self._ids([token for i in group for token in chunks[i].next_ids])
+            keep = 0 if len(group) > 1 else 1
+            state_BTD, logits_BTV = self.model.draft(
+                states_BTD, ids_BT, step=step, cache=view, attention=self.attention, logits_to_keep=keep
+            )
+            tokens = [runs[i].tokens for i in group]
+            logits = logits_BTV[0].float().cpu()
+            parts = logits.split(tokens) if keep == 0 else [logits]
+            for i, state_TD, logits_TV in zip(group, state_BTD[0].split(tokens), parts, strict=True):
+                outputs[i] = Output(logits_TV[-1:], state_TD)
+        return [outputs[i] for i in range(len(chunks))]
+
+    def _passes(self, runs: list[Run]) -> Iterator[tuple[list[int], BatchView | SequenceView]]:
+        """Which runs go through the model together, and what they see of the cache."""
+        few = [i for i, run in enumerate(runs) if run.tokens <= FEW_TOKENS]
+        if few:
+            yield few, BatchView(self.cache, [runs[i] for i in few])
+        for i, run in enumerate(runs):
+            if run.tokens > FEW_TOKENS:
+                yield [i], SequenceView(self.cache, run)
+
+    def _checked(self, tokens: int, start: int, block_table: list[int]) -> Run:
+        """The rows of a chunk, or an InputError: rows outside the cache would be another sequence's, or nobody's."""
+        cache, end = self.cache, start + tokens
+        if tokens < 1 or start < 0:
+            raise InputError(f"A chunk of {tokens} tokens after {start}; give at least one token, after at least none.")
+        if end > self.model.config.max_position_embeddings:
+            raise InputError(
+                f"A sequence of {end:,} tokens exceeds the model's {self.model.config.max_position_embeddings:,} "
+                "positions; ask for a shorter context."
+            )
+        if len(block_table) * cache.block_size < end:
+            raise InputError(
+                f"{len(block_table)} blocks of {cache.block_size} tokens do not cover a sequence of {end:,}; "
+                "give it more blocks."
+            )
+        if min(block_table) < 0 or max(block_table) >= cache.num_blocks:
+            raise InputError(
+                f"A block table names a block outside the cache's {cache.num_blocks}; give its own blocks."
+            )
+        return Run(tokens, start, block_table)
+
+    def _ids(self, token_ids: list[int]) -> Tensor:
+        return torch.tensor([token_ids], device=self.cache.device)
