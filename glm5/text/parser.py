@@ -14,8 +14,7 @@ What models really write, and what becomes of it:
   can follow it, and a doubtful one is settled by the next that counts.
 * Unknown tools are kept. String arguments stream as they come; others are typed by the schema when complete.
 * Blank lines around the content and terminators at the end are dropped; content that is only blank is None.
-
-Reasoning is exact, so that sending it back gives the same tokens. `reasoning` says whether it is still open.
+* Reasoning is exact, so that sending it back gives the same tokens. `reasoning`: it is still open.
 """
 
 from __future__ import annotations
