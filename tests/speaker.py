@@ -40,24 +40,22 @@ def speaker_model(seed: int = 0) -> GLM5:
 
 
 class ScriptedModel(torch.nn.Module):
-    """Stands in for a `GLM5` in server tests: says one prepared text, then ends its turn."""
+    """Stands in for a `GLM5` in server tests: says one prepared text, then ends its turn.
+
+    The engine runs it by recomputation (`glm5/engine/recompute.py`), since it has no layers to cache.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.config = speaker_config()
-        self.model = torch.nn.Module()
-        self.model.embed_tokens = torch.nn.Embedding(VOCABULARY, 1)
         tokenizer = speaker_tokenizer()
         self.script = [*tokenizer.encode(text), tokenizer.token_to_id("<|user|>")]
         self.delay = 0.0
 
-    def forward(self, ids_BT, *, cache, attention, logits_to_keep):
-        """Logits that leave no doubt about the next token of the script."""
+    def forward(self, ids_1T, *, attention):
+        """Logits that leave no doubt about the next token: what follows the longest beginning of the script."""
         time.sleep(self.delay)
-        said = 0 if cache.length == 0 else cache.length - cache.prompt + 1
-        if cache.length == 0:
-            cache.prompt = ids_BT.shape[1]
-        cache.length += ids_BT.shape[1]
-        logits_B1V = torch.zeros(len(ids_BT), 1, VOCABULARY)
-        logits_B1V[:, :, self.script[min(said, len(self.script) - 1)]] = 50.0
-        return SimpleNamespace(logits=logits_B1V)
+        ids, logits_1TV = ids_1T[0].tolist(), torch.zeros(*ids_1T.shape, VOCABULARY)
+        said = next(n for n in range(min(len(self.script), len(ids)), -1, -1) if ids[len(ids) - n :] == self.script[:n])
+        logits_1TV[:, -1, self.script[min(said, len(self.script) - 1)]] = 50.0
+        return SimpleNamespace(logits=logits_1TV)

@@ -1,12 +1,14 @@
 """Engine: sequences, sampler and the loop that turns prompts into tokens."""
 
-from glm5.engine.engine import Engine, TokenStream
-from glm5.engine.outputs import CompletionOutput, RequestOutput, TokenDelta
+from glm5.engine.engine import Engine
+from glm5.engine.outputs import CompletionOutput, EngineStats, RequestOutput, TokenDelta
 from glm5.engine.sampling_params import SamplingParams, StructuredOutputs
+from glm5.engine.stream import TokenStream
 
 __all__ = [
     "CompletionOutput",
     "Engine",
+    "EngineStats",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputs",

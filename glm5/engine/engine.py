@@ -1,18 +1,16 @@
 """The engine: token ids in, token ids with their log-probabilities and weight versions out.
 
-One loop behind the final interface: sequences whose prompts have the same length decode together as the rows of one
-contiguous latent cache, which grows with them, and leave when they end. Random numbers depend on (seed, sample,
-position) only; logits may differ in the last bits with the number of rows, so `max_num_seqs=1` is the setting whose
-results do not depend on the batch at all.
-
-Left out for now: continuous batching, the paged cache with prefixes, chunked prefill mixed with decode, preemption,
-speculation, and recomputing a cache when new weights arrive while a sequence runs (its cached latents are kept).
+One thread of its own runs step after step while there is work (`core.py`) and ends when there has been none for a
+moment. Callers only queue requests and read tokens, so a slow or vanished reader holds nobody up. How a request flows,
+what strict mode promises and how much memory is taken: docs/engine.md.
 """
 
 from __future__ import annotations
 
+import atexit
 import threading
-from collections.abc import Generator, Iterator, Mapping
+import time
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Literal
@@ -21,30 +19,34 @@ import torch
 from torch import Tensor
 
 from glm5.checkpoint import load_model
+from glm5.engine.admission import Limits, admit, check_queueing
+from glm5.engine.backend import CacheSize, StorageName, build_backend
+from glm5.engine.block_manager import BlockManager
 from glm5.engine.checks import check_whole
-from glm5.engine.memory import available_bytes
-from glm5.engine.outputs import RequestOutput, TokenDelta
-from glm5.engine.sampler import sample_token, token_logprobs, uniform
+from glm5.engine.core import Core
+from glm5.engine.grammar import GrammarCompiler
+from glm5.engine.outputs import EngineStats, RequestOutput
+from glm5.engine.request import BUFFERED_TOKENS, Mailbox, Request
 from glm5.engine.sampling_params import SamplingParams
-from glm5.engine.sequence import Sequence, fresh_seed
-from glm5.errors import CheckpointError, InputError
-from glm5.model import GLM5, LatentCache
-from glm5.text import Detokenizer, Tokenizer
+from glm5.engine.scheduler import PRIORITY_SECONDS, Scheduler
+from glm5.engine.stream import TokenStream
+from glm5.engine.weights import staged, swap
+from glm5.errors import InputError
+from glm5.model import GLM5
+from glm5.text import Tokenizer
 
-PREFILL_CHUNK = 4096
-FIRST_ROOM = 256
-"""New tokens that a cache has room for at first; it doubles each time it is full."""
-
-TokenStream = Generator[TokenDelta, None, None]
-"""Sampled tokens as they come; `close()` aborts."""
+IDLE_SECONDS = 1.0
+"""How long the thread waits for work before it ends; the next request starts another."""
 
 
 class Engine:
-    """Generates with one model. Thread-safe: requests of several threads take turns token by token.
+    """Generates with one model: continuous batching over a paged cache. Thread-safe.
 
     `model` is a `GLM5` (used as it is, not copied) or a Hugging Face directory, whose tokenizer is then taken along.
-    Raises `InputError` for requests that cannot run, before any work starts, and `CheckpointError` when the model gives
-    logits that are not finite.
+    `storage` is the cache's format, by default that of the weights; `memory_bytes` or `num_blocks` its size, by default
+    a share of the free memory. `strict` (fp32): tokens and log-probabilities depend on nothing but the request and the
+    weights, to the bit. Raises `InputError` for requests that cannot run, before any work starts, and `CheckpointError`
+    when the model gives logits that are not finite.
     """
 
     def __init__(
@@ -56,7 +58,14 @@ class Engine:
         device: str | torch.device = "cpu",
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
         attention: Literal["sparse", "dense"] = "sparse",
+        strict: bool = False,
+        storage: StorageName | None = None,
+        block_size: int = 64,
+        num_blocks: int | None = None,
+        memory_bytes: int | None = None,
+        enable_prefix_caching: bool = True,
         version: int = 0,
     ) -> None:
         if isinstance(model, str | Path):
@@ -71,16 +80,46 @@ class Engine:
         self.max_model_len = positions if max_model_len is None else max_model_len
         check_whole("max_model_len", self.max_model_len, 2, positions)
         check_whole("max_num_seqs", max_num_seqs, 1)
-        self.max_num_seqs = max_num_seqs
-        self.attention: Literal["sparse", "dense"] = attention
-        self.version = version
+        check_whole("max_num_batched_tokens", max_num_batched_tokens, 1)
+        check_whole("block_size", block_size, 1)
+        self.strict = strict
         self.eos_ids = frozenset(self.config.eos_token_ids or (tokenizer.eos_ids if tokenizer else ()))
         if max(self.eos_ids, default=0) >= self.config.vocab_size:
             raise InputError(
                 f"The tokenizer ends a turn with id {max(self.eos_ids)}, but the model's vocabulary has "
                 f"{self.config.vocab_size}; give the model's own tokenizer."
             )
+        self._grammars = None if tokenizer is None else GrammarCompiler(tokenizer, self.config.vocab_size, self.eos_ids)
+        size = CacheSize(block_size, num_blocks, memory_bytes, self.max_model_len, max_num_seqs)
+        backend = build_backend(model, size, attention=attention, strict=strict, storage=storage)
+        self.limits = Limits(
+            vocab_size=self.config.vocab_size,
+            max_model_len=self.max_model_len,
+            cache_tokens=backend.num_blocks * block_size,
+            bytes_per_token=backend.cache.bytes_per_block / block_size,
+        )
+        scheduler = Scheduler(
+            BlockManager(backend.num_blocks, block_size, prefix_caching=enable_prefix_caching),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            vocab_size=self.config.vocab_size,
+            version=version,
+        )
+        self._core = Core(backend.runner, backend.cache, scheduler)
+        # What the threads share: all of it changes under `_changed` only.
+        self._changed = threading.Condition()
+        self._arrived: list[Request] = []
+        self._count = 0
+        self._woken = self._closed = False
+        self._swaps = 0
+        self._thread: threading.Thread | None = None
         self._step_lock = threading.Lock()
+        """Held while a step runs and while weights are swapped. Taken before `_changed`, never after it."""
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the next step uses."""
+        return self._core.scheduler.version
 
     # ---- requests -----------------------------------------------------------------------------------------------
     def generate(
@@ -97,156 +136,178 @@ class Engine:
         if not isinstance(each, SequenceOf) or len(each) != len(prompts):
             given = f"{len(each)} SamplingParams" if isinstance(each, SequenceOf) else f"a {type(each).__name__}"
             raise InputError(f"There are {len(prompts)} prompts and {given}; give one SamplingParams, or one each.")
-        requests = [self._admit(ids, p) for ids, p in zip(prompts, each, strict=True)]
-        batches = list(_batches([s for request in requests for s in request], self.max_num_seqs))
-        for rows in batches:
-            self._check_memory(rows)
-        for rows in batches:
-            for _ in self._decode(rows):
-                pass
-        return [RequestOutput(request[0].prompt_ids, tuple(s.output() for s in request)) for request in requests]
-
-    def stream(self, prompt_ids: SequenceOf[int], params: SamplingParams | None = None) -> TokenStream:
-        """Yields each token as it is sampled (of all `n` completions in turn). Closing the iterator aborts.
-
-        The request is checked by the call itself, not by the first `next`.
-        """
-        rows = self._admit(prompt_ids, params or SamplingParams())
-        if len(rows) > self.max_num_seqs:
-            raise InputError(
-                f"n is {len(rows)}, but this engine runs {self.max_num_seqs} sequences at once; ask for fewer."
+        requests = [self._request(ids, p, buffered=None) for ids, p in zip(prompts, each, strict=True)]
+        self._submit(requests)
+        try:
+            for request in requests:
+                request.mailbox.wait(for_end=True)
+                request.mailbox.raise_error()
+        finally:  # an error or Ctrl-C ends them all
+            for request in requests:
+                self._abort(request)
+        return [
+            RequestOutput(
+                request.sequences[0].prompt_ids,
+                tuple(sequence.output() for sequence in request.sequences),
+                request.cached_tokens or 0,
+                None if request.prompt_logprobs is None else tuple(request.prompt_logprobs),
             )
-        self._check_memory(rows)
-        return self._decode(rows)
+            for request in requests
+        ]
+
+    def stream(
+        self,
+        prompt_ids: SequenceOf[int],
+        params: SamplingParams | None = None,
+        *,
+        session_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> TokenStream:
+        """Starts a request; the result yields each token as it is sampled (of all `n` completions in turn).
+
+        The request is checked by the call itself, not by the first token. session_id: only requests of the same session
+        share cached prefixes with it; None shares with all others that name none. priority: a lower number is served
+        earlier, each level by so much as `PRIORITY_SECONDS` of waiting. deadline: seconds from now after which the
+        request ends, finished or not (finish reason "abort").
+        """
+        check_queueing(session_id, priority, deadline)
+        request = self._request(
+            prompt_ids, params or SamplingParams(), buffered=BUFFERED_TOKENS, session_id=session_id, priority=priority,
+            deadline=deadline,
+        )  # fmt: skip
+        self._submit([request])
+        return TokenStream(request, self._abort)
+
+    def stats(self) -> EngineStats:
+        """Counters of what runs now and of everything since the engine was made."""
+        return self._core.stats(len(self._arrived))
+
+    def close(self) -> None:
+        """Ends every request (finish reason "abort") and the engine's thread; more requests are refused."""
+        with self._changed:
+            self._closed = True
+            self._wake()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        if self._grammars is not None:
+            self._grammars.close()
 
     # ---- weights ------------------------------------------------------------------------------------------------
     def update_weights(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
-        """Takes new weights between two decode steps; later tokens carry `version`.
+        """Takes new weights between two steps; later tokens carry `version`.
 
-        Everything is checked before the first weight changes: the version must be newer, names and shapes the same,
-        values finite.
+        Everything is checked, and brought into the model's dtype, before the first weight changes: the version must be
+        newer, names and shapes the same, values finite. Cached prefixes of older weights are not used again. Running
+        sequences keep what they have cached, but in strict mode compute it anew.
         """
-        if version <= self.version:
-            raise InputError(f"Weights of version {version} came after version {self.version}; versions must grow.")
-        own = self.model.state_dict()
-        for what, names in (("lack", own.keys() - state_dict.keys()), ("hold unknown", state_dict.keys() - own.keys())):
-            if names:
-                raise InputError(
-                    f"The new weights {what} {sorted(names)[0]!r} ({len(names)} such); send the full model."
-                )
-        for name, tensor in state_dict.items():
-            if tensor.shape != own[name].shape:
-                raise InputError(
-                    f"{name} is {tuple(tensor.shape)}, the model has {tuple(own[name].shape)}; send its own."
-                )
-            if not tensor.to(own[name].dtype).isfinite().all():
-                raise InputError(f"{name} of version {version} holds NaN or infinity; keep the weights from before.")
-        with self._step_lock:
-            self.model.load_state_dict(state_dict)
-            self.version = version
-
-    # ---- the loop -----------------------------------------------------------------------------------------------
-    def _admit(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> list[Sequence]:
-        """The request's sequences, or an `InputError` that says why it cannot run."""
-        if not isinstance(prompt_ids, SequenceOf):
-            raise InputError(f"The prompt is a {type(prompt_ids).__name__}; give a list of token ids.")
-        if not isinstance(params, SamplingParams):
-            raise InputError(f"The sampling settings are a {type(params).__name__}; give a SamplingParams.")
-        prompt = tuple(prompt_ids)
-        if not prompt:
-            raise InputError("The prompt is empty; give at least one token id.")
-        for name, ids in (("The prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
-            wrong = next((t for t in ids if not isinstance(t, int) or not 0 <= t < self.config.vocab_size), None)
-            if wrong is not None:
-                raise InputError(f"{name} holds {wrong!r}, which is no token id below {self.config.vocab_size}.")
-        room = self.max_model_len - len(prompt)
-        max_tokens = room if params.max_tokens is None else params.max_tokens
-        if room < 1 or max_tokens > room:
-            asked = f"{len(prompt)} prompt tokens" + (f" + {params.max_tokens} new" if params.max_tokens else "")
-            raise InputError(
-                f"The request needs {asked}, but the context limit is {self.max_model_len} tokens; "
-                "shorten the prompt or max_tokens."
-            )
-        if params.stop and self.tokenizer is None:
-            raise InputError("stop strings need a tokenizer, and this engine has none; use stop_token_ids.")
-        seed = fresh_seed() if params.seed is None else params.seed
-        return [
-            Sequence(
-                prompt,
-                params,
-                index=index,
-                seed=seed,
-                max_tokens=max_tokens,
-                eos_ids=self.eos_ids,
-                detokenizer=Detokenizer(self.tokenizer, skip_special_tokens=True) if self.tokenizer else None,
-            )
-            for index in range(params.n)
-        ]
-
-    def _check_memory(self, rows: list[Sequence]) -> None:
-        """Refuses sequences whose cache could not be held if all of them ran to their last token."""
-        weight = self.model.model.embed_tokens.weight
-        sample = LatentCache(self.config, batch=1, capacity=1, dtype=weight.dtype, device="meta")
-        tokens = _most_tokens(rows)
-        needed, free = len(rows) * tokens * sample.bytes_per_token, available_bytes(weight.device)
-        if free is not None and needed > free:
-            raise InputError(
-                f"{len(rows)} sequence(s) of up to {tokens:,} tokens need {needed / 1e9:,.2f} GB of cache, and "
-                f"{free / 1e9:,.2f} GB are free; lower max_tokens, n or max_num_seqs."
-            )
-
-    def _decode(self, rows: list[Sequence]) -> TokenStream:
-        """Runs sequences with prompts of one length to their ends, a token of each per step."""
-        weight = self.model.model.embed_tokens.weight
-        most = _most_tokens(rows)
-        capacity = min(len(rows[0].prompt_ids) + FIRST_ROOM, most)
-        cache = LatentCache(self.config, batch=len(rows), capacity=capacity, dtype=weight.dtype, device=weight.device)
-        input_ids = [list(row.prompt_ids) for row in rows]
-        while not all(row.done for row in rows):
-            if cache.length + len(input_ids[0]) > cache.capacity:
-                cache.grow(min(2 * cache.capacity, most))
+        check_whole("version", version, 0)
+        ready = staged(self.model, state_dict, version)
+        with self._changed:
+            self._swaps += 1  # the next step waits
+        try:
             with self._step_lock:
-                logits_BV = self._forward(input_ids, cache)
-                version = self.version
-            if not logits_BV.isfinite().all():
-                raise CheckpointError(
-                    f"The model (weights version {version}) gives NaN or infinite logits; look for the "
-                    "damaged weight with load_model(directory, check_finite=True)."
-                )
-            deltas = [self._sample(row, logits_BV[b], version) for b, row in enumerate(rows) if not row.done]
-            # A row that ended feeds its last token on until the others end; nobody reads what it computes.
-            input_ids = [[row.deltas[-1].token_id] for row in rows]
-            yield from deltas
+                if version <= self.version:
+                    raise InputError(
+                        f"Weights of version {version} came after version {self.version}; versions must grow."
+                    )
+                swap(self.model, ready)
+                self._core.scheduler.new_weights(version, recompute=self.strict)
+        finally:
+            with self._changed:
+                self._swaps -= 1
+                self._wake()
 
-    @torch.inference_mode()
-    def _forward(self, input_ids: list[list[int]], cache: LatentCache) -> Tensor:
-        """Appends tokens to the cache, long prompts in chunks; logits of the last position [B, V] on the CPU."""
-        ids_BT = torch.tensor(input_ids, device=self.model.model.embed_tokens.weight.device)
-        for chunk_BT in ids_BT.split(PREFILL_CHUNK, dim=1):
-            output = self.model(chunk_BT, cache=cache, attention=self.attention, logits_to_keep=1)
-        return output.logits[:, -1].cpu()
+    # ---- between the threads ------------------------------------------------------------------------------------
+    def _request(
+        self,
+        prompt_ids: SequenceOf[int],
+        params: SamplingParams,
+        *,
+        buffered: int | None,
+        session_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Request:
+        """A checked request."""
+        sequences = admit(
+            prompt_ids, params, self.limits, eos_ids=self.eos_ids, tokenizer=self.tokenizer, grammars=self._grammars
+        )
+        now = time.monotonic()
+        with self._changed:
+            self._count += 1
+            number = self._count
+        return Request(
+            number=number,
+            sequences=sequences,
+            mailbox=Mailbox(buffered, self._wake),
+            rank=now + PRIORITY_SECONDS * priority,
+            salt=session_id,
+            deadline=None if deadline is None else now + deadline,
+            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+        )
 
-    def _sample(self, row: Sequence, logits_V: Tensor, version: int) -> TokenDelta:
-        """The next token of one sequence."""
-        allowed_V = logits_V
-        if not row.may_stop and row.stop_ids:
-            allowed_V = logits_V.clone()
-            allowed_V[list(row.stop_ids)] = -torch.inf
-        random = 0.0 if row.params.temperature == 0 else uniform(row.seed, row.index, row.position)
-        token_id = sample_token(allowed_V, row.params, random)
-        return row.append(token_id, *token_logprobs(logits_V, token_id, row.params.logprobs), version)
+    def _submit(self, requests: list[Request]) -> None:
+        with self._changed:
+            if self._closed:
+                raise InputError("This engine is closed; make a new one.")
+            self._arrived += requests
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="glm5-engine", daemon=True)
+                # A thread inside the model must not meet the end of the interpreter.
+                atexit.register(self.close)
+                self._thread.start()
+            self._wake()
 
+    def _abort(self, request: Request) -> None:
+        """Ends a request for its reader at once and for the engine before its next step."""
+        if not request.mailbox.finished:
+            request.aborted = True
+            request.mailbox.abandon()
+            self._wake()
 
-def _most_tokens(rows: list[Sequence]) -> int:
-    """Tokens of the longest of the sequences if it ran to its last token; their prompts have one length."""
-    return len(rows[0].prompt_ids) + max(row.max_tokens for row in rows)
+    def _wake(self) -> None:
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
 
+    def _run(self) -> None:
+        """The engine's thread: steps while there is work, waits for more, and ends when none comes."""
+        busy = False
+        while self._wait(busy):
+            with self._step_lock:
+                with self._changed:
+                    arrived, self._arrived = self._arrived, []
+                for request in arrived:
+                    self._core.add(request)
+                try:
+                    busy = self._core.step(time.monotonic())
+                except BaseException as error:  # not the model's step, which costs only its own requests
+                    for request in list(self._core.requests.values()):
+                        self._core.end(request, error)
+                    busy = True
 
-def _batches(sequences: list[Sequence], limit: int) -> Iterator[list[Sequence]]:
-    """Groups of at most `limit` sequences with prompts of one length, shorter prompts first."""
-    by_length: dict[int, list[Sequence]] = {}
-    for sequence in sequences:
-        by_length.setdefault(len(sequence.prompt_ids), []).append(sequence)
-    for _, group in sorted(by_length.items()):
-        for start in range(0, len(group), limit):
-            yield group[start : start + limit]
+    def _wait(self, busy: bool) -> bool:
+        """Waits until there is something to do; False ends the thread."""
+        with self._changed:
+            while not self._closed:
+                if not self._swaps and (busy or self._woken):
+                    self._woken = False
+                    return True
+                deadline = self._core.next_deadline
+                idle = IDLE_SECONDS if deadline is None else max(deadline - time.monotonic(), 0.0)
+                if not self._changed.wait(idle):
+                    if self._core.requests:  # all paused, or a deadline has come
+                        self._woken = True
+                    elif not self._swaps:
+                        break
+            if self._closed:
+                for request in self._arrived:
+                    request.mailbox.finish()
+                for request in list(self._core.requests.values()):
+                    self._core.end(request)
+                self._arrived.clear()
+            self._thread = None
+            atexit.unregister(self.close)
+            return False

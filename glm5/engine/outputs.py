@@ -11,6 +11,8 @@ from typing import Literal
 FinishReason = Literal["stop", "length", "abort"]
 TopLogprobs = tuple[tuple[int, float], ...]
 """(token id, log-probability), the likeliest first."""
+PromptLogprob = tuple[int, float, TopLogprobs] | None
+"""A prompt token, its log-probability after the tokens before it, and the likeliest; None for the first token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,10 @@ class RequestOutput:
 
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
+    cached_tokens: int = 0
+    """Prompt tokens that were taken from the prefix cache."""
+    prompt_logprobs: tuple[PromptLogprob, ...] | None = None
+    """One entry per prompt token, when they were asked for."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -81,3 +87,28 @@ class RequestOutput:
     def finish_reason(self) -> FinishReason:
         """Why the first completion ended."""
         return self.outputs[0].finish_reason
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine does now, and what it has done since it was made."""
+
+    running: int
+    """Sequences that hold blocks."""
+    waiting: int
+    """Sequences that wait for their turn, preempted ones included."""
+    blocks_used: int
+    blocks_total: int
+    steps: int
+    cached_tokens: int
+    """Tokens taken from the prefix cache instead of being computed."""
+    computed_tokens: int
+    """Tokens that went through the model, drafts included."""
+    sampled_tokens: int
+    preemptions: int
+    """Sequences that gave their blocks back, to be computed again later."""
+    drafted_tokens: int
+    accepted_tokens: int
+    """Of the drafted ones."""
+    version: int
+    """Of the weights."""

@@ -1,18 +1,27 @@
-"""One completion while it is generated: what it has sampled, and when it ends."""
+"""One completion while it is generated: what it has sampled, what of it lies in the cache, and when it ends."""
 
 from __future__ import annotations
 
 import secrets
 from dataclasses import replace
 
-from glm5.engine.outputs import CompletionOutput, FinishReason, TokenDelta, TopLogprobs
+from torch import Tensor
+
+from glm5.engine.block_manager import Digest
+from glm5.engine.grammar import GrammarState
+from glm5.engine.outputs import CompletionOutput, FinishReason, TokenDelta
+from glm5.engine.sampler import SampledToken
 from glm5.engine.sampling_params import SamplingParams
 from glm5.engine.stop_strings import StopStrings
+from glm5.engine.token_sampler import TokenSampler
 from glm5.text import Detokenizer
 
 
 class Sequence:
-    """Completion number `index` of one request. `append` takes its tokens one by one; `done` says that it ended."""
+    """Completion number `index` of one request. `append` takes its tokens one by one; `done` says that it ended.
+
+    The second group of fields is the scheduler's: how much of the sequence lies in which blocks of the cache.
+    """
 
     def __init__(
         self,
@@ -24,6 +33,7 @@ class Sequence:
         max_tokens: int,
         eos_ids: frozenset[int],
         detokenizer: Detokenizer | None,
+        grammar: GrammarState | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.params = params
@@ -33,27 +43,49 @@ class Sequence:
         self.model_eos_ids = frozenset() if params.ignore_eos else eos_ids
         self.stop_ids = frozenset(params.stop_token_ids) | self.model_eos_ids
         self.detokenizer = detokenizer
+        self.sampler = TokenSampler(params, prompt_ids, seed=seed, index=index, stop_ids=self.stop_ids, grammar=grammar)
         self.stop_strings = StopStrings(tuple(params.stop), include=params.include_stop_str_in_output)
         self.deltas: list[TokenDelta] = []
+        self.token_ids = list(prompt_ids)
+        """Prompt and sampled tokens."""
+
+        self.computed = 0
+        """Leading tokens whose rows lie in the cache."""
+        self.table: list[int] = []
+        """The blocks that hold them."""
+        self.drafts: list[int] = []
+        """Guesses of the next tokens, to be verified together with the last one in the next step."""
+        self.digests: list[Digest] = []
+        """Of its leading full blocks, as far as they were needed, under the present weights."""
+        self.published = 0
+        """Leading blocks that were published or taken from the prefix cache."""
+        self.mixed = False
+        """Whether rows of older weights lie in its blocks; such blocks are not published."""
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not in the cache yet: 1 while it decodes, more while its prompt is computed."""
+        return len(self.token_ids) - self.computed
 
     @property
     def position(self) -> int:
         """Position of the token that is sampled next; the random number depends on it."""
-        return len(self.prompt_ids) + len(self.deltas)
+        return len(self.token_ids)
 
     @property
     def done(self) -> bool:
         """True once the last token carries a finish reason."""
         return bool(self.deltas) and self.deltas[-1].finish_reason is not None
 
-    @property
-    def may_stop(self) -> bool:
-        """False while fewer than `min_tokens` were sampled: stop tokens must not be sampled yet."""
-        return len(self.deltas) >= self.params.min_tokens
+    def sample(self, logits_V: Tensor) -> SampledToken:
+        """The next token, from the logits of the last one [V]."""
+        return self.sampler.sample(logits_V, self.position)
 
-    def append(self, token_id: int, logprob: float, top_logprobs: TopLogprobs, version: int) -> TokenDelta:
+    def append(self, token: SampledToken, version: int) -> TokenDelta:
         """Takes the next sampled token and says what it adds to the text and whether it ends the completion."""
-        delta = TokenDelta(self.index, token_id, logprob, top_logprobs, version, text="")
+        self.sampler.accept(token.token_id)
+        token_id = token.token_id
+        delta = TokenDelta(self.index, *token, version, text="")
         if token_id in self.stop_ids:
             named = token_id if token_id in self.params.stop_token_ids else None
             delta = self._finish(delta, "stop", named)
@@ -63,9 +95,12 @@ class Sequence:
             delta = replace(delta, text=text)
             if stop is not None:
                 delta = replace(delta, finish_reason="stop", stop_reason=stop)
+            elif self.sampler.complete:
+                delta = self._finish(delta, "stop", None)
             elif len(self.deltas) + 1 == self.max_tokens:
                 delta = self._finish(delta, "length", None)
         self.deltas.append(delta)
+        self.token_ids.append(token_id)
         return delta
 
     def _finish(self, delta: TokenDelta, reason: FinishReason, stop: int | str | None) -> TokenDelta:

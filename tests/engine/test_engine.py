@@ -153,11 +153,12 @@ def test_stream_yields_what_generate_returns(tiny_model, tiny_tokenizer):
 def test_new_weights_are_taken_between_steps_and_named_by_token(tiny_model):
     engine = Engine(tiny_model, version=3)
     other = speaker_model(seed=1)
-    stream = engine.stream([5], GREEDY)
+    stream = engine.stream([5], replace(GREEDY, max_tokens=300))  # more than wait for a reader
     versions = [next(stream).version for _ in range(5)]
     engine.update_weights(7, other.state_dict())
     versions += [delta.version for delta in stream]
-    assert versions == [3] * 5 + [7] * 27
+    assert versions == sorted(versions) and set(versions) == {3, 7} and len(versions) == 300
+    assert versions[:5] == [3] * 5
     assert engine.generate([[5]], GREEDY)[0].token_ids == without_cache(other, [5], 32)
 
 
@@ -219,8 +220,18 @@ def test_other_refusals(tiny_model):
         Engine(tiny_model, max_model_len=513)
     with pytest.raises(InputError, match="max_num_seqs is 0"):
         Engine(tiny_model, max_num_seqs=0)
-    with pytest.raises(InputError, match="n is 3"):
-        Engine(tiny_model, max_num_seqs=2).stream([1], SamplingParams(n=3))
+    for wrong, sentence in (
+        ({"priority": 1.5}, "priority is 1.5"), ({"priority": 2000}, "priority is 2000"),
+        ({"deadline": 0}, "deadline is 0"), ({"session_id": 3}, "session_id is 3"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=sentence):
+            Engine(tiny_model).stream([1], **wrong)
+    for wrong, sentence in (
+        ({"block_size": 0}, "block_size is 0"), ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),
+        ({"num_blocks": 0}, "num_blocks is 0"), ({"num_blocks": 2, "memory_bytes": 9**9}, "give one of them"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=sentence):
+            Engine(tiny_model, **wrong)
 
 
 def test_the_context_can_be_filled_to_the_last_token(tiny_model):

@@ -1,4 +1,4 @@
-"""What the engine takes of the machine: a cache that grows and follows the weights' dtype, and no more than is free."""
+"""What the engine takes of the machine: a cache of the size that was asked for, and no more than is free."""
 
 import os
 from dataclasses import replace
@@ -8,80 +8,71 @@ import pytest
 import torch
 from speaker import speaker_model, speaker_tokenizer
 
+import glm5
 from glm5.engine import Engine, SamplingParams
+from glm5.engine.admission import admit
 from glm5.engine.memory import available_bytes
 from glm5.errors import CheckpointError, InputError
-from glm5.model import LatentCache
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
 
 
-class SeenCache(LatentCache):
-    """A cache that keeps a list of all caches with the capacities that each has had."""
-
-    seen: list["SeenCache"]
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.capacities = [self.capacity]
-        if not next(iter(self.latents.values())).is_meta:
-            self.seen.append(self)
-
-    def grow(self, capacity):
-        super().grow(capacity)
-        self.capacities.append(self.capacity)
+def bytes_per_token(config, size=4):
+    """Of the cache, by the definition of its parts."""
+    full = config.indexer_types.count("full")
+    return size * (
+        config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) + full * config.index_head_dim
+    )
 
 
-@pytest.fixture
-def caches(monkeypatch):
-    monkeypatch.setattr("glm5.engine.engine.LatentCache", SeenCache)
-    monkeypatch.setattr(SeenCache, "seen", [], raising=False)
-    return SeenCache.seen
-
-
-def test_a_growing_cache_changes_no_token(monkeypatch, caches):
-    engine = Engine(speaker_model())
-    prompts = [[5, 6, 7], [8, 9, 10]]
-    whole = engine.generate(prompts, GREEDY)
-    monkeypatch.setattr("glm5.engine.engine.FIRST_ROOM", 2)
-    grown = engine.generate(prompts, GREEDY)
-    assert [cache.capacities for cache in caches] == [[35], [5, 10, 20, 35]]
-    assert [output.token_ids for output in grown] == [output.token_ids for output in whole]
-    assert [output.logprobs for output in grown] == [output.logprobs for output in whole]
-
-
-def test_a_request_without_a_limit_does_not_take_the_whole_context_at_once(caches):
-    engine = Engine(speaker_model())
-    stop = engine.generate([[5]], GREEDY)[0].token_ids[4]
-    engine.generate([[5]], replace(GREEDY, max_tokens=None, stop_token_ids=[stop]))
-    assert caches[-1].capacities == [1 + 256]
-    engine.generate([[5]], replace(GREEDY, max_tokens=None))
-    assert caches[-1].capacities == [1 + 256, 512]
-
-
-def test_what_cannot_fit_is_refused_with_the_numbers_before_work_starts(monkeypatch):
+def test_what_can_never_fit_is_refused_with_the_numbers_before_work_starts():
     model = speaker_model()
-    config = model.config
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    full = config.indexer_types.count("full")
-    latents = (config.kv_lora_rank + config.qk_rope_head_dim) * config.num_hidden_layers
-    needed = 3 * (100 + 400) * (latents + config.index_head_dim * full) * 4
-    params = SamplingParams(n=3, max_tokens=400, stop_token_ids=list(range(64)), seed=1)
-    engine = Engine(model)
-    monkeypatch.setattr("glm5.engine.engine.available_bytes", lambda device: needed - 1)
-    sentence = (
-        rf"3 sequence\(s\) of up to 500 tokens need {needed / 1e9:.2f} GB .* {(needed - 1) / 1e9:.2f} GB are free"
-    )
+    each = bytes_per_token(model.config)
+    engine = Engine(model, memory_bytes=each * 140, block_size=10)
+    needed, holds = (f"{each * tokens / 1e9:.3f} GB" for tokens in (141, 140))
+    sentence = rf"needs 141 tokens of cache \({needed}\), but this engine's holds 140 \({holds}\).*memory_bytes"
+    params = SamplingParams(n=3, max_tokens=42, stop_token_ids=list(range(64)), seed=1)
     with pytest.raises(InputError, match=sentence):
         engine.generate([[1], [1] * 100], [GREEDY, params])
     with pytest.raises(InputError, match=sentence):
         engine.stream([1] * 100, params)
     assert not calls
-    for enough in (needed, None):
-        monkeypatch.setattr("glm5.engine.engine.available_bytes", lambda device, enough=enough: enough)
-        next(engine.stream([1] * 100, params))
-    assert len(calls) == 2
+    # The last token needs no room. Three samples of this size take turns.
+    (output,) = engine.generate([[1] * 100], replace(params, max_tokens=41, ignore_eos=True, stop_token_ids=()))
+    assert [len(completion.token_ids) for completion in output.outputs] == [41] * 3
+    (open_end,) = engine.generate([[1] * 100], replace(GREEDY, max_tokens=None))
+    assert len(open_end.token_ids) == 41
+
+
+def test_the_size_of_the_cache_is_what_is_asked_for_or_a_share_of_what_is_free(monkeypatch):
+    model = speaker_model()
+    each = bytes_per_token(model.config)
+    total = lambda **settings: Engine(model, **settings).stats().blocks_total
+    assert total(num_blocks=7) == 7
+    assert total(memory_bytes=each * 64 * 3 + 5) == 3
+    assert total() == 64 * 512 // 64  # all 64 sequences with their whole context
+    monkeypatch.setattr("glm5.engine.backend.available_bytes", lambda device: each * 64 * 20)
+    assert total() == 10
+    with pytest.raises(InputError, match=r"21 block\(s\) of 64 tokens takes .* GB are there"):
+        total(num_blocks=21)
+    with pytest.raises(InputError, match=r"1 block\(s\) of 64 tokens"):
+        total(memory_bytes=each)
+    monkeypatch.setattr("glm5.engine.backend.available_bytes", lambda device: None)
+    assert total(num_blocks=21) == 21
+
+
+def test_the_published_limits_are_admitted_and_one_token_more_is_not():
+    engine = Engine(glm5.GLM5(glm5.ModelConfig.from_preset("nano")))
+    assert engine.max_model_len == 202_752 and engine.limits.cache_tokens >= 202_752
+    context, new = [1] * (202_752 - 131_072), SamplingParams(max_tokens=131_072)
+    check = lambda ids, params: admit(ids, params, engine.limits, eos_ids=frozenset(), tokenizer=None, grammars=None)
+    assert check(context, new)[0].max_tokens == 131_072
+    assert check([1] * 202_751, SamplingParams(max_tokens=None))[0].max_tokens == 1
+    for ids, params in (([*context, 1], new), ([1] * 202_752, SamplingParams(max_tokens=1))):
+        with pytest.raises(InputError, match="context limit is 202752"):
+            check(ids, params)
 
 
 def test_the_available_memory_is_read_from_the_system(monkeypatch):
@@ -95,13 +86,20 @@ def test_the_available_memory_is_read_from_the_system(monkeypatch):
     assert available_bytes(torch.device("cpu")) == total
 
 
-def test_the_cache_follows_the_dtype_of_the_weights(caches):
-    engine = Engine(speaker_model().bfloat16())
-    engine.generate([[5, 6]], GREEDY)
-    engine.model.float()
-    engine.generate([[5, 6]], GREEDY)
-    dtypes = [{rows.dtype for rows in (*cache.latents.values(), *cache.keys.values())} for cache in caches]
-    assert dtypes == [{torch.bfloat16}, {torch.float32}]
+@pytest.mark.parametrize(("storage", "size"), [(None, 4), ("fp32", 4), ("bf16", 2)])
+def test_the_cache_holds_the_weights_dtype_unless_another_storage_is_asked_for(storage, size):
+    model = speaker_model()
+    engine = Engine(model, storage=storage)
+    assert engine.limits.bytes_per_token == bytes_per_token(model.config, size)
+    assert len(engine.generate([[5, 6]], GREEDY)[0].token_ids) == 32
+    assert Engine(speaker_model().bfloat16()).limits.bytes_per_token == bytes_per_token(model.config, 2)
+
+
+def test_strict_mode_is_refused_without_fp32():
+    with pytest.raises(InputError, match=r"Strict mode computes in fp32, .*torch\.bfloat16"):
+        Engine(speaker_model().bfloat16(), strict=True)
+    with pytest.raises(InputError, match="the cache is fp8"):
+        Engine(speaker_model(), strict=True, storage="fp8")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

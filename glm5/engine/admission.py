@@ -1,0 +1,100 @@
+"""What a request must be before any work starts; everything else is refused with a sentence and the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from glm5.engine.checks import check_number, check_whole
+from glm5.engine.grammar import GrammarCompiler
+from glm5.engine.sampling_params import SamplingParams
+from glm5.engine.sequence import Sequence, fresh_seed
+from glm5.errors import InputError
+from glm5.text import Detokenizer, Tokenizer
+
+MOST_PRIORITY = 1000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one engine can hold."""
+
+    vocab_size: int
+    max_model_len: int
+    """Prompt and new tokens of one sequence."""
+    cache_tokens: int
+    """Tokens that the whole cache holds; every request must fit into it alone."""
+    bytes_per_token: float
+    """Of the cache, all layers together."""
+
+
+def admit(
+    prompt_ids: SequenceOf[int],
+    params: SamplingParams,
+    limits: Limits,
+    *,
+    eos_ids: frozenset[int],
+    tokenizer: Tokenizer | None,
+    grammars: GrammarCompiler | None,
+) -> list[Sequence]:
+    """The request's `n` sequences, or an InputError that says why it cannot run."""
+    if not isinstance(prompt_ids, SequenceOf):
+        raise InputError(f"The prompt is a {type(prompt_ids).__name__}; give a list of token ids.")
+    if not isinstance(params, SamplingParams):
+        raise InputError(f"The sampling settings are a {type(params).__name__}; give a SamplingParams.")
+    prompt = tuple(prompt_ids)
+    if not prompt:
+        raise InputError("The prompt is empty; give at least one token id.")
+    for name, ids in (("The prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
+        wrong = next((t for t in ids if not isinstance(t, int) or not 0 <= t < limits.vocab_size), None)
+        if wrong is not None:
+            raise InputError(f"{name} holds {wrong!r}, which is no token id below {limits.vocab_size}.")
+    max_tokens = _max_tokens(len(prompt), params.max_tokens, limits)
+    if params.stop and tokenizer is None:
+        raise InputError("stop strings need a tokenizer, and this engine has none; use stop_token_ids.")
+    if params.structured_outputs is not None and grammars is None:
+        raise InputError("structured_outputs need a tokenizer, and this engine has none; give it the model's.")
+    seed = fresh_seed() if params.seed is None else params.seed
+    return [
+        Sequence(
+            prompt,
+            params,
+            index=index,
+            seed=seed,
+            max_tokens=max_tokens,
+            eos_ids=eos_ids,
+            detokenizer=Detokenizer(tokenizer, skip_special_tokens=True) if tokenizer else None,
+            grammar=grammars.compile(params.structured_outputs) if grammars and params.structured_outputs else None,
+        )
+        for index in range(params.n)
+    ]
+
+
+def _max_tokens(prompt: int, asked: int | None, limits: Limits) -> int:
+    """New tokens at most: what is asked for if it fits, or all that context limit and cache leave."""
+    room = limits.max_model_len - prompt
+    if room < 1 or (asked or 1) > room:
+        needs = f"{prompt} prompt tokens" + (f" + {asked} new" if asked else "")
+        raise InputError(
+            f"The request needs {needs}, but the context limit is {limits.max_model_len} tokens; "
+            "shorten the prompt or max_tokens."
+        )
+    # The last token is sampled and never put into the cache.
+    in_cache = limits.cache_tokens + 1 - prompt
+    if (asked or 1) > in_cache:
+        tokens = prompt + (asked or 1) - 1
+        raise InputError(
+            f"The request needs {tokens:,} tokens of cache ({tokens * limits.bytes_per_token / 1e9:,.3f} GB), but this "
+            f"engine's holds {limits.cache_tokens:,} ({limits.cache_tokens * limits.bytes_per_token / 1e9:,.3f} GB); "
+            "lower max_tokens, shorten the prompt, or make the engine with a larger memory_bytes."
+        )
+    return min(room, in_cache) if asked is None else asked
+
+
+def check_queueing(session_id: str | None, priority: int, deadline: float | None) -> None:
+    """Refuses what cannot place a request in the queue. `deadline` is in seconds from now."""
+    if session_id is not None and not isinstance(session_id, str):
+        raise InputError(f"session_id is {session_id!r}; give a text or None.")
+    check_whole("priority", priority, -MOST_PRIORITY, MOST_PRIORITY)
+    if deadline is not None:
+        check_number("deadline", deadline, 0.0, above=True)

@@ -1,0 +1,75 @@
+"""The cache and the runner of an engine, chosen by what its model is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from glm5.engine.core import StepRunner, Storage
+from glm5.engine.memory import available_bytes, cache_blocks
+from glm5.engine.paged_cache import PagedCache
+from glm5.engine.pool import Storage as StorageName
+from glm5.engine.recompute import RecomputingRunner, TokenCache
+from glm5.engine.runner import Runner
+from glm5.errors import InputError
+from glm5.model import GLM5
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """What the engine was asked to hold; see `memory.cache_blocks`."""
+
+    block_size: int
+    num_blocks: int | None
+    memory_bytes: int | None
+    max_model_len: int
+    max_num_seqs: int
+
+    def blocks(self, bytes_per_token: float, device: torch.device) -> int:
+        """Blocks of the cache, or an InputError that says why they do not fit."""
+        return cache_blocks(
+            bytes_per_token=bytes_per_token,
+            block_size=self.block_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            free=available_bytes(device),
+            num_blocks=self.num_blocks,
+            memory_bytes=self.memory_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A runner over a cache of `num_blocks` blocks."""
+
+    runner: StepRunner
+    cache: Storage
+    num_blocks: int
+
+
+def build_backend(
+    model: torch.nn.Module, size: CacheSize, *, attention: str, strict: bool, storage: StorageName | None
+) -> Backend:
+    """The paged cache and its runner for a GLM5, recomputation for any other module that gives logits.
+
+    Raises InputError for a cache that does not fit into the memory that is free, and for strict mode on weights or a
+    cache that are not fp32.
+    """
+    if not isinstance(model, GLM5):
+        blocks = size.blocks(TokenCache.bytes_per_token, torch.device("cpu"))
+        tokens = TokenCache(blocks, size.block_size)
+        return Backend(RecomputingRunner(model, tokens, attention=attention), tokens, blocks)
+    weight = model.lm_head.weight
+    if storage is None:
+        storage = "fp32" if weight.dtype == torch.float32 else "bf16"
+    if strict and (weight.dtype != torch.float32 or storage != "fp32"):
+        raise InputError(
+            f"Strict mode computes in fp32, but the weights are {weight.dtype} and the cache is {storage}; load the "
+            "model with dtype=torch.float32 and give storage='fp32'."
+        )
+    new_cache = partial(PagedCache, model.config, block_size=size.block_size, dtype=weight.dtype, storage=storage)
+    blocks = size.blocks(new_cache(num_blocks=1, device="meta").bytes_per_token, weight.device)
+    cache = new_cache(num_blocks=blocks, device=weight.device)
+    return Backend(Runner(model, cache, attention=attention), cache, blocks)
