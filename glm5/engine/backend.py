@@ -7,12 +7,14 @@ from functools import partial
 
 import torch
 
+from glm5.engine.checks import check_whole
 from glm5.engine.core import StepRunner, Storage
 from glm5.engine.memory import available_bytes, cache_blocks
 from glm5.engine.paged_cache import PagedCache
 from glm5.engine.pool import Storage as StorageName
 from glm5.engine.recompute import RecomputingRunner, TokenCache
 from glm5.engine.runner import Runner
+from glm5.engine.speculative import MOST_DRAFTS, Speculator
 from glm5.errors import InputError
 from glm5.model import GLM5
 
@@ -47,16 +49,23 @@ class Backend:
     runner: StepRunner
     cache: Storage
     num_blocks: int
+    speculator: Speculator | None = None
 
 
 def build_backend(
-    model: torch.nn.Module, size: CacheSize, *, attention: str, strict: bool, storage: StorageName | None
+    model: torch.nn.Module, size: CacheSize, *, attention: str, strict: bool, storage: StorageName | None, drafts: int
 ) -> Backend:
     """The paged cache and its runner for a GLM5, recomputation for any other module that gives logits.
 
-    Raises InputError for a cache that does not fit into the memory that is free, and for strict mode on weights or a
-    cache that are not fp32.
+    drafts: tokens to guess for each step, 0 for none. Raises InputError for a cache that does not fit into the memory
+    that is free, and for strict mode on weights or a cache that are not fp32.
     """
+    check_whole("num_speculative_tokens", drafts, 0, MOST_DRAFTS)
+    if drafts and not (isinstance(model, GLM5) and len(model.mtp)):
+        raise InputError(
+            f"num_speculative_tokens is {drafts}, but this model has no MTP module to draft with; load one with "
+            "num_nextn_predict_layers of at least 1, or leave it at 0."
+        )
     if not isinstance(model, GLM5):
         blocks = size.blocks(TokenCache.bytes_per_token, torch.device("cpu"))
         tokens = TokenCache(blocks, size.block_size)
@@ -69,7 +78,19 @@ def build_backend(
             f"Strict mode computes in fp32, but the weights are {weight.dtype} and the cache is {storage}; load the "
             "model with dtype=torch.float32 and give storage='fp32'."
         )
-    new_cache = partial(PagedCache, model.config, block_size=size.block_size, dtype=weight.dtype, storage=storage)
+    new_cache = partial(
+        PagedCache,
+        model.config,
+        block_size=size.block_size,
+        dtype=weight.dtype,
+        storage=storage,
+        draft=drafts > 0,
+    )
     blocks = size.blocks(new_cache(num_blocks=1, device="meta").bytes_per_token, weight.device)
     cache = new_cache(num_blocks=blocks, device=weight.device)
-    return Backend(Runner(model, cache, attention=attention), cache, blocks)
+    runner = Runner(model, cache, attention=attention, strict=strict)
+    speculator = None
+    if drafts:
+        limit = size.max_model_len
+        speculator = Speculator(runner, drafts=drafts, block_size=size.block_size, max_model_len=limit)
+    return Backend(runner, cache, blocks, speculator)

@@ -16,6 +16,7 @@ from glm5.engine.request import Request
 from glm5.engine.runner import Chunk
 from glm5.engine.sampler import prompt_logprobs
 from glm5.engine.scheduler import Scheduler, Work
+from glm5.engine.speculative import Speculator
 from glm5.errors import CheckpointError
 
 
@@ -40,8 +41,12 @@ class StepRunner(Protocol):
 class Core:
     """The requests that are not finished, and the step that moves them on. One thread at a time."""
 
-    def __init__(self, runner: StepRunner, cache: Storage, scheduler: Scheduler) -> None:
-        self.runner, self.cache, self.scheduler = runner, cache, scheduler
+    def __init__(
+        self, runner: StepRunner, cache: Storage, scheduler: Scheduler, speculator: Speculator | None = None
+    ) -> None:
+        """speculator: drafts for the next step after each one; it is the runner then."""
+        self.runner, self.cache, self.scheduler = speculator or runner, cache, scheduler
+        self.speculator = speculator
         self.requests: dict[int, Request] = {}
         self.steps = self.sampled_tokens = self.drafted_tokens = self.accepted_tokens = 0
 
@@ -89,6 +94,8 @@ class Core:
                 deltas.setdefault(work.request.number, []).extend(self._take(work, logits_KV))
             except Exception as error:
                 self.end(work.request, error)
+        if self.speculator is not None:
+            self.speculator.after(step.works)
         for number, new in deltas.items():
             if number in self.requests:
                 request = self.requests[number]

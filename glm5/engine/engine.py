@@ -45,8 +45,9 @@ class Engine:
     `model` is a `GLM5` (used as it is, not copied) or a Hugging Face directory, whose tokenizer is then taken along.
     `storage` is the cache's format, by default that of the weights; `memory_bytes` or `num_blocks` its size, by default
     a share of the free memory. `strict` (fp32): tokens and log-probabilities depend on nothing but the request and the
-    weights, to the bit. Raises `InputError` for requests that cannot run, before any work starts, and `CheckpointError`
-    when the model gives logits that are not finite.
+    weights, to the bit. `num_speculative_tokens`: guesses of the MTP module to verify in each step, where that pays
+    (`speculative.py`); they change no token. Raises `InputError` for requests that cannot run, before any work starts,
+    and `CheckpointError` when the model gives logits that are not finite.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Engine:
         num_blocks: int | None = None,
         memory_bytes: int | None = None,
         enable_prefix_caching: bool = True,
+        num_speculative_tokens: int = 0,
         version: int = 0,
     ) -> None:
         if isinstance(model, str | Path):
@@ -91,7 +93,9 @@ class Engine:
             )
         self._grammars = None if tokenizer is None else GrammarCompiler(tokenizer, self.config.vocab_size, self.eos_ids)
         size = CacheSize(block_size, num_blocks, memory_bytes, self.max_model_len, max_num_seqs)
-        backend = build_backend(model, size, attention=attention, strict=strict, storage=storage)
+        backend = build_backend(
+            model, size, attention=attention, strict=strict, storage=storage, drafts=num_speculative_tokens
+        )
         self.limits = Limits(
             vocab_size=self.config.vocab_size,
             max_model_len=self.max_model_len,
@@ -105,7 +109,7 @@ class Engine:
             vocab_size=self.config.vocab_size,
             version=version,
         )
-        self._core = Core(backend.runner, backend.cache, scheduler)
+        self._core = Core(backend.runner, backend.cache, scheduler, backend.speculator)
         # What the threads share: all of it changes under `_changed` only.
         self._changed = threading.Condition()
         self._arrived: list[Request] = []

@@ -72,10 +72,13 @@ class TokenSampler:
 
         Raises InputError where the structure needs more work than its limits allow.
         """
-        adjusted_V = self.adjusted(logits_V)
-        random = 0.0 if self.params.temperature == 0.0 else self.uniform(position)
-        token_id = sample_token(adjusted_V, self.params, random)
+        token_id = self.choose(logits_V, position)
         return SampledToken(token_id, *token_logprobs(logits_V, token_id, self.params.logprobs))
+
+    def choose(self, logits_V: Tensor, position: int) -> int:
+        """`sample` without the log-probabilities: also what a draft model would say there with the same number."""
+        random = 0.0 if self.params.temperature == 0.0 else self.uniform(position)
+        return sample_token(self.adjusted(logits_V), self.params, random)
 
     def accept(self, token_id: int) -> None:
         """Takes a token into the output. Raises InputError for one that the structure does not allow."""
