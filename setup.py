@@ -4,6 +4,7 @@ Without a C compiler the install goes on and `glm5` uses PyTorch's operators.
 """
 
 import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -12,7 +13,7 @@ def extension(name: str) -> Extension:
     return Extension(
         f"glm5.ops._{name}",
         [f"glm5/ops/csrc/{name}.c"],
-        depends=[f"glm5/ops/csrc/{name}_kernel.h", "glm5/ops/csrc/transpose.h"],
+        depends=sorted(str(header) for header in Path("glm5/ops/csrc").glob("*.h")),
         define_macros=[("Py_LIMITED_API", "0x030B0000")],
         extra_compile_args=["-O3", "-pthread"],
         extra_link_args=["-pthread"],

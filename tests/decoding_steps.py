@@ -11,7 +11,7 @@ from torch import Tensor
 
 import glm5
 from glm5.model import LatentCache
-from glm5.model.decode import FastSteps
+from glm5.model.fast_steps import FastSteps
 from glm5.ops import decoding
 
 IDS = torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(5))

@@ -1,14 +1,19 @@
 """Forward passes over the paged cache: what one step of the engine computes.
 
 Sequences that add a few tokens (decoding, verification of drafts) go through the model together, flattened into one
-row; a longer run of tokens (a chunk of a prompt) is a pass of its own over its sequence. In strict mode every token is
-a pass of its own: the same instructions whatever else the step computes, and however a prompt was cut into chunks.
+row; a longer run of tokens (a chunk of a prompt) is a pass of its own over its sequence. Small fp32 models on a CPU
+decode by their decoder (`model/decode.py`), straight over the pool.
+
+Strict mode: every token is computed by the same instructions whatever else the step computes, and however a prompt was
+cut into chunks. The decoder does that for any number of rows, so it takes prompts and decoding alike; where there is
+none, the modules take every token as a pass of its own, which is the plain reference and slow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +22,14 @@ from glm5.engine.paged_cache import PagedCache
 from glm5.engine.views import BatchView, Run, SequenceView
 from glm5.errors import InputError
 from glm5.model import GLM5
+from glm5.model.checks import check_attention
+from glm5.model.decode import Decoder
+from glm5.model.slots import Slots
 
 FEW_TOKENS = 16
 """Sequences with at most this many new tokens share a pass."""
+ROWS_AT_ONCE = 64
+"""Tokens of one step of a decoder: enough that a weight which was read serves many of them."""
 
 
 @dataclass
@@ -64,7 +74,11 @@ class Runner:
     def __init__(self, model: GLM5, cache: PagedCache, *, attention: str = "sparse", strict: bool = False) -> None:
         if strict and (cache.dtype, cache.storage) != (torch.float32, "fp32"):
             raise InputError("Strict mode computes and keeps fp32; use a cache of fp32, or leave strict out.")
+        check_attention(attention)
         self.model, self.cache, self.attention, self.strict = model, cache, attention, strict
+        # The pools as a decoder reads them; only fp32 ones are
+        self._latents = {layer: pool.rows_XW for layer, pool in cache.latents.items()}
+        self._keys = {layer: pool.rows_XW for layer, pool in cache.keys.items()}
 
     def run(self, chunks: list[Chunk]) -> list[Tensor]:
         """fp32 logits [logits_to_keep, V] on the CPU, one per chunk. Raises InputError for a chunk that cannot run."""
@@ -82,13 +96,53 @@ class Runner:
                     f"logits_to_keep is {chunk.logits_to_keep}, but the chunk has {len(chunk.token_ids)} tokens; "
                     "ask for as many at most."
                 )
+            wrong = next((t for t in chunk.token_ids if not 0 <= t < self.model.config.vocab_size), None)
+            if wrong is not None:
+                raise InputError(
+                    f"Token id {wrong} is outside the vocabulary of {self.model.config.vocab_size:,}; "
+                    "encode the text with this model's tokenizer."
+                )
         runs = [self._checked(len(chunk.token_ids), chunk.start, chunk.block_table) for chunk in chunks]
         if self.strict:
+            decoder = self._fitting(self.model.exact_decoder())
+            if decoder is not None:
+                return self._by_rows(decoder, chunks)
             return [self._by_token(chunk, run, collect) for chunk, run in zip(chunks, runs, strict=True)]
         outputs: dict[int, Output] = {}
         for group, view in self._passes(runs):
-            outputs.update(zip(group, self._pass([chunks[i] for i in group], view, collect), strict=True))
+            own = [chunks[i] for i in group]
+            decoder = self._fitting(self.model.decoder(sum(runs[i].tokens for i in group)))
+            done = self._pass(own, view(), collect) if decoder is None else self._by_rows(decoder, own)
+            outputs.update(zip(group, done, strict=True))
         return [outputs[i] for i in range(len(chunks))]
+
+    def _fitting(self, decoder: Decoder | None) -> Decoder | None:
+        """The decoder, if it can read this cache."""
+        plain = (self.cache.dtype, self.cache.storage, self.cache.device.type) == (torch.float32, "fp32", "cpu")
+        return decoder if decoder is not None and plain and decoder.fits(self.cache) else None
+
+    def _by_rows(self, decoder: Decoder, chunks: list[Chunk]) -> list[Output]:
+        """All tokens of all chunks, in order, some at a time."""
+        rows = [(i, j) for i, chunk in enumerate(chunks) for j in range(len(chunk.token_ids))]
+        first_kept = [len(chunk.token_ids) - chunk.logits_to_keep for chunk in chunks]
+        logits: list[list[Tensor]] = [[] for _ in chunks]
+        states: list[list[Tensor]] = [[] for _ in chunks]
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            block = rows[first : first + ROWS_AT_ONCE]
+            own = list(dict.fromkeys(i for i, _ in block))
+            places = [(own.index(i), chunks[i].start + j) for i, j in block]
+            tables = [chunks[i].block_table for i in own]
+            slots = Slots(self._latents, self._keys, self.cache.block_size, tables, places)
+            keep = [n for n, (i, j) in enumerate(block) if j >= first_kept[i]]
+            ids = [chunks[i].token_ids[j] for i, j in block]
+            logits_KV, states_ND = decoder.step(ids, slots, self.attention == "sparse", keep)
+            for row, n in enumerate(keep):
+                logits[block[n][0]].append(logits_KV[row : row + 1])
+            tokens = [sum(i == mine for i, _ in block) for mine in own]
+            for i, states_TD in zip(own, states_ND.split(tokens), strict=True):
+                states[i].append(states_TD)
+        nothing_0V = torch.empty(0, self.model.config.vocab_size)
+        return [Output(torch.cat([nothing_0V, *a]), torch.cat(b)) for a, b in zip(logits, states, strict=True)]
 
     def _pass(self, chunks: list[Chunk], view: BatchView | SequenceView, collect: frozenset[str]) -> list[Output]:
         """One forward pass. Of a batch, whose sequences want different rows, all logits are computed; they are few."""
@@ -127,7 +181,7 @@ class Runner:
             ids_BT = self._ids([token for i in group for token in chunks[i].next_ids])
             keep = 0 if len(group) > 1 else 1
             state_BTD, logits_BTV = self.model.draft(
-                states_BTD, ids_BT, step=step, cache=view, attention=self.attention, logits_to_keep=keep
+                states_BTD, ids_BT, step=step, cache=view(), attention=self.attention, logits_to_keep=keep
             )
             tokens = [runs[i].tokens for i in group]
             logits = logits_BTV[0].float().cpu()
@@ -136,14 +190,14 @@ class Runner:
                 outputs[i] = Output(logits_TV[-1:], state_TD)
         return [outputs[i] for i in range(len(chunks))]
 
-    def _passes(self, runs: list[Run]) -> Iterator[tuple[list[int], BatchView | SequenceView]]:
-        """Which runs go through the model together, and what they see of the cache."""
+    def _passes(self, runs: list[Run]) -> Iterator[tuple[list[int], Callable[[], BatchView | SequenceView]]]:
+        """Which runs go through the model together, and what then makes their view of the cache."""
         few = [i for i, run in enumerate(runs) if run.tokens <= FEW_TOKENS]
         if few:
-            yield few, BatchView(self.cache, [runs[i] for i in few])
+            yield few, partial(BatchView, self.cache, [runs[i] for i in few])
         for i, run in enumerate(runs):
             if run.tokens > FEW_TOKENS:
-                yield [i], SequenceView(self.cache, run)
+                yield [i], partial(SequenceView, self.cache, run)
 
     def _checked(self, tokens: int, start: int, block_table: list[int]) -> Run:
         """The rows of a chunk, or an InputError: rows outside the cache would be another sequence's, or nobody's."""

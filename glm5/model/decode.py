@@ -1,9 +1,11 @@
-"""Decoding of small fp32 models on a CPU: one token per row, without the cost of starting operators.
+"""Decoding of small fp32 models on a CPU: a few tokens at once, without the cost of starting operators.
 
 `Decoder` is the forward pass of `transformer.py`, `layer.py`, `mla.py` (absorbed form), `indexer.py` and `moe.py` for
-exactly one new token in each of a few rows of a `LatentCache`, written as calls of `ops/decoding.py`. The modules stay
-the truth: tests compare the two over every part, and whatever this file does not know (adapters, hooks, other dtypes,
-grouped routers, replaced modules, packed rows) is left to them.
+some new tokens, each with its own position and sequence, over a contiguous or a paged cache (`slots.py`), written as
+calls of `ops/decoding.py`. Every token is computed by the same instructions whatever stands beside it: that is what
+the engine's strict mode builds on, for prompts as for decoding. The modules stay the truth: tests compare the two over
+every part, and whatever this file does not know (adapters, hooks, other dtypes, grouped routers, replaced modules,
+packed rows) is left to them.
 
 Nothing is derived from the weights. The decoder keeps where they lie, reads them there, and checks before every step
 that the model still consists of the same modules and memory. Weights that train or are loaded are seen at once.
@@ -12,33 +14,44 @@ that the model still consists of the same modules and memory. Weights that train
 from __future__ import annotations
 
 import threading
-from typing import Any
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from glm5.config import ModelConfig
-from glm5.model.cache import Cache, LatentCache
 from glm5.model.indexer import Indexer
 from glm5.model.layer import DecoderLayer
 from glm5.model.mla import MLA
 from glm5.model.moe import MLP, MoE, Router
+from glm5.model.slots import Slots
 from glm5.model.weights_in_place import Unsuitable, WeightsInPlace
 from glm5.ops import decoding as do
 from glm5.ops.decoding import Matrix
-from glm5.ops.rotary import rotation
+from glm5.ops.rotary import Rotation, rotation
 
-FEW_ROWS = 64
-"""With more rows PyTorch's operators, whose start the rows share, are faster."""
-MOST_PRODUCTS = 1 << 25
-"""Multiplications of a token. Beyond, several threads gain more than what starting operators costs."""
 TABLE = 64
 """Positions whose rotary tables are computed together."""
+MOST_TABLES = 4096
+"""Tables that are kept: of 262,144 positions."""
+
+
+class Pools(Protocol):
+    """A cache, as far as a decoder asks what it holds."""
+
+    @property
+    def latents(self) -> Mapping[int, Any]:
+        """By layer."""
+
+    @property
+    def keys(self) -> Mapping[int, Any]:
+        """By full-indexer layer."""
 
 
 class Rows:
-    """The activations of one token in each of `batch` rows, reused by every layer and step."""
+    """The activations of `batch` tokens, reused by every layer and step."""
 
     def __init__(self, config: ModelConfig, batch: int) -> None:
         c = config
@@ -51,14 +64,16 @@ class Rows:
         self.q_rotary = self.q.split(heads).cut(c.qk_nope_head_dim, c.qk_rope_head_dim)
         kv = self.kv = self._new(latent + c.qk_rope_head_dim)
         self.kv_plain, self.kv_rotary = kv.cut(0, latent), kv.cut(latent, c.qk_rope_head_dim)
-        absorbed = self._new(heads * (latent + c.qk_rope_head_dim)).split(heads)
+        self.absorbed = absorbed = self._new(heads * (latent + c.qk_rope_head_dim)).split(heads)
         self.absorbed_plain, self.absorbed_rotary = absorbed.cut(0, latent), absorbed.cut(latent, c.qk_rope_head_dim)
         self.o_latent = self._new(heads * latent).split(heads)
         self.o = self._new(heads * c.v_head_dim)
         self.o_heads = self.o.split(heads)
         self.index_q = self._new(c.index_n_heads * c.index_head_dim)
-        self.index_q_rotary = self.index_q.split(c.index_n_heads).cut(0, c.qk_rope_head_dim)
+        self.index_q_heads = self.index_q.split(c.index_n_heads)
+        self.index_q_rotary = self.index_q_heads.cut(0, c.qk_rope_head_dim)
         self.index_k, self.index_w = self._new(c.index_head_dim), self._new(c.index_n_heads)
+        self.index_k_rotary = self.index_k.cut(0, c.qk_rope_head_dim)
         self.selected = self._new(c.index_topk, torch.int64)
         self.scores = self._new(c.n_routed_experts)
         self.chosen, self.weights = self._new(c.num_experts_per_tok, torch.int64), self._new(c.num_experts_per_tok)
@@ -66,36 +81,30 @@ class Rows:
         inner = c.moe_intermediate_size * c.n_shared_experts
         self.shared = self._new(inner), self._new(inner)
         self.dense = self._new(c.intermediate_size), self._new(c.intermediate_size)
-        # What attention and selection do for one row after another
-        own = range(batch)
-        self.o_latent_of = [self.o_latent.lines(row * heads, heads) for row in own]
-        self.absorbed_of = [absorbed.lines(row * heads, heads) for row in own]
-        self.index_of = [(self.index_q.lines(row, 1).split(c.index_n_heads), self.index_w.lines(row, 1)) for row in own]
-        self.selected_of = [self.selected.address + 8 * row * c.index_topk for row in own]
+        self.angles = {
+            layout: (self._new(c.qk_rope_head_dim), self._new(c.qk_rope_head_dim))
+            for layout in {c.rope_interleave, c.indexer_rope_interleave}
+        }
 
     def _new(self, width: int, dtype: torch.dtype = torch.float32) -> Matrix:
         self._owned.append(torch.empty(self.batch, width, dtype=dtype))
         return Matrix.of(self._owned[-1])
 
 
-class Place:
-    """Where a step writes and what it sees: the rows of the cache, rotary tables, the last selection."""
+class Seen:
+    """What the rows of a step attend to, which a full-indexer layer chooses and the layers that share it reuse."""
 
-    def __init__(self, cache: LatentCache, sparse: bool, tables: dict[bool, tuple[Matrix, Matrix]]) -> None:
-        self.cache, self.sparse, self.tables = cache, sparse, tables
-        self.keys = cache.length + 1
-        self.selected = False
-        """Whether the last full-indexer layer chose among the keys, rather than taking all."""
-
-    def new(self, rows_BSC: Tensor) -> Matrix:
-        """The new entry of every row of one layer's cache."""
-        batch, capacity, width = rows_BSC.shape
-        return Matrix(rows_BSC.data_ptr() + 4 * self.cache.length * width, batch, width, capacity * width)
-
-    def all(self, rows_BSC: Tensor, row: int) -> Matrix:
-        """Everything that one row of one layer's cache holds, the new entry included."""
-        _, capacity, width = rows_BSC.shape
-        return Matrix(rows_BSC.data_ptr() + 4 * row * capacity * width, self.keys, width, width)
+    def __init__(self, rows: Rows, slots: Slots, index_topk: int, sparse: bool) -> None:
+        self.slots = slots
+        self.choosing = sparse and slots.longest > index_topk
+        """Whether some row leaves something out."""
+        self.places = rows.selected
+        """Slots [N, K], -1 padded."""
+        if not self.choosing:
+            if not sparse:
+                self._everything = torch.empty(rows.batch, slots.longest, dtype=torch.int64)
+                self.places = Matrix.of(self._everything)
+            do.select(self.places, None, None, slots.keys(0), slots.sequences)
 
 
 class AttentionStep:
@@ -114,36 +123,32 @@ class AttentionStep:
         self.q_b = weights.linear(attention, "q_b_proj", heads * c.qk_head_dim, c.q_lora_rank)
         self.kv_a = weights.linear(attention, "kv_a_proj_with_mqa", latent + rope, c.hidden_size)
         self.kv_a_norm = weights.norm(attention, "kv_a_layernorm", latent)
-        self.per_head = c.qk_nope_head_dim + c.v_head_dim
-        kv_b = weights.linear(attention, "kv_b_proj", heads * self.per_head, latent)
-        self.w_uk, self.w_uv = kv_b.lines(0, c.qk_nope_head_dim), kv_b.lines(c.qk_nope_head_dim, c.v_head_dim)
+        # Of every head first W_UK, then W_UV
+        self.kv_b = weights.linear(attention, "kv_b_proj", heads * (c.qk_nope_head_dim + c.v_head_dim), latent)
         self.o_proj = weights.linear(attention, "o_proj", c.hidden_size, heads * c.v_head_dim)
         self.index = None
         if indexer_type == "full":
             self.index = IndexStep(weights, weights.module(attention, "indexer", Indexer), config, self.layer)
 
-    def __call__(self, rows: Rows, place: Place) -> None:
-        c, latents_BSC = self.config, place.cache.latents[self.layer]
-        latent, rope = c.kv_lora_rank, c.qk_rope_head_dim
-        cos, sin = place.tables[c.rope_interleave]
+    def __call__(self, rows: Rows, seen: Seen) -> None:
+        c, latents = self.config, seen.slots.latents(self.layer)
+        cos, sin = rows.angles[c.rope_interleave]
         do.rms_norm(rows.x, rows.h, *self.input_norm)
         do.linear(rows.c_q, rows.x, self.q_a, 1.0, False)
         do.rms_norm(rows.c_q, rows.c_q, *self.q_a_norm)
         do.linear(rows.q, rows.c_q, self.q_b, 1.0, False)
-        do.combine_heads(rows.absorbed_plain, rows.q_plain, self.w_uk, c.num_attention_heads, self.per_head)
+        do.combine_heads(rows.absorbed_plain, rows.q_plain, self.kv_b, c.num_attention_heads, 0)
         do.rotate(rows.absorbed_rotary, rows.q_rotary, cos, sin, c.rope_interleave)
 
-        new = place.new(latents_BSC)
         do.linear(rows.kv, rows.x, self.kv_a, 1.0, False)
-        do.rms_norm(new.cut(0, latent), rows.kv_plain, *self.kv_a_norm)
-        do.rotate(new.cut(latent, rope), rows.kv_rotary, cos, sin, c.rope_interleave)
+        do.rms_norm(rows.kv_plain, rows.kv_plain, *self.kv_a_norm)
+        do.rotate(rows.kv_rotary, rows.kv_rotary, cos, sin, c.rope_interleave)
+        do.scatter(rows.kv, latents, seen.slots.new)
 
         if self.index is not None:
-            self.index(rows, place)
-        for row, (o, q, selected) in enumerate(zip(rows.o_latent_of, rows.absorbed_of, rows.selected_of, strict=True)):
-            places = selected if place.selected else 0
-            do.attend(o, q, place.all(latents_BSC, row), places, c.index_topk, self.scale)
-        do.split_heads(rows.o_heads, rows.o_latent, self.w_uv, c.num_attention_heads, self.per_head)
+            self.index(rows, seen)
+        do.attend(rows.o_latent, rows.absorbed, latents, seen.places, self.scale)
+        do.split_heads(rows.o_heads, rows.o_latent, self.kv_b, c.num_attention_heads, c.qk_nope_head_dim)
         do.linear(rows.h, rows.o, self.o_proj, 1.0, True)
 
 
@@ -161,22 +166,19 @@ class IndexStep:
         self.weights_proj = weights.linear(indexer, "weights_proj", c.index_n_heads, c.hidden_size)
         self.scale = (c.index_n_heads * width) ** -0.5
 
-    def __call__(self, rows: Rows, place: Place) -> None:
-        c, keys_BSI = self.config, place.cache.keys[self.layer]
-        cos, sin = place.tables[c.indexer_rope_interleave]
-        new = place.new(keys_BSI)
+    def __call__(self, rows: Rows, seen: Seen) -> None:
+        c, keys = self.config, seen.slots.keys(self.layer)
+        cos, sin = rows.angles[c.indexer_rope_interleave]
         do.linear(rows.index_k, rows.x, self.wk, 1.0, False)
-        do.layer_norm(new, rows.index_k, self.k_weight, self.k_bias, self.eps)
-        rotary = new.cut(0, c.qk_rope_head_dim)
-        do.rotate(rotary, rotary, cos, sin, c.indexer_rope_interleave)
-        place.selected = place.sparse and place.keys > c.index_topk
-        if not place.selected:
+        do.layer_norm(rows.index_k, rows.index_k, self.k_weight, self.k_bias, self.eps)
+        do.rotate(rows.index_k_rotary, rows.index_k_rotary, cos, sin, c.indexer_rope_interleave)
+        do.scatter(rows.index_k, keys, seen.slots.new)
+        if not seen.choosing:
             return
         do.linear(rows.index_q, rows.c_q, self.wq_b, 1.0, False)
         do.rotate(rows.index_q_rotary, rows.index_q_rotary, cos, sin, c.indexer_rope_interleave)
         do.linear(rows.index_w, rows.x, self.weights_proj, self.scale, False)
-        for row, ((q, w), selected) in enumerate(zip(rows.index_of, rows.selected_of, strict=True)):
-            do.select(selected, q, place.all(keys_BSI, row), w, c.index_topk)
+        do.select(seen.places, rows.index_q_heads, rows.index_w, keys, seen.slots.sequences)
 
 
 class FeedForwardStep:
@@ -203,7 +205,7 @@ class FeedForwardStep:
             self.up_proj = weights.linear(mlp, "up_proj", self.inner, c.hidden_size)
             self.down_proj = weights.linear(mlp, "down_proj", c.hidden_size, self.inner)
 
-    def __call__(self, rows: Rows, place: Place) -> None:
+    def __call__(self, rows: Rows, seen: Seen) -> None:
         c = self.config
         do.rms_norm(rows.x, rows.h, *self.norm)
         if self.sparse:
@@ -227,7 +229,7 @@ class Decoder:
             raise Unsuitable
         c = self.config = config
         self._weights = weights = WeightsInPlace()
-        self._full_layers = [i for i, kind in enumerate(c.indexer_types) if kind == "full"]
+        self._full_layers = {i for i, kind in enumerate(c.indexer_types) if kind == "full"}
         self._lm_head = weights.linear(model, "lm_head", c.vocab_size, c.hidden_size)
         trunk = weights.module(model, "model", type(model.get_submodule("model")))  # it has no forward of its own
         self._embedding = weights.tensor(
@@ -245,8 +247,8 @@ class Decoder:
         if not weights.current():  # hooks, a replaced forward
             raise Unsuitable
         self._rows: dict[int, Rows] = {}
-        self._tables: dict[bool, Any] = {}
-        self._tables_start = -1
+        self._angles: dict[int, dict[bool, tuple[Matrix, Matrix]]] = {}
+        self._angles_alive: list[Rotation] = []
         self._turn = threading.Lock()
 
     @property
@@ -258,88 +260,62 @@ class Decoder:
         """Whether the model still consists of what this decoder reads."""
         return self.config is config and 2 * len(self._layers) == len(self._steps) and self._weights.current()
 
-    def fits(self, cache: LatentCache) -> bool:
-        """Whether the cache holds rows of every layer and of no other."""
-        return list(cache.latents) == list(range(len(self._steps) // 2)) and list(cache.keys) == self._full_layers
+    def fits(self, cache: Pools) -> bool:
+        """Whether the cache holds rows of every layer."""
+        return cache.latents.keys() >= set(range(len(self._layers))) and cache.keys.keys() >= self._full_layers
 
-    def step(self, ids: list[int], cache: LatentCache, sparse: bool) -> Tensor:
-        """Logits [B, 1, V] after one more token per row, which the cache then holds."""
+    def step(
+        self, ids: list[int], slots: Slots, sparse: bool, keep: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [K, V] of the new tokens `keep` (by default of all) and final states of all [N, D].
+
+        The pools hold the new tokens afterwards. A state is what the MTP modules go on from.
+        """
         with self._turn:
-            rows = self._rows.get(len(ids))
+            count = len(ids)
+            rows = self._rows.get(count)
             if rows is None:
-                rows = self._rows[len(ids)] = Rows(self.config, len(ids))
-            cache.claim(len(ids), 1)
-            place = Place(cache, sparse, self._rotation(cache.length))
-            for row, token in enumerate(ids):
-                do.copy(rows.h.lines(row, 1), self._embedding.lines(token, 1))
+                rows = self._rows[count] = Rows(self.config, count)
+            self._turn_to(rows, slots.positions)
+            tokens = array("q", ids)
+            do.gather(rows.h, self._embedding, _vector(tokens))
+            seen = Seen(rows, slots, self.config.index_topk, sparse)
             for step in self._steps:
-                step(rows, place)
+                step(rows, seen)
             do.rms_norm(rows.x, rows.h, *self._norm)
-            logits_B1V = torch.empty(len(ids), 1, self.config.vocab_size)
-            do.linear(Matrix.of(logits_B1V), rows.x, self._lm_head, 1.0, False)
-            cache.commit()
-        return logits_B1V
+            states_ND = torch.empty(count, self.config.hidden_size)
+            do.copy(Matrix.of(states_ND), rows.x if self.config.mtp_hidden == "after_norm" else rows.h)
+            kept = array("q", range(count) if keep is None else keep)
+            logits_KV = torch.empty(len(kept), self.config.vocab_size)
+            if len(kept):  # h is free now
+                normed = rows.h.lines(0, len(kept))
+                do.gather(normed, rows.x, _vector(kept))
+                do.linear(Matrix.of(logits_KV), normed, self._lm_head, 1.0, False)
+        return logits_KV, states_ND
 
-    def _rotation(self, position: int) -> dict[bool, tuple[Matrix, Matrix]]:
-        """Per layout cos and sin of one position, from tables of the `TABLE` positions around it."""
-        c, start = self.config, position // TABLE * TABLE
-        if start != self._tables_start:
-            positions_1T = torch.arange(start, start + TABLE)[None]
-            for layout in {c.rope_interleave, c.indexer_rope_interleave}:
-                self._tables[layout] = rotation(
-                    positions_1T, c.qk_rope_head_dim, c.rope_theta, torch.float32, interleaved=layout
-                )
-            self._tables_start = start
-        return {
-            layout: (
-                Matrix.of(table.cos_BT1R).lines(position - start, 1),
-                Matrix.of(table.sin_BT1R).lines(position - start, 1),
-            )
-            for layout, table in self._tables.items()
-        }
+    def _turn_to(self, rows: Rows, positions: list[int]) -> None:
+        """cos and sin of the positions per layout, from tables of `TABLE` positions that are kept."""
+        for row, position in enumerate(positions):
+            start = position // TABLE * TABLE
+            if start not in self._angles:
+                self._add_angles(start)
+            for layout, tables in self._angles[start].items():
+                for angles, table in zip(rows.angles[layout], tables, strict=True):
+                    do.copy(angles.lines(row, 1), table.lines(position - start, 1))
 
-
-class FastSteps:
-    """Decode steps of a model by a `Decoder`, where the model and the step suit it."""
-
-    def __init__(self) -> None:
-        self._decoder: Decoder | None = None
-
-    def __reduce__(self) -> Any:
-        return FastSteps, ()  # a copy of a model finds its own weights
-
-    def logits(
-        self, model: nn.Module, config: ModelConfig, ids_BT: Tensor, cache: Cache | None, sparse: bool
-    ) -> Tensor | None:
-        """Logits [B, 1, V] of a step, whose rows the cache then holds; None: nothing was done, run the modules."""
-        if ids_BT.shape[1] != 1 or not isinstance(cache, LatentCache):
-            return None
-        if self._decoder is not None and not self._decoder.current(config):
-            self._decoder = None  # and with it the memory that the model has left
-        if not _suits(ids_BT, cache):
-            return None
-        if self._decoder is None:
-            try:
-                self._decoder = Decoder(model, config)
-            except Unsuitable:
-                return None
-        many = self._decoder.products > MOST_PRODUCTS and torch.get_num_threads() > 1
-        if many or not self._decoder.fits(cache):
-            return None
-        return self._decoder.step(ids_BT[:, 0].tolist(), cache, sparse)
+    def _add_angles(self, start: int) -> None:
+        c = self.config
+        if len(self._angles) == MOST_TABLES:
+            self._angles.clear()
+            self._angles_alive.clear()
+        self._angles[start] = {}
+        positions_1T = torch.arange(start, start + TABLE)[None]
+        for layout in {c.rope_interleave, c.indexer_rope_interleave}:
+            table = rotation(positions_1T, c.qk_rope_head_dim, c.rope_theta, torch.float32, interleaved=layout)
+            self._angles_alive.append(table)
+            self._angles[start][layout] = Matrix.of(table.cos_BT1R), Matrix.of(table.sin_BT1R)
 
 
-def _suits(ids_BT: Tensor, cache: LatentCache) -> bool:
-    """Few rows, each one segment, in fp32 on a CPU, and nobody who wants gradients, casts or a trace."""
-    first = next(iter(cache.latents.values()))
-    return (
-        ids_BT.shape[0] <= FEW_ROWS
-        and type(ids_BT) is Tensor
-        and first.dtype == torch.float32
-        and first.device.type == "cpu"
-        and (cache.segments_BS is None or cache.length == 0)
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not has_any_global_hook()
-    )
+def _vector(numbers: array[int]) -> Matrix:
+    address, count = numbers.buffer_info()
+    return Matrix(address, 1, count, count)

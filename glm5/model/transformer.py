@@ -15,7 +15,8 @@ from glm5.config import ModelConfig
 from glm5.errors import InputError
 from glm5.model.cache import Cache, LatentCache
 from glm5.model.checks import check_attention, check_collect, check_ids, check_replay, check_shapes
-from glm5.model.decode import FastSteps
+from glm5.model.decode import Decoder
+from glm5.model.fast_steps import FastSteps
 from glm5.model.initialization import initialize_
 from glm5.model.layer import DecoderLayer, MTPModule
 from glm5.model.mla import Pass
@@ -114,6 +115,19 @@ class GLM5(nn.Module):
         if input_ids_BT.shape[1] > CHUNK and whole and not (torch.is_grad_enabled() or wanted or replay):
             return self._in_chunks(input_ids_BT, positions_BT, segment_ids_BT, cache, sparse, logits_to_keep)
         return self._run(input_ids_BT, positions_BT, segment_ids_BT, cache, sparse, logits_to_keep, wanted, replay)
+
+    def decoder(self, tokens: int) -> Decoder | None:
+        """What runs so many tokens at once faster than the modules would, if there is such a thing."""
+        return self._fast_steps.decoder(self, self.config, tokens) if self._plain() else None
+
+    def exact_decoder(self) -> Decoder | None:
+        """What computes every token by the same instructions in any company, if there is such a thing."""
+        return self._fast_steps.exact_decoder(self, self.config) if self._plain() else None
+
+    def _plain(self) -> bool:
+        """Whether a pass is `forward` and nothing else: of whole rows, with no hook that waits for it."""
+        own = type(self) is GLM5 and "forward" not in self.__dict__
+        return own and isinstance(self.rows, WholeRows) and not (self._forward_hooks or self._forward_pre_hooks)
 
     def _in_chunks(
         self,

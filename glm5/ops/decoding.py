@@ -1,9 +1,11 @@
-"""Single rows through the parts of a layer, without PyTorch's operators: the caller of the optional C extension.
+"""A few rows through the parts of a layer, without PyTorch's operators: the caller of the optional C extension.
 
 A decode step of a small model is bound by the start of some 500 operators a layer; these functions start in a fraction
 of a microsecond and read weights and caches where they lie, so nothing derived from a weight can be out of date. All
-are fp32, on one core, without gradients; `tests/ops/test_decoding.py` compares each with PyTorch's operators and with
-`reference.py`. Where the install found no C compiler `available()` is False and decoding takes the modules' own path.
+are fp32, on one core (but for a long selection), without gradients; each computes a row by the same instructions in
+whatever company, so a decoder's results do not depend on the batch. `tests/ops/test_decoding.py` compares each with
+PyTorch's operators and with `reference.py`. Where the install found no C compiler, or built older sources,
+`available()` is False and decoding takes the modules' own path.
 
 Matrices are addresses with sizes. The extension refuses sizes that do not fit together, but it cannot know whether an
 address is still alive: whoever makes a `Matrix` keeps its tensor.
@@ -11,6 +13,7 @@ address is still alive: whoever makes a `Matrix` keeps its tensor.
 
 from __future__ import annotations
 
+from array import array
 from typing import NamedTuple
 
 import torch
@@ -19,6 +22,10 @@ from torch import Tensor
 try:
     from glm5.ops import _decoding, _lightning
 except ImportError:
+    _decoding = _lightning = None  # type: ignore[assignment]
+
+INTERFACE = 2
+if _decoding is not None and {getattr(x, "INTERFACE", 1) for x in (_decoding, _lightning)} != {INTERFACE}:
     _decoding = _lightning = None  # type: ignore[assignment]
 
 
@@ -64,19 +71,41 @@ class Matrix(NamedTuple):
         return Matrix(self.address, self.rows * heads, width, width)
 
 
-_EVERYTHING = torch.tensor([0, 2**62])
-"""The interval of a query that sees every key there is."""
+class Sequences(NamedTuple):
+    """Where the keys of some queries lie, in blocks of a pool."""
+
+    where: array[int]
+    """For each query three 64-bit numbers: the address of its block table (int64), how many blocks, how many keys."""
+    page: int
+    """Slots per block."""
 
 
-def select(chosen: int, q: Matrix, keys: Matrix, w: Matrix, k: int) -> None:
-    """The lightning indexer's choice among all keys for one query [H, I]: k positions (int64) at an address."""
-    lo = _EVERYTHING.data_ptr()
-    sizes = 1, keys.rows, q.rows, keys.columns, k, 1, 0
-    _lightning.select(q.address, keys.address, 0, w.address, lo, lo + 8, chosen, *sizes)
+def select(
+    chosen: Matrix, q: Matrix | None, w: Matrix | None, pool: Matrix, sequences: Sequences, *, variant: int = 0
+) -> None:
+    """The lightning indexer's choice for queries [T * H, I], each among its own keys: slots (int64 [T, K]), -1 padded.
+
+    Slots ascend by position, and the lowest position wins a tie. A query of at most K keys takes them all; if every
+    query does, q and w (head weights [T, H]) may be left out. Long work runs on `torch.get_num_threads()` threads.
+    """
+    tokens, where = chosen.rows, sequences.where
+    if where.typecode != "q" or len(where) != 3 * tokens:
+        raise ValueError(f"where must hold 3 numbers of 64 bits for each of {tokens} queries, not {len(where)}")
+    heads = 1
+    if q is not None and w is not None:
+        heads = w.columns
+        if (q.rows, q.columns, w.rows) != (tokens * heads, pool.columns, tokens) or q.stride != q.columns:
+            raise ValueError("the indexer's queries and weights do not fit together")
+    if chosen.stride != chosen.columns or pool.stride != pool.columns:
+        raise ValueError("pool and choices must be without gaps")
+    addresses = q.address if q else 0, w.address if w else 0, pool.address, where.buffer_info()[0], chosen.address
+    sizes = tokens, pool.rows, sequences.page, heads, pool.columns, chosen.columns
+    _lightning.select_paged(*addresses, *sizes, torch.get_num_threads(), variant)
 
 
 if _decoding is not None:
-    copy, rms_norm, layer_norm = _decoding.copy, _decoding.rms_norm, _decoding.layer_norm
+    copy, gather, scatter = _decoding.copy, _decoding.gather, _decoding.scatter
+    rms_norm, layer_norm = _decoding.rms_norm, _decoding.layer_norm
     linear, swiglu, rotate = _decoding.linear, _decoding.swiglu, _decoding.rotate
     combine_heads, split_heads = _decoding.combine_heads, _decoding.split_heads
     attend, route, experts = _decoding.attend, _decoding.route, _decoding.experts

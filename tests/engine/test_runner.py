@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoding_steps import needs_extension
 from paged import Tokens, feed, scattered
 from tiny import tiny_model
 
 from glm5.engine.paged_cache import PagedCache
 from glm5.engine.runner import Chunk, DraftChunk, Runner
 from glm5.errors import InputError
+from glm5.model.fast_steps import FastSteps
 
 IDS = torch.randint(0, 97, (4, 50), generator=torch.Generator().manual_seed(5)).tolist()
 LENGTHS = 50, 5, 23, 41
@@ -24,10 +26,18 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(params=[pytest.param(True, marks=needs_extension), False], ids=["decoder", "modules"])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether decoders run, or the modules alone."""
+    if not request.param:
+        monkeypatch.setattr(FastSteps, "exact_decoder", lambda *arguments: None)
+    return request.param
+
+
 @pytest.mark.parametrize("pattern", [("full", "full"), ("full", "shared")])
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
 @pytest.mark.parametrize(("tokens", "block_size"), [(1, 4), (7, 4), (17, 16), (50, 8), (50, 64)])
-def test_scattered_sequences_of_different_lengths_equal_one_pass_each(tokens, block_size, attention, pattern):
+def test_scattered_sequences_of_different_lengths_equal_one_pass_each(tokens, block_size, attention, pattern, decoder):
     """Decoding, verification and chunks of a prompt; contexts below and above index_topk in one batch."""
     model = tiny_model(1, indexer_types=pattern)
     cache = PagedCache(model.config, num_blocks=64, block_size=block_size)
@@ -41,7 +51,7 @@ def test_scattered_sequences_of_different_lengths_equal_one_pass_each(tokens, bl
         close(torch.cat(row.logits), wanted)
 
 
-def test_a_step_mixes_prompts_and_decoding_and_keeps_the_logits_asked_for():
+def test_a_step_mixes_prompts_and_decoding_and_keeps_the_logits_asked_for(decoder):
     model = tiny_model(1)
     runner = Runner(model, PagedCache(model.config, num_blocks=64, block_size=4))
     long, short, other, last = sequences(4)
@@ -56,7 +66,7 @@ def test_a_step_mixes_prompts_and_decoding_and_keeps_the_logits_asked_for():
     assert runner.run([]) == []
 
 
-def test_a_forked_sequence_goes_on_by_itself():
+def test_a_forked_sequence_goes_on_by_itself(decoder):
     model = tiny_model(1)
     cache = PagedCache(model.config, num_blocks=64, block_size=8)
     runner = Runner(model, cache)
@@ -73,9 +83,10 @@ def test_a_forked_sequence_goes_on_by_itself():
         close(torch.cat(sequence.logits)[-10:], wanted)
 
 
+@pytest.mark.parametrize("mtp_hidden", ["after_norm", "before_norm"])
 @pytest.mark.parametrize("tokens", [1, 19])
-def test_states_and_drafts_equal_the_models(tokens):
-    model = tiny_model(1)
+def test_states_and_drafts_equal_the_models(tokens, mtp_hidden, decoder):
+    model = tiny_model(1, mtp_hidden=mtp_hidden)
     cache = PagedCache(model.config, num_blocks=64, block_size=8, draft=True)
     runner = Runner(model, cache)
     rows = scattered([IDS[0][:40], IDS[1][:31]], num_blocks=64, block_size=8)
@@ -121,30 +132,3 @@ def test_drafts_need_room_for_their_rows():
     model = tiny_model(1)
     with pytest.raises(InputError, match="draft=True"):
         Runner(model, PagedCache(model.config, num_blocks=8)).draft([])
-
-
-# ---- strict mode ---------------------------------------------------------------------------------------------------
-def strict_logits(model, patterns: list[int], rows: int) -> torch.Tensor:
-    """Logits of the first sequence, beside others, with steps of these numbers of tokens in turn."""
-    runner = Runner(model, PagedCache(model.config, num_blocks=64, block_size=4), strict=True)
-    sequences_ = sequences(4)[:rows]
-    while sequences_[0].done < 50:
-        for tokens in patterns:
-            feed(runner, sequences_, tokens)
-    return torch.cat(sequences_[0].logits)
-
-
-@pytest.mark.parametrize("pattern", [("full", "full"), ("full", "shared")])
-def test_strict_mode_computes_a_row_the_same_way_in_any_company(pattern):
-    model = tiny_model(1, indexer_types=pattern)
-    alone = strict_logits(model, [50], 1)
-    assert torch.equal(strict_logits(model, [1], 4), alone)
-    assert torch.equal(strict_logits(model, [7, 18, 1], 3), alone)
-    with torch.no_grad():
-        close(alone, model(torch.tensor(IDS[:1])).logits[0])
-
-
-def test_strict_mode_keeps_fp32():
-    model = tiny_model(1)
-    with pytest.raises(InputError, match="fp32"):
-        Runner(model, PagedCache(model.config, num_blocks=8, storage="bf16"), strict=True)

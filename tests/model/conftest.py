@@ -23,7 +23,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     done: list[int] = []
     step = Decoder.step
 
-    def counted(self: Decoder, ids: list[int], *rest: object) -> Tensor:
+    def counted(self: Decoder, ids: list[int], *rest: object) -> tuple[Tensor, Tensor]:
         done.append(len(ids))
         return step(self, ids, *rest)
 

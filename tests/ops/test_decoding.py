@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glm5.ops import decoding, lightning, reference
+from glm5.ops import decoding, reference
 from glm5.ops.decoding import Matrix
 from glm5.ops.rotary import rotate, rotation
 
@@ -77,24 +77,22 @@ def test_heads(width):
     weight = random(heads * (plain + values), width)
     w_uk, w_uv = weight.view(heads, -1, width).split([plain, values], dim=1)
     x, y = random(2, heads, plain), torch.empty(2, heads, width)
-    decoding.combine_heads(
-        Matrix.of(y), Matrix.of(x), Matrix.of(weight).lines(0, plain), heads, plain + values
-    )  # fmt: skip
+    decoding.combine_heads(Matrix.of(y), Matrix.of(x), Matrix.of(weight), heads, 0)
     torch.testing.assert_close(y, torch.einsum("bhn,hnc->bhc", x, w_uk))
     z = torch.empty(2, heads, values)
-    decoding.split_heads(Matrix.of(z), Matrix.of(y), Matrix.of(weight).lines(plain, values), heads, plain + values)
+    decoding.split_heads(Matrix.of(z), Matrix.of(y), Matrix.of(weight), heads, plain)
     torch.testing.assert_close(z, torch.einsum("bhc,hvc->bhv", y, w_uv), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_rotation_also_in_place(interleaved):
-    table = rotation(torch.tensor([[17]]), 8, 1e4, torch.float32, interleaved=interleaved)
-    x, y = random(1, 1, 6, 8), torch.empty(6, 8)
+def test_rotation_of_two_tokens_also_in_place(interleaved):
+    table = rotation(torch.tensor([[17, 3]]), 8, 1e4, torch.float32, interleaved=interleaved)
+    x, y = random(1, 2, 3, 8), torch.empty(6, 8)
     cos, sin = Matrix.of(table.cos_BT1R), Matrix.of(table.sin_BT1R)
     decoding.rotate(Matrix.of(y), Matrix.of(x), cos, sin, interleaved)
-    torch.testing.assert_close(y, rotate(x, table)[0, 0])
+    torch.testing.assert_close(y, rotate(x, table).view(6, 8))
     decoding.rotate(Matrix.of(x), Matrix.of(x), cos, sin, interleaved)
-    assert torch.equal(x[0, 0], y)
+    assert torch.equal(x.view(6, 8), y)
 
 
 def test_swiglu_over_the_whole_range():
@@ -104,22 +102,36 @@ def test_swiglu_over_the_whole_range():
     torch.testing.assert_close(y, F.silu(gate) * up, rtol=1e-6, atol=1e-30)
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, 40])
-def test_attention_to_selected_rows(count):
-    q, keys = random(3, 21), random(90, 21)
-    places = torch.randperm(90, generator=torch.Generator().manual_seed(count))[:count].sort().values
-    selected = F.pad(places, (0, 45 - count), value=-1)
-    y = torch.empty(3, 13)
-    decoding.attend(Matrix.of(y), Matrix.of(q), Matrix.of(keys), selected.data_ptr(), 45, 0.3)
-    expected = reference.sparse_attention(q[None, None], keys[None], selected[None, None], 13, 0.3)[0, 0]
+@pytest.mark.parametrize("counts", [[0, 3], [1, 0], [7, 40], [45]])
+def test_attention_of_every_token_to_its_own_rows(counts):
+    tokens = len(counts)
+    q, keys = random(tokens, 3, 21), random(90, 21)
+    g = torch.Generator().manual_seed(1)
+    places = [torch.randperm(90, generator=g)[:count].sort().values for count in counts]
+    selected = torch.stack([F.pad(at, (0, 45 - len(at)), value=-1) for at in places])
+    y = torch.empty(tokens, 3, 13)
+    decoding.attend(Matrix.of(y), Matrix.of(q), Matrix.of(keys), Matrix.of(selected), 0.3)
+    expected = reference.sparse_attention(q[None], keys[None], selected[None], 13, 0.3)[0]
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_attention_to_all_rows_with_large_scores():
+def test_attention_with_large_scores():
     q, keys = random(2, 16) * 50, random(100, 16)
-    y = torch.empty(2, 16)
-    decoding.attend(Matrix.of(y), Matrix.of(q), Matrix.of(keys), 0, 0, 1.0)
+    y, places = torch.empty(2, 16), torch.arange(100)
+    decoding.attend(Matrix.of(y), Matrix.of(q), Matrix.of(keys), Matrix.of(places), 1.0)
     torch.testing.assert_close(y, torch.softmax(q @ keys.T, -1) @ keys, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_from_and_to_places():
+    pool, rows, places = random(9, 5), random(3, 5), torch.tensor([8, 0, 4])
+    y = torch.empty(3, 5)
+    decoding.gather(Matrix.of(y), Matrix.of(pool), Matrix.of(places))
+    assert torch.equal(y, pool[places])
+    decoding.scatter(Matrix.of(rows), Matrix.of(pool), Matrix.of(places))
+    assert torch.equal(pool[places], rows)
+    for wrong in ([0, 9, 1], [0, -1, 1], [0, 1]):
+        with pytest.raises(ValueError, match="do not fit"):
+            decoding.gather(Matrix.of(y), Matrix.of(pool), Matrix.of(torch.tensor(wrong)))
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -158,13 +170,6 @@ def test_experts_add_to_the_output():
         decoding.experts(*(Matrix.of(t) for t in (y, x, chosen, weights, gate_up, down, hidden)))
 
 
-def test_selection_equals_the_indexers():
-    q, keys, w = random(1, 16, 8), random(500, 8), random(1, 16)
-    chosen = torch.empty(1, 40, dtype=torch.int64)
-    decoding.select(chosen.data_ptr(), Matrix.of(q[0]), Matrix.of(keys), Matrix.of(w), 40)
-    assert torch.equal(chosen, lightning.select(q, keys, w, torch.tensor([0]), torch.tensor([500]), 40))
-
-
 def test_sizes_that_do_not_fit_are_refused():
     x, y, weight = Matrix.of(random(2, 6)), Matrix.of(random(2, 4)), Matrix.of(random(4, 5))
     with pytest.raises(ValueError, match="do not fit"):
@@ -172,7 +177,15 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="do not fit"):
         decoding.rms_norm(x, x, Matrix.of(random(5)), 1e-5)
     with pytest.raises(ValueError, match="do not fit"):
-        decoding.attend(y.cut(0, 1), x, Matrix.of(random(3, 6)), torch.tensor([3]).data_ptr(), 1, 1.0)
+        decoding.attend(y.cut(0, 1), x, Matrix.of(random(3, 6)), Matrix.of(torch.tensor([3])), 1.0)
+    with pytest.raises(ValueError, match="do not fit"):  # more of a head than it has
+        decoding.combine_heads(Matrix.of(random(2, 6)), x, Matrix.of(random(10, 6)), 2, 0)
+    with pytest.raises(ValueError, match="do not fit"):
+        decoding.split_heads(y, x, Matrix.of(random(10, 6)), 2, 2)
+    nothing = torch.empty(1, 0)
+    chosen = Matrix.of(torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="do not fit"):
+        decoding.experts(Matrix.of(nothing), Matrix.of(nothing), chosen, *[Matrix.of(random(1, 1))] * 4)
     with pytest.raises(TypeError, match="tuple"):
         decoding.copy([1, 2, 3, 4], x)
     with pytest.raises(TypeError, match="expected 2"):

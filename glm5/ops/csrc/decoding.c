@@ -1,4 +1,4 @@
-/* The steps between the rows of one token: norms, products with a weight, rotation, attention, experts, in fp32.
+/* The steps of a layer on a few rows (tokens): norms, products with a weight, rotation, attention, experts, in fp32.
  *
  * A decode step of a small model does little arithmetic in many operators, and starting one of PyTorch's takes longer
  * than most of this arithmetic. These functions have no more to start than one call from Python. ../decoding.py is the
@@ -18,7 +18,10 @@
 #include <immintrin.h>
 #endif
 
+#include "matrix.h"
+
 enum {
+    INTERFACE = 2, /* counts changes of what Python calls: an older build is not used */
     OUTPUTS = 8, /* rows of a weight that are multiplied together: enough sums to hide the latency of an addition */
 };
 
@@ -27,13 +30,6 @@ enum {
 #else
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
-
-typedef struct {
-    float *at;
-    int64_t rows, columns, stride;
-} matrix;
-
-static inline float *row(matrix m, int64_t r) { return m.at + r * m.stride; }
 
 typedef struct { /* one instruction set */
     void (*rms_norm)(matrix y, matrix x, matrix weight, float eps);
@@ -85,52 +81,6 @@ static int find_variants(const kernels **found) {
 
 static const kernels *use; /* the chosen variant; set when the module is made, and by tests */
 
-/* ---- arguments ------------------------------------------------------------------------------------------------- */
-static int whole(PyObject *value, int64_t *to) {
-    *to = PyLong_AsLongLong(value);
-    return !(*to == -1 && PyErr_Occurred());
-}
-
-static int real(PyObject *value, float *to) {
-    const double wide = PyFloat_AsDouble(value);
-    *to = (float)wide;
-    return !(wide == -1.0 && PyErr_Occurred());
-}
-
-static int read_matrix(PyObject *tuple, matrix *to) {
-    int64_t address;
-    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != 4) {
-        PyErr_SetString(PyExc_TypeError, "a matrix is a tuple (address, rows, columns, stride)");
-        return 0;
-    }
-    if (!whole(PyTuple_GetItem(tuple, 0), &address) || !whole(PyTuple_GetItem(tuple, 1), &to->rows) ||
-        !whole(PyTuple_GetItem(tuple, 2), &to->columns) || !whole(PyTuple_GetItem(tuple, 3), &to->stride))
-        return 0;
-    to->at = (float *)(uintptr_t)address;
-    return 1;
-}
-
-/* Reads `count` matrices, then numbers; false with an exception set when something is amiss. */
-static int read_all(PyObject *const *args, Py_ssize_t given, int matrices, matrix *m, int numbers, PyObject *const **rest) {
-    if (given != matrices + numbers) {
-        PyErr_Format(PyExc_TypeError, "expected %d arguments, not %zd", matrices + numbers, given);
-        return 0;
-    }
-    for (int i = 0; i < matrices; i++)
-        if (!read_matrix(args[i], &m[i])) return 0;
-    *rest = args + matrices;
-    return 1;
-}
-
-static int fits(int holds) {
-    if (!holds) PyErr_SetString(PyExc_ValueError, "the matrices do not fit together");
-    return holds;
-}
-
-static int same_shape(matrix a, matrix b) { return a.rows == b.rows && a.columns == b.columns; }
-
-static int vector_of(matrix a, int64_t columns) { return a.rows == 1 && a.columns == columns; }
-
 #define ENTRY(name) static PyObject *py_##name(PyObject *self, PyObject *const *args, Py_ssize_t given)
 
 /* ---- functions of the module ----------------------------------------------------------------------------------- */
@@ -140,6 +90,24 @@ ENTRY(copy) {
     for (int64_t r = 0; r < m[0].rows; r++) memmove(row(m[0], r), row(m[1], r), sizeof(float) * (size_t)m[0].columns);
     Py_RETURN_NONE;
 }
+
+/* Rows of a pool from or to the places (int64) that a vector names. */
+static PyObject *by_place(PyObject *const *args, Py_ssize_t given, int gather) {
+    matrix m[3]; /* rows, pool, places */
+    if (!read_all(args, given, 3, m, 0, &args)) return NULL;
+    const int64_t *places = (const int64_t *)(const void *)m[2].at;
+    if (!fits(m[0].columns == m[1].columns && vector_of(m[2], m[0].rows))) return NULL;
+    for (int64_t r = 0; r < m[0].rows; r++) {
+        if (!fits(places[r] >= 0 && places[r] < m[1].rows)) return NULL;
+        float *own = row(m[0], r), *pooled = row(m[1], places[r]);
+        memmove(gather ? own : pooled, gather ? pooled : own, sizeof(float) * (size_t)m[0].columns);
+    }
+    Py_RETURN_NONE;
+}
+
+ENTRY(gather) { return by_place(args, given, 1); }
+
+ENTRY(scatter) { return by_place(args, given, 0); }
 
 ENTRY(rms_norm) {
     matrix m[3];
@@ -165,22 +133,25 @@ ENTRY(linear) {
     int64_t add;
     if (!read_all(args, given, 3, m, 2, &args) || !real(args[0], &scale) || !whole(args[1], &add)) return NULL;
     if (!fits(m[0].rows == m[1].rows && m[0].columns == m[2].rows && m[1].columns == m[2].columns)) return NULL;
+    PyThreadState *own = let_others_run(size_of(m[2]) * (double)m[0].rows);
     use->linear(m[0], m[1], m[2], scale, add != 0);
-    Py_RETURN_NONE;
+    return done(own);
 }
 
-/* Both: weight[h] begins h * step rows below `weight`. */
+/* Both: weight[h] is some rows, the same in every head's share of the rows of `weight`, from row `first` of it on. */
 typedef void (*heads_kernel)(matrix y, matrix x, matrix weight, int64_t heads, int64_t step);
 
 static PyObject *by_head(PyObject *const *args, Py_ssize_t given, int combine, heads_kernel run) {
     matrix m[3];
-    int64_t heads, step;
-    if (!read_all(args, given, 3, m, 2, &args) || !whole(args[0], &heads) || !whole(args[1], &step)) return NULL;
-    const int64_t from = combine ? m[2].rows : m[2].columns, to = combine ? m[2].columns : m[2].rows;
-    if (!fits(m[0].rows == m[1].rows && m[1].columns == from && m[0].columns == to && heads > 0 && m[0].rows % heads == 0))
-        return NULL;
-    run(m[0], m[1], m[2], heads, step);
-    Py_RETURN_NONE;
+    int64_t heads, first;
+    if (!read_all(args, given, 3, m, 2, &args) || !whole(args[0], &heads) || !whole(args[1], &first)) return NULL;
+    if (!fits(heads > 0 && m[0].rows == m[1].rows && m[0].rows % heads == 0 && m[2].rows % heads == 0)) return NULL;
+    const int64_t step = m[2].rows / heads, used = m[combine ? 1 : 0].columns;
+    if (!fits(m[combine ? 0 : 1].columns == m[2].columns && first >= 0 && used <= step - first)) return NULL;
+    const matrix weight = {row(m[2], first), used, m[2].columns, m[2].stride};
+    PyThreadState *own = let_others_run(size_of(weight) * (double)m[0].rows);
+    run(m[0], m[1], weight, heads, step);
+    return done(own);
 }
 
 ENTRY(combine_heads) { return by_head(args, given, 1, use->combine_heads); }
@@ -191,12 +162,13 @@ ENTRY(rotate) {
     matrix m[4];
     int64_t interleaved;
     if (!read_all(args, given, 4, m, 1, &args) || !whole(args[0], &interleaved)) return NULL;
-    const int64_t width = m[0].columns, next = interleaved ? 1 : width / 2;
-    if (!fits(same_shape(m[0], m[1]) && vector_of(m[2], width) && vector_of(m[3], width) && width % 2 == 0)) return NULL;
-    const float *cos = m[2].at, *sin = m[3].at;
+    const int64_t width = m[0].columns, next = interleaved ? 1 : width / 2, angles = m[2].rows;
+    if (!fits(same_shape(m[0], m[1]) && same_shape(m[2], m[3]) && m[2].columns == width && width % 2 == 0)) return NULL;
+    if (!fits(angles > 0 && m[0].rows % angles == 0)) return NULL;
+    const int64_t heads = m[0].rows / angles;
     for (int64_t r = 0; r < m[0].rows; r++) {
         float *y = row(m[0], r);
-        const float *x = row(m[1], r);
+        const float *x = row(m[1], r), *cos = row(m[2], r / heads), *sin = row(m[3], r / heads);
         for (int64_t i = 0; i < width / 2; i++) {
             const int64_t a = interleaved ? 2 * i : i, b = a + next;
             const float first = x[a], second = x[b];
@@ -214,26 +186,30 @@ ENTRY(swiglu) {
     Py_RETURN_NONE;
 }
 
-/* Attention of the heads of one token to `keys`, or to the rows of it that `places` names (an address; 0: to all). */
+/* Attention of the heads of every token (rows of q follow each other) to the rows of the pool that its places name. */
 ENTRY(attend) {
-    matrix m[3];
-    int64_t address, most;
+    matrix m[4]; /* y, q, pool, places (int64, -1 padded) */
     float scale;
-    if (!read_all(args, given, 3, m, 3, &args) || !whole(args[0], &address) || !whole(args[1], &most) ||
-        !real(args[2], &scale))
-        return NULL;
-    if (!fits(m[0].rows == m[1].rows && m[1].columns == m[2].columns && m[0].columns <= m[2].columns)) return NULL;
-    const int64_t *places = (const int64_t *)(uintptr_t)address;
-    int64_t count = 0;
-    if (places) {
-        for (; count < most && places[count] >= 0; count++)
-            if (!fits(places[count] < m[2].rows)) return NULL;
-    } else {
-        count = m[2].rows;
-    }
-    float *p = PyMem_Malloc(sizeof(float) * (size_t)(count + 1));
+    if (!read_all(args, given, 4, m, 1, &args) || !real(args[0], &scale)) return NULL;
+    const matrix y = m[0], q = m[1], pool = m[2], places = m[3];
+    if (!fits(y.rows == q.rows && q.columns == pool.columns && y.columns <= pool.columns)) return NULL;
+    if (!fits(places.rows > 0 && places.columns >= 0 && y.rows % places.rows == 0)) return NULL;
+    const int64_t heads = y.rows / places.rows, *at = (const int64_t *)(const void *)places.at;
+    for (int64_t t = 0; t < places.rows; t++)
+        for (int64_t i = 0; i < places.columns && at[t * places.stride + i] >= 0; i++)
+            if (!fits(at[t * places.stride + i] < pool.rows)) return NULL;
+    float *p = PyMem_Malloc(sizeof(float) * (size_t)(places.columns + 1));
     if (!p) return PyErr_NoMemory();
-    use->attend(m[0], m[1], m[2], places, count, p, scale);
+    PyThreadState *own = let_others_run(2 * size_of(places) * (double)heads * (double)q.columns);
+    for (int64_t t = 0; t < places.rows; t++) {
+        const int64_t *mine = at + t * places.stride;
+        const matrix y_t = {row(y, t * heads), heads, y.columns, y.stride};
+        const matrix q_t = {row(q, t * heads), heads, q.columns, q.stride};
+        int64_t count = 0;
+        while (count < places.columns && mine[count] >= 0) count++;
+        use->attend(y_t, q_t, pool, mine, count, p, scale);
+    }
+    if (own) PyEval_RestoreThread(own);
     PyMem_Free(p);
     Py_RETURN_NONE;
 }
@@ -281,17 +257,23 @@ ENTRY(experts) {
     matrix m[7]; /* y, x, chosen (int64), weights, gate_up [E * 2I, D], down [E * D, I], hidden [1, 2I] */
     if (!read_all(args, given, 7, m, 0, &args)) return NULL;
     matrix y = m[0], x = m[1], hidden = m[6];
-    const int64_t width = y.columns, inner = m[5].columns, count = m[5].rows / width;
-    if (!fits(same_shape(y, x) && m[2].rows == y.rows && same_shape(m[2], m[3]) && vector_of(hidden, 2 * inner) &&
-              m[4].columns == width && m[4].rows == count * 2 * inner && m[5].rows == count * width))
+    const int64_t width = y.columns, inner = m[5].columns, per_token = m[2].columns;
+    if (!fits(width > 0 && same_shape(y, x) && m[2].rows == y.rows && same_shape(m[2], m[3]))) return NULL;
+    const int64_t count = m[5].rows / width;
+    if (!fits(vector_of(hidden, 2 * inner) && m[4].columns == width && m[4].rows == count * 2 * inner &&
+              m[5].rows == count * width))
         return NULL;
+    for (int64_t i = 0; i < y.rows * per_token; i++) {
+        const int64_t e = ((const int64_t *)(const void *)m[2].at)[i / per_token * m[2].stride + i % per_token];
+        if (!fits(e >= 0 && e < count)) return NULL;
+    }
+    PyThreadState *own = let_others_run(3 * size_of(m[2]) * (double)width * (double)inner);
     for (int64_t r = 0; r < y.rows; r++) {
-        const int64_t *chosen = (const int64_t *)(void *)m[2].at + r * m[2].stride;
+        const int64_t *chosen = (const int64_t *)(const void *)m[2].at + r * m[2].stride;
         const matrix y_r = {row(y, r), 1, width, 0}, x_r = {row(x, r), 1, width, 0};
         const matrix gate = {hidden.at, 1, inner, 0}, up = {hidden.at + inner, 1, inner, 0};
-        for (int64_t k = 0; k < m[2].columns; k++) {
+        for (int64_t k = 0; k < per_token; k++) {
             const int64_t e = chosen[k];
-            if (!fits(e >= 0 && e < count)) return NULL;
             const matrix gate_up = {row(m[4], e * 2 * inner), 2 * inner, width, m[4].stride};
             const matrix down = {row(m[5], e * width), width, inner, m[5].stride};
             use->linear(hidden, x_r, gate_up, 1.0f, 0);
@@ -299,7 +281,7 @@ ENTRY(experts) {
             use->linear(y_r, gate, down, row(m[3], r)[k], 1);
         }
     }
-    Py_RETURN_NONE;
+    return done(own);
 }
 
 static PyObject *py_variants(PyObject *self, PyObject *none) {
@@ -319,14 +301,16 @@ static PyObject *py_use_variant(PyObject *self, PyObject *index) {
 
 static PyMethodDef methods[] = {
     FAST(copy, "copy(y, x)"),
+    FAST(gather, "gather(y, pool, places): y[r] = pool[places[r]]"),
+    FAST(scatter, "scatter(x, pool, places): pool[places[r]] = x[r]"),
     FAST(rms_norm, "rms_norm(y, x, weight, eps)"),
     FAST(layer_norm, "layer_norm(y, x, weight, bias, eps)"),
     FAST(linear, "linear(y, x, weight, scale, add): y (+)= scale * x @ weight.T"),
-    FAST(combine_heads, "combine_heads(y, x, weight, heads, step): y[h] = x[h] @ weight[h]"),
-    FAST(split_heads, "split_heads(y, x, weight, heads, step): y[h] = weight[h] @ x[h]"),
-    FAST(rotate, "rotate(y, x, cos, sin, interleaved)"),
+    FAST(combine_heads, "combine_heads(y, x, weight, heads, first): y[h] = x[h] @ weight[h]"),
+    FAST(split_heads, "split_heads(y, x, weight, heads, first): y[h] = weight[h] @ x[h]"),
+    FAST(rotate, "rotate(y, x, cos, sin, interleaved): rows of angles serve equal runs of rows"),
     FAST(swiglu, "swiglu(y, gate, up)"),
-    FAST(attend, "attend(y, q, keys, places, most, scale)"),
+    FAST(attend, "attend(y, q, pool, places, scale)"),
     FAST(route, "route(chosen, weights, scores, bias, normalise, factor)"),
     FAST(experts, "experts(y, x, chosen, weights, gate_up, down, hidden)"),
     {"variants", py_variants, METH_NOARGS, "How many instruction sets this processor runs; variant 0 is the widest."},
@@ -338,13 +322,13 @@ static int fill(PyObject *module) {
     const kernels *found[3];
     find_variants(found);
     use = found[0];
-    return 0;
+    return PyModule_AddIntConstant(module, "INTERFACE", INTERFACE);
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_decoding", "Rows of one token through a layer; see decoding.py.", 0, methods, slots,
+    PyModuleDef_HEAD_INIT, "_decoding", "Rows through a layer; see decoding.py.", 0, methods, slots,
     NULL, NULL, NULL,
 };
 

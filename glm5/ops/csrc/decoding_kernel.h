@@ -181,9 +181,9 @@ TARGET static void NAME(attend)(matrix y, matrix q, matrix keys, const int64_t *
         memset(to, 0, sizeof(float) * (size_t)y.columns);
         if (!count) continue; /* what selected nothing attends to nothing */
         for (int64_t i = 0; i < count; i++)
-            p[i] = scale * NAME(dot)(row(q, h), row(keys, places ? places[i] : i), q.columns);
+            p[i] = scale * NAME(dot)(row(q, h), row(keys, places[i]), q.columns);
         NAME(softmax)(p, count);
-        for (int64_t i = 0; i < count; i++) NAME(add_scaled)(to, p[i], row(keys, places ? places[i] : i), y.columns);
+        for (int64_t i = 0; i < count; i++) NAME(add_scaled)(to, p[i], row(keys, places[i]), y.columns);
     }
 }
 

@@ -12,6 +12,8 @@
  * shared counter, because causal rows differ in length; POSIX threads rather than OpenMP, which Apple's compiler lacks
  * and which would bring a second OpenMP runtime beside PyTorch's.
  *
+ * Where keys lie in the blocks of a paged pool (decoding), every query has its own: `lightning_paged.h`.
+ *
  * Left out: bf16 keys (the caller widens them), batches (one call per row), gradients (a selection has none).
  */
 
@@ -29,6 +31,7 @@
 #endif
 
 enum {
+    INTERFACE = 2,          /* counts changes of what Python calls: an older build is not used */
     PANEL = 48,             /* keys per panel: three AVX-512 registers */
     TILE = 8,               /* (query, head) rows that are multiplied with a panel together */
     MOST_QUERIES = 16,      /* queries per block: each reads every panel while it is in the first cache */
@@ -51,10 +54,16 @@ typedef struct { /* the candidates of one query, in order of position */
     float floor; /* k earlier candidates are at least this good */
 } candidates;
 
+typedef struct { /* the keys of one query in a paged pool: blocks of `block` slots, of which `length` hold keys */
+    const int64_t *table;
+    int64_t blocks, length;
+} sequence;
+
 typedef struct { /* what one thread owns */
     float *queries; /* [rows / TILE][width][TILE] */
     float *weights; /* [rows] */
     float *panel; /* [width][PANEL], when keys are packed on the fly */
+    float *rows; /* [PANEL][width], when keys are collected from blocks */
     float **targets; /* [rows] the score row that a row adds to */
     float *scores; /* [queries + 1][PANEL]; rows that only fill the last tile add to the last one */
     candidates *best; /* [queries] */
@@ -70,10 +79,20 @@ typedef struct job {
     int64_t tokens, keys, heads, width;
     int64_t best;                  /* how many keys a query chooses */
     int64_t block;                 /* queries per block */
-    void (*select_block)(const struct job *, scratch *, int64_t, int64_t);
+    const struct kernel *use;
+    const sequence *where;         /* [T], if the keys lie in blocks of a pool; the choices are then slots of it */
+    int64_t page;                  /* slots per block of the pool */
+    int64_t parts;                 /* of every query's keys, for as many threads */
+    candidates *partial;           /* [T, parts], if there are several */
     atomic_llong next;
     atomic_int out_of_memory;
 } job;
+
+typedef struct kernel { /* one instruction set */
+    void (*select_block)(const job *, scratch *, int64_t first, int64_t last);
+    void (*select_part)(const job *, scratch *, int64_t unit);
+    void (*keep_best)(candidates *, int64_t k);
+} kernel;
 
 /* The visible interval of a query, cut to the keys that exist. */
 static inline int64_t low_of(const job *work, int64_t t) {
@@ -134,6 +153,8 @@ static void pack_panel(const float *keys, float *panel, int64_t start, int64_t c
     for (int64_t s = 0; s < real; s++)
         for (int64_t i = s < whole_keys ? whole_width : 0; i < width; i++) panel[i * PANEL + s] = keys[s * width + i];
 }
+
+#include "lightning_paged.h"
 
 #if defined(__x86_64__)
 
@@ -197,14 +218,14 @@ typedef int32_t bits4 __attribute__((vector_size(16)));
 #endif
 
 /* The variants that this processor runs, the widest first. Returns how many. */
-static int find_variants(void (*found[3])(const job *, scratch *, int64_t, int64_t)) {
+static int find_variants(const kernel *found[3]) {
     int count = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f")) found[count++] = select_block_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = select_block_avx2;
+    if (__builtin_cpu_supports("avx512f")) found[count++] = &kernel_avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = &kernel_avx2;
 #endif
-    found[count++] = select_block_plain;
+    found[count++] = &kernel_plain;
     return count;
 }
 
@@ -217,22 +238,24 @@ static int open_scratch(const job *work, scratch *own) {
         padded(4 * rows * work->width),
         padded(4 * rows),
         padded(4 * work->width * PANEL),
+        padded(4 * work->width * PANEL),
         padded((int64_t)sizeof(float *) * rows),
         padded(4 * (queries + 1) * PANEL),
         padded((int64_t)sizeof(candidates) * queries),
         padded(8 * own->room) * queries,
     };
     int64_t total = 0;
-    for (int i = 0; i < 7; i++) total += sizes[i];
+    for (int i = 0; i < 8; i++) total += sizes[i];
     void *memory;
     if (posix_memalign(&memory, 64, (size_t)total)) return 0;
     char *at = own->memory = memory;
     own->queries = (float *)at, at += sizes[0];
     own->weights = (float *)at, at += sizes[1];
     own->panel = (float *)at, at += sizes[2];
-    own->targets = (float **)at, at += sizes[3];
-    own->scores = (float *)at, at += sizes[4];
-    own->best = (candidates *)at, at += sizes[5];
+    own->rows = (float *)at, at += sizes[3];
+    own->targets = (float **)at, at += sizes[4];
+    own->scores = (float *)at, at += sizes[5];
+    own->best = (candidates *)at, at += sizes[6];
     for (int64_t t = 0; t < queries; t++, at += padded(8 * own->room)) {
         own->best[t].value = (float *)at;
         own->best[t].place = (int32_t *)at + own->room;
@@ -249,9 +272,10 @@ static void *worker(void *shared) {
     }
     for (;;) {
         const int64_t first = (int64_t)atomic_fetch_add(&work->next, work->block);
-        if (first >= work->tokens) break;
+        if (first >= work->tokens * work->parts) break;
         const int64_t last = first + work->block < work->tokens ? first + work->block : work->tokens;
-        work->select_block(work, &own, first, last);
+        if (work->where) work->use->select_part(work, &own, first);
+        else work->use->select_block(work, &own, first, last);
     }
     free(own.memory);
     return NULL;
@@ -259,7 +283,7 @@ static void *worker(void *shared) {
 
 static void run(job *work, int threads) {
     pthread_t others[MOST_THREADS];
-    const int64_t blocks = (work->tokens + work->block - 1) / work->block;
+    const int64_t blocks = (work->tokens * work->parts + work->block - 1) / work->block;
     int started = 0;
     if (threads > blocks) threads = (int)blocks;
     while (started < threads - 1 && !pthread_create(&others[started], NULL, worker, work)) started++;
@@ -277,27 +301,39 @@ static int64_t block_size(const job *work, int threads) {
     return block < 1 ? 1 : block;
 }
 
+/* The kernel of a call, or NULL with an exception set: for a variant that is not there, or sizes that cannot be. */
+static const kernel *kernel_of(int variant, int *threads, const int64_t *sizes, int count) {
+    const kernel *found[3];
+    if (variant < 0 || variant >= find_variants(found)) {
+        PyErr_SetString(PyExc_ValueError, "this processor has no such variant");
+        return NULL;
+    }
+    for (int i = 0; i < count; i++) {
+        if (sizes[i] < 1 || sizes[i] >= INT32_MAX) {
+            PyErr_SetString(PyExc_ValueError, "a size is not positive, or too large");
+            return NULL;
+        }
+    }
+    if (*threads < 1) *threads = 1;
+    if (*threads > MOST_THREADS) *threads = MOST_THREADS;
+    return found[variant];
+}
+
 static PyObject *py_select(PyObject *self, PyObject *args) {
     unsigned long long q, k, panels, w, lo, hi, chosen;
     long long tokens, keys, heads, width, best;
     int threads, variant;
-    void (*variants[3])(const job *, scratch *, int64_t, int64_t);
     if (!PyArg_ParseTuple(args, "KKKKKKKLLLLLii", &q, &k, &panels, &w, &lo, &hi, &chosen, &tokens, &keys, &heads,
                           &width, &best, &threads, &variant))
         return NULL;
-    if (variant < 0 || variant >= find_variants(variants)) {
-        PyErr_SetString(PyExc_ValueError, "this processor has no such variant");
-        return NULL;
-    }
-    if (threads < 1) threads = 1;
-    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    const kernel *use = kernel_of(variant, &threads, (const int64_t[]){tokens, keys, heads, width, best}, 5);
+    if (!use) return NULL;
     job work = {
         .q = (const float *)(uintptr_t)q, .k = (const float *)(uintptr_t)k, .w = (const float *)(uintptr_t)w,
         .panels = (const float *)(uintptr_t)panels,
         .lo = (const int64_t *)(uintptr_t)lo, .hi = (const int64_t *)(uintptr_t)hi,
         .chosen = (int64_t *)(uintptr_t)chosen,
-        .tokens = tokens, .keys = keys, .heads = heads, .width = width, .best = best,
-        .select_block = variants[variant],
+        .tokens = tokens, .keys = keys, .heads = heads, .width = width, .best = best, .parts = 1, .use = use,
     };
     work.block = block_size(&work, threads);
     Py_BEGIN_ALLOW_THREADS
@@ -307,10 +343,40 @@ static PyObject *py_select(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *py_select_paged(PyObject *self, PyObject *args) {
+    unsigned long long q, w, pool, where, chosen;
+    long long tokens, slots, page, heads, width, best;
+    int threads, variant;
+    if (!PyArg_ParseTuple(args, "KKKKKLLLLLLii", &q, &w, &pool, &where, &chosen, &tokens, &slots, &page, &heads,
+                          &width, &best, &threads, &variant))
+        return NULL;
+    const kernel *use = kernel_of(variant, &threads, (const int64_t[]){tokens, page, heads, width, best}, 5);
+    if (!use) return NULL;
+    job work = {
+        .q = (const float *)(uintptr_t)q, .k = (const float *)(uintptr_t)pool, .w = (const float *)(uintptr_t)w,
+        .where = (const sequence *)(uintptr_t)where, .chosen = (int64_t *)(uintptr_t)chosen,
+        .tokens = tokens, .heads = heads, .width = width, .best = best, .page = page, .block = 1, .use = use,
+    };
+    const double products = check_sequences(&work, slots);
+    if (products < 0) return NULL;
+    work.parts = products < LONG_WORK ? 1 : (threads + tokens - 1) / tokens;
+    if (work.parts > 1 && !open_partial(&work)) return PyErr_NoMemory();
+    PyThreadState *own = products < LONG_WORK ? NULL : PyEval_SaveThread();
+    run(&work, products < LONG_WORK ? 1 : threads);
+    if (own) PyEval_RestoreThread(own);
+    const int failed = atomic_load(&work.out_of_memory);
+    if (work.parts > 1) join_parts(&work, failed);
+    return failed ? PyErr_NoMemory() : Py_NewRef(Py_None);
+}
+
 static PyObject *py_pack(PyObject *self, PyObject *args) {
     unsigned long long keys, panels;
     long long count, width;
     if (!PyArg_ParseTuple(args, "KKLL", &keys, &panels, &count, &width)) return NULL;
+    if (width < 1) {
+        PyErr_SetString(PyExc_ValueError, "a size is not positive");
+        return NULL;
+    }
     Py_BEGIN_ALLOW_THREADS
     for (int64_t start = 0; start < count; start += PANEL)
         pack_panel((const float *)(uintptr_t)keys, (float *)(uintptr_t)panels + start * width, start, count, width);
@@ -319,7 +385,7 @@ static PyObject *py_pack(PyObject *self, PyObject *args) {
 }
 
 static PyObject *py_variants(PyObject *self, PyObject *none) {
-    void (*variants[3])(const job *, scratch *, int64_t, int64_t);
+    const kernel *variants[3];
     return PyLong_FromLong(find_variants(variants));
 }
 
@@ -328,11 +394,17 @@ static PyMethodDef methods[] = {
     {"select", py_select, METH_VARARGS,
      "select(q, k, panels, w, lo, hi, chosen, tokens, keys, heads, width, best, threads, variant): seven addresses, "
      "then sizes. panels may be 0."},
+    {"select_paged", py_select_paged, METH_VARARGS,
+     "select_paged(q, w, pool, where, chosen, tokens, slots, page, heads, width, best, threads, variant): five "
+     "addresses, then sizes. where: (address of a block table, blocks, length) of every query."},
     {"variants", py_variants, METH_NOARGS, "How many instruction sets this processor runs; variant 0 is the widest."},
     {NULL, NULL, 0, NULL},
 };
 
-static int fill(PyObject *module) { return PyModule_AddIntConstant(module, "PANEL", PANEL); }
+static int fill(PyObject *module) {
+    if (PyModule_AddIntConstant(module, "INTERFACE", INTERFACE)) return -1;
+    return PyModule_AddIntConstant(module, "PANEL", PANEL);
+}
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};
 

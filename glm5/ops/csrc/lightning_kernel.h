@@ -257,3 +257,47 @@ TARGET static void NAME(select_block)(const job *work, scratch *own, int64_t fir
         for (int64_t i = 0; i < work->best; i++) chosen[i] = i < best->count ? best->place[i] : -1;
     }
 }
+
+/* Select for one part of the keys of one query, which lie in blocks of a pool. */
+TARGET static void NAME(select_part)(const job *work, scratch *own, int64_t unit) {
+    const int64_t t = unit / work->parts, part = unit % work->parts, length = work->where[t].length;
+    if (length <= work->best) {
+        if (!part) write_everything(work, t);
+        return;
+    }
+    const int64_t panels = (length + PANEL - 1) / PANEL, last = panels * (part + 1) / work->parts;
+    candidates *best = own->best;
+    best->count = 0;
+    best->floor = -INFINITY;
+#ifdef KEYS
+    NAME(load_rows)(work, own, t, t + 1);
+#else
+    load_queries(work, own, t, t + 1);
+#endif
+    for (int64_t panel = panels * part / work->parts; panel < last; panel++) {
+        const int64_t start = panel * PANEL;
+        const float *keys = panel_of(work, own, t, start);
+#ifdef KEYS
+        NAME(score_rows)(own->queries, own->weights, own->scores, keys, work->heads, work->width);
+#else
+        pack_panel(keys, own->panel, 0, PANEL, work->width);
+        memset(own->scores, 0, sizeof(float) * PANEL);
+        for (int64_t row = 0; row < work->heads; row += TILE)
+            NAME(score_tile)(own->queries + row * work->width, own->weights + row, own->targets + row, own->panel, work->width);
+#endif
+        for (int64_t s = length - start; s < PANEL; s++) own->scores[s] = -INFINITY;
+        if (best->count > own->room - PANEL - 16) NAME(keep_best)(best, work->best);
+        NAME(push)(best, own->scores, start);
+    }
+    if (best->count > work->best) NAME(keep_best)(best, work->best);
+    if (work->parts == 1) {
+        write_slots(work, t, best);
+        return;
+    }
+    candidates *kept = work->partial + unit;
+    kept->count = best->count;
+    memcpy(kept->value, best->value, sizeof(float) * (size_t)best->count);
+    memcpy(kept->place, best->place, sizeof(int32_t) * (size_t)best->count);
+}
+
+static const kernel NAME(kernel) = {NAME(select_block), NAME(select_part), NAME(keep_best)};
