@@ -74,6 +74,7 @@ class Running:
 
     def __init__(self, app: FastAPI) -> None:
         self.socket = bind("127.0.0.1", 0)
+        self.socket.listen()  # requests wait for the server's first moment
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
 

@@ -1,37 +1,45 @@
-"""`glm5 chat`: a conversation in the terminal. Ctrl-C stops an answer, /exit ends."""
+"""`glm5 chat`: a conversation in the terminal, with a model in this process or with a running server."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from glm5.engine import Engine, SamplingParams
-from glm5.errors import GLM5Error, InputError
-from glm5.text import AssistantStream, Tokenizer
+from glm5.bundled import bundled_model
+from glm5.cli.chat_input import reader
+from glm5.cli.chat_loop import ChatLoop
+from glm5.cli.chat_source import ChatSettings, EngineSource, ServerSource, Source
+from glm5.engine import Engine
+from glm5.errors import InputError
 from glm5.train.run_directory import model_of
 
-HELP = "/exit ends, /new forgets the conversation, Ctrl-C stops an answer."
+KEY_VARIABLE = "GLM5_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """Chat with a model in the terminal. Thinking is shown dimmed."""
+    """Chat in the terminal. Thinking is shown dimmed; /help lists the commands; Ctrl-C stops an answer."""
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """A run directory or a Hugging Face model directory."""
+    model: Annotated[Path | None, tyro.conf.Positional] = None
+    """A run directory or a Hugging Face model directory; the small model that comes with glm5 when left out."""
+    url: str | None = None
+    """Talk to a running server of OpenAI's API instead, e.g. http://127.0.0.1:8000. The key, if it wants one, is read
+    from the environment variable GLM5_API_KEY."""
+    name: str | None = None
+    """With --url: which of the served models; the first when left out."""
     system: str | None = None
     """System prompt."""
     thinking: bool = True
     """Let the model think before it answers; --no-thinking for models that were not taught to."""
-    temperature: float = 1.0
-    """0 always takes the likeliest token."""
-    top_p: float = 0.95
-    """Samples from the likeliest tokens that together reach this probability."""
+    temperature: float | None = None
+    """0 always takes the likeliest token. When left out: 1, or 0 for the bundled model; with --url the server's."""
+    top_p: float | None = None
+    """Samples from the likeliest tokens that together reach this probability; 0.95, or the server's, when left out."""
     max_tokens: int | None = None
     """Longest answer, thinking included; as much as the context leaves when left out."""
     seed: int | None = None
@@ -40,79 +48,29 @@ class ChatOptions:
 
 def run(options: ChatOptions) -> int:
     """Talks until /exit or the end of the input."""
-    engine = Engine(model_of(options.model))
-    if engine.tokenizer is None:
-        raise InputError("A conversation needs a tokenizer; give a model directory that holds tokenizer.json.")
+    source, about = open_source(options)
     console = Console()
-    console.print(
-        f"{options.model}: {engine.config.num_parameters() / 1e6:,.1f}M parameters. {HELP}",
-        style="dim",
-        highlight=False,
-    )
-    return converse(engine, options, console, read=lambda: console.input("[bold]> [/bold]"))
+    settings = ChatSettings(
+        thinking=options.thinking, temperature=options.temperature, top_p=options.top_p,
+        max_tokens=options.max_tokens, seed=options.seed,
+    )  # fmt: skip
+    loop = ChatLoop(source, settings, console, read=lambda: "", system=options.system)
+    loop.read = reader(loop.commands)
+    loop.note(f"{about} /help lists the commands.")
+    return loop.run()
 
 
-def converse(engine: Engine, options: ChatOptions, console: Console, read: Callable[[], str]) -> int:
-    """The loop: `read` gives the user's lines and raises `EOFError` at the end."""
-    opening = [{"role": "system", "content": options.system}] if options.system else []
-    messages: list[dict[str, Any]] = list(opening)
-    while True:
-        try:
-            line = read().strip()
-        except (EOFError, KeyboardInterrupt):
-            console.print()
-            return 0
-        if line == "/exit":
-            return 0
-        if line == "/new":
-            messages = list(opening)
-        elif line.startswith("/"):
-            console.print(HELP, style="dim", highlight=False)
-        elif line:
-            asked = [*messages, {"role": "user", "content": line}]
-            try:
-                messages = [*asked, _answer(engine, asked, options, console)]
-            except GLM5Error as error:  # too long, mostly: the conversation stays as it was
-                console.print(str(error), style="red", markup=False, highlight=False)
-
-
-def _answer(engine: Engine, messages: list[dict[str, Any]], options: ChatOptions, console: Console) -> dict[str, Any]:
-    """Streams one answer to the console and returns it as a message; Ctrl-C keeps what was said so far."""
-    assert isinstance(engine.tokenizer, Tokenizer)
-    prompt = engine.tokenizer.apply_chat_template(messages, enable_thinking=options.thinking, escape_special=True)
-    turn = sum(message["role"] == "user" for message in messages) - 1
-    params = SamplingParams(
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_tokens=options.max_tokens,
-        seed=None if options.seed is None else options.seed + turn,
-    )
-    parser = AssistantStream(thinking=options.thinking, seed=f"turn {turn}")
-    thinking = False
-    tokens = engine.stream(prompt, params)
-    try:
-        for token in tokens:
-            deltas = parser.feed(token.text)
-            for delta in [*deltas, *(parser.close() if token.finish_reason else [])]:
-                thought = delta.get("reasoning_content")
-                if thinking and not thought:
-                    console.print("\n")
-                thinking = bool(thought)
-                console.print(
-                    thought or _shown(delta), end="", style="dim" if thought else None, markup=False, highlight=False
-                )
-            console.file.flush()
-        console.print()
-    except KeyboardInterrupt:
-        tokens.close()
-        console.print("\n[stopped]", style="dim", markup=False)
-    return parser.finish()
-
-
-def _shown(delta: dict[str, Any]) -> str:
-    """A delta as text: what is said, or the call as it is written."""
-    if "tool_calls" in delta:
-        return "".join(
-            f"{call['function'].get('name', '')}{call['function'].get('arguments', '')}" for call in delta["tool_calls"]
-        )
-    return delta.get("content") or ""
+def open_source(options: ChatOptions) -> tuple[Source, str]:
+    """What answers, and a sentence about it."""
+    if options.url is not None:
+        if options.model is not None:
+            raise InputError("Give a model directory or --url, not both.")
+        server = ServerSource(options.url, name=options.name, key=os.environ.get(KEY_VARIABLE))
+        return server, f"{server.name} at {server.base}."
+    if options.name is not None:
+        raise InputError("--name chooses a model of a server; it needs --url.")
+    bundled = options.model is None
+    engine = Engine(bundled_model() if options.model is None else model_of(options.model))
+    name = "the bundled model" if bundled else str(options.model)
+    source = EngineSource(engine, name, temperature=0.0 if bundled else 1.0)
+    return source, f"{name}: {engine.config.num_parameters() / 1e6:,.1f}M parameters."

@@ -1,6 +1,5 @@
-"""`glm5 serve` as a real process with the real OpenAI client, and `glm5 chat` over prepared lines."""
+"""`glm5 serve` as a real process with the real OpenAI client."""
 
-import io
 import os
 import signal
 import subprocess
@@ -11,14 +10,10 @@ from pathlib import Path
 import openai
 import pytest
 import tyro
-from rich.console import Console
-from speaker import ScriptedModel, speaker_model, speaker_tokenizer
+from speaker import speaker_model, speaker_tokenizer
 
 import glm5
-from glm5.cli import chat as chat_verb
-from glm5.cli.chat import ChatOptions, converse
 from glm5.cli.serve import ServeOptions, run
-from glm5.engine import Engine
 from glm5.errors import InputError, RunError
 from glm5.train import RunDirectory
 
@@ -105,96 +100,8 @@ def test_flags_become_options():
     options = tyro.cli(ServeOptions, args=["runs/a", "--port", "0", "--dtype", "bfloat16", "--max-model-len", "100"])
     assert options == ServeOptions(model=Path("runs/a"), port=0, dtype="bfloat16", max_model_len=100)
     assert options.host == "127.0.0.1"
-    chat = tyro.cli(ChatOptions, args=["runs/a", "--no-thinking"])
-    assert chat == ChatOptions(model=Path("runs/a"), thinking=False)
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path):
     with pytest.raises(RunError, match="neither a run nor a model directory"):
         run(ServeOptions(model=tmp_path))
-
-
-def talk(text, lines, **options):
-    """What the terminal shows, and the prompts that the model saw."""
-    engine = Engine(ScriptedModel(text), speaker_tokenizer())
-    prompts, stream = [], engine.stream
-    engine.stream = lambda ids, params: (prompts.append(speaker_tokenizer().decode(ids)), stream(ids, params))[1]
-    said = iter(lines)
-
-    def read():
-        line = next(said, None)
-        if line is None:
-            raise EOFError
-        return line
-
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=200)
-    code = converse(engine, ChatOptions(model="x", max_tokens=60, **options), console, read)
-    return code, screen.getvalue(), prompts
-
-
-def test_thinking_is_dimmed_and_the_conversation_goes_on():
-    code, screen, prompts = talk(
-        "so[b]</think>42 [x]", ["12 + 30?", "", "and now?", "/exit", "never read"], system="Be brief."
-    )
-    assert code == 0
-    assert screen.count("42 [x]") == 2  # markup of the answer is text
-    assert "\x1b[2m" in screen.split("42 [x]")[0]
-    assert "\x1b[2m42" not in screen
-    assert prompts[0] == "[gMASK]<sop><|system|>Be brief.<|user|>12 + 30?<|assistant|><think>"
-    assert prompts[1].endswith("12 + 30?<|assistant|></think>42 [x]<|user|>and now?<|assistant|><think>")
-    assert len(prompts) == 2
-
-
-def test_commands_and_refusals_leave_the_conversation_as_it_was():
-    _, screen, prompts = talk("</think>ok", ["one", "/new", "/what", "x" * 600, "two"])
-    assert "/exit ends" in screen and "context limit is 512" in screen
-    assert prompts[-1] == "[gMASK]<sop><|user|>two<|assistant|><think>"
-
-
-def test_calls_of_different_turns_have_different_identities(monkeypatch):
-    ids = []
-
-    class Seen(glm5.AssistantStream):
-        def finish(self):
-            message = super().finish()
-            ids.extend(call["id"] for call in message["tool_calls"])
-            return message
-
-    monkeypatch.setattr(chat_verb, "AssistantStream", Seen)
-    talk("</think><tool_call>f</tool_call>", ["one", "two"])
-    assert len(ids) == len(set(ids)) == 2
-
-
-def test_a_conversation_needs_a_tokenizer(tmp_path):
-    glm5.save_model(speaker_model(), tmp_path)
-    with pytest.raises(InputError, match=r"needs a tokenizer.*tokenizer\.json"):
-        chat_verb.run(ChatOptions(model=tmp_path))
-
-
-def test_ctrl_c_stops_an_answer_and_keeps_what_was_said():
-    engine = Engine(ScriptedModel("</think>one two three four"), speaker_tokenizer())
-    whole, lines = engine.stream, iter(["go", "on"])
-    prompts = []
-
-    def interrupted(ids, params):
-        prompts.append(speaker_tokenizer().decode(ids))
-        for number, token in enumerate(whole(ids, params)):
-            if len(prompts) == 1 and number == 5:
-                raise KeyboardInterrupt
-            yield token
-
-    engine.stream = interrupted
-    screen = io.StringIO()
-
-    def read():
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    converse(engine, ChatOptions(model="x", max_tokens=60), Console(file=screen), read)
-    assert "[stopped]" in screen.getvalue()
-    first = screen.getvalue().split("\n")[0].strip()
-    assert first and "four" not in first
-    assert f"</think>{first}<|user|>on" in prompts[1]

@@ -1,0 +1,147 @@
+"""Where the answers of `glm5 chat` come from: an engine in this process, or a running server of OpenAI's API."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from glm5.engine import Engine, SamplingParams
+from glm5.errors import InputError
+from glm5.text import AssistantStream
+
+Message = dict[str, Any]
+TIMEOUT_S = 600
+"""How long a server may be silent: a long prompt is read before the first token comes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings:
+    """How answers are sampled; None leaves a setting to the model or the server."""
+
+    thinking: bool = True
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What comes next: a delta in OpenAI's shape, and at the end how many tokens the answer has."""
+
+    delta: dict[str, Any] = field(default_factory=dict)
+    completion_tokens: int | None = None
+
+
+class Source(Protocol):
+    """Something that answers. Closing the generator stops the answer."""
+
+    name: str
+
+    def stream(self, messages: list[Message], settings: ChatSettings) -> Generator[Piece, None, None]: ...
+
+
+class EngineSource:
+    """Answers of an engine in this process. Raises `InputError` when it has no tokenizer."""
+
+    def __init__(self, engine: Engine, name: str, *, temperature: float = 1.0, top_p: float = 0.95) -> None:
+        """`temperature`, `top_p`: what is taken where the settings say nothing."""
+        if engine.tokenizer is None:
+            raise InputError("A conversation needs a tokenizer; give a model directory that holds tokenizer.json.")
+        self.engine, self.tokenizer, self.name = engine, engine.tokenizer, name
+        self.temperature, self.top_p = temperature, top_p
+
+    def stream(self, messages: list[Message], settings: ChatSettings) -> Generator[Piece, None, None]:
+        """Yields the deltas of one answer; raises `GLM5Error` for what does not fit."""
+        prompt = self.tokenizer.apply_chat_template(messages, enable_thinking=settings.thinking, escape_special=True)
+        params = SamplingParams(
+            temperature=self.temperature if settings.temperature is None else settings.temperature,
+            top_p=self.top_p if settings.top_p is None else settings.top_p,
+            max_tokens=settings.max_tokens,
+            seed=settings.seed,
+        )
+        parser = AssistantStream(thinking=settings.thinking, seed=f"message {len(messages)}")
+        count = 0
+        tokens = self.engine.stream(prompt, params)
+        try:
+            for token in tokens:
+                count += 1
+                yield from map(Piece, parser.feed(token.text))
+            yield from map(Piece, parser.close())
+            yield Piece(completion_tokens=count)
+        finally:
+            tokens.close()
+
+
+class ServerSource:
+    """Answers of a server that speaks OpenAI's `/v1/chat/completions`: ours, vLLM, SGLang and others."""
+
+    def __init__(self, url: str, *, name: str | None = None, key: str | None = None) -> None:
+        """`url`: with or without `/v1`. `name`: which of the served models; the first when None. Raises InputError."""
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"{url!r} is no address of a server; it begins with http:// or https://.")
+        self.base = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self.key = key
+        with self._open("/models") as reply:
+            try:
+                served = [str(model["id"]) for model in json.load(reply)["data"]]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{self.base}/models gives no list of models; is this an OpenAI API?") from None
+        if not served or (name is not None and name not in served):
+            raise InputError(f"{self.base} serves {', '.join(served) or 'no model'}, not {name or 'any'}.")
+        self.name = name or served[0]
+
+    def stream(self, messages: list[Message], settings: ChatSettings) -> Generator[Piece, None, None]:
+        """Yields the deltas of one answer; raises `InputError` with the server's sentence when it refuses."""
+        body: dict[str, Any] = {
+            "model": self.name, "messages": messages, "stream": True, "stream_options": {"include_usage": True},
+            "chat_template_kwargs": {"enable_thinking": settings.thinking},
+        }  # fmt: skip
+        for key in ("temperature", "top_p", "max_tokens", "seed"):
+            if getattr(settings, key) is not None:
+                body[key] = getattr(settings, key)
+        with self._open("/chat/completions", body) as reply:
+            for line in reply:
+                if not line.startswith(b"data:"):
+                    continue
+                data = line.removeprefix(b"data:").strip()
+                if data == b"[DONE]":
+                    return
+                yield from _pieces(json.loads(data))
+        raise InputError(f"{self.base} ended the connection before the answer was complete; ask again.")
+
+    def _open(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.base + path, data, headers)
+        try:
+            return urllib.request.urlopen(request, timeout=TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            raise InputError(f"{self.base} refused: {_sentence(error)}") from None
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            raise InputError(f"{self.base} cannot be reached ({reason}); check the address.") from None
+
+
+def _pieces(chunk: dict[str, Any]) -> Iterator[Piece]:
+    """The pieces in one chunk of a streamed reply."""
+    if "error" in chunk:
+        raise InputError(f"The server failed: {chunk['error'].get('message', chunk['error'])}")
+    for choice in chunk.get("choices") or []:
+        yield Piece(choice.get("delta") or {})
+    if chunk.get("usage"):
+        yield Piece(completion_tokens=chunk["usage"].get("completion_tokens"))
+
+
+def _sentence(error: urllib.error.HTTPError) -> str:
+    """What an error reply says, or its status."""
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{error.code} {error.reason}"

@@ -1,0 +1,245 @@
+"""`glm5 chat` over prepared lines: an engine that says a prepared text, and a server that does."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tyro
+from fake_chat import CALL, FakeChat, Running
+from rich.console import Console
+from speaker import ScriptedModel, speaker_model, speaker_tokenizer
+
+import glm5
+from glm5.cli.chat import ChatOptions, open_source, run
+from glm5.cli.chat_input import continued, history_file
+from glm5.cli.chat_loop import ChatLoop, read_conversation
+from glm5.cli.chat_source import ChatSettings, EngineSource, Piece, ServerSource
+from glm5.engine import Engine
+from glm5.errors import InputError
+
+
+def lines_of(lines):
+    """A `read` that gives these lines and then ends."""
+    rest = iter(lines)
+
+    def read():
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    return read
+
+
+class Prepared:
+    """A source that gives prepared pieces and notes what it was asked; an exception among them is raised."""
+
+    name = "prepared"
+
+    def __init__(self, *answers):
+        self.answers, self.asked, self.settings, self.closed = list(answers), [], [], 0
+
+    def stream(self, messages, settings):
+        self.asked.append(messages)
+        self.settings.append(settings)
+        try:
+            for piece in self.answers.pop(0) if self.answers else [Piece({"content": "ok"})]:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            self.closed += 1
+
+
+def talk(source, lines, *, settings=None, system=None):
+    """What the terminal shows, and the loop afterwards."""
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=200)
+    loop = ChatLoop(source, settings or ChatSettings(max_tokens=60), console, lines_of(lines), system)
+    assert loop.run() == 0
+    return screen.getvalue(), loop
+
+
+def scripted(text):
+    """An engine that says a text, and the prompts that it saw."""
+    engine = Engine(ScriptedModel(text), speaker_tokenizer())
+    prompts, stream = [], engine.stream
+    engine.stream = lambda ids, params: (prompts.append(speaker_tokenizer().decode(ids)), stream(ids, params))[1]
+    return EngineSource(engine, "tiny"), prompts
+
+
+def test_thinking_is_dimmed_and_the_conversation_goes_on():
+    source, prompts = scripted("so[b]</think>42 [x]")
+    screen, _ = talk(source, ["12 + 30?", "", "and now?", "/exit", "never read"], system="Be brief.")
+    assert screen.count("42 [x]") == 2  # markup of the answer is text
+    assert "\x1b[2m" in screen.split("42 [x]")[0] and "\x1b[2m42" not in screen
+    assert "tokens/s]" in screen
+    assert prompts[0] == "[gMASK]<sop><|system|>Be brief.<|user|>12 + 30?<|assistant|><think>"
+    assert prompts[1].endswith("12 + 30?<|assistant|></think>42 [x]<|user|>and now?<|assistant|><think>")
+    assert len(prompts) == 2
+
+
+def test_commands():
+    source = Prepared()
+    lines = """/help|/what|/sytem x|one|/system Be kind.|two|/reset|three|/thinking off|/set temperature 0.5
+|/set temperature warm|/set x 1|/set seed 4|/settings|four|/retry|/set temperature default|five"""
+    screen, loop = talk(source, lines.split("|"))
+    sentences = """/save FILE|no command /what|Did you mean 'system'|system prompt: Be kind.
+|temperature cannot be 'warm'|/set takes temperature|thinking False, temperature 0.5"""
+    for sentence in sentences.split("|"):
+        assert sentence.strip() in screen, sentence
+    said = [[message["content"] for message in asked] for asked in source.asked]
+    assert said[0] == ["one"] and said[1] == ["Be kind.", "one", "ok", "two"] and said[2] == ["Be kind.", "three"]
+    assert said[3] == said[4] == ["Be kind.", "three", "ok", "four"]
+    assert source.settings[3] == ChatSettings(thinking=False, temperature=0.5, max_tokens=60, seed=4 + 1)
+    assert source.settings[5].temperature is None
+    assert [m["content"] for m in loop.messages] == ["three", "ok", "four", "ok", "five", "ok"]
+
+
+def test_a_refusal_leaves_the_conversation_as_it_was():
+    source, prompts = scripted("</think>ok")
+    screen, loop = talk(source, ["one", "x" * 600, "/retry", "two"])
+    assert "context limit is 512" in screen
+    assert prompts[-1].endswith("<|user|>one<|assistant|></think>ok<|user|>two<|assistant|><think>")
+    assert len(loop.messages) == 4
+    assert "no message to answer" in talk(Prepared(), ["/retry"])[0]
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said():
+    call = {"tool_calls": [{"index": 0, **CALL, "function": {"name": "f", "arguments": '{"a": '}}]}
+    source = Prepared([Piece({"content": "one two"}), Piece(call), KeyboardInterrupt()], [KeyboardInterrupt()])
+    screen, _ = talk(source, ["go", "on", "again"])
+    assert "[stopped]" in screen
+    assert source.asked[1][1] == {"role": "assistant", "content": "one two"}  # the cut-off call is gone
+    assert [message["role"] for message in source.asked[2]] == ["user", "assistant", "user", "user"]
+    assert source.closed == 3
+
+
+def test_control_sequences_of_an_answer_do_not_reach_the_terminal():
+    attack = "\x1b]0;title\x07 \x9b31m red \x1b[2J"
+    call = {"index": 0, "function": {"name": attack, "arguments": "{}"}}
+    source = Prepared([Piece({"reasoning_content": attack}), Piece({"content": attack}), Piece({"tool_calls": [call]})])
+    screen = io.StringIO()
+    loop = ChatLoop(source, ChatSettings(), Console(file=screen), lines_of(["hi"]))
+    loop.run()
+    assert not {"\x1b", "\x07", "\x9b"} & set(screen.getvalue())
+    assert loop.messages[1]["content"] == attack  # kept as it was said
+
+
+def test_save_and_load(tmp_path):
+    file = tmp_path / "talk.json"
+    call = Piece({"tool_calls": [{"index": 0, **CALL}]})
+    _, first = talk(Prepared([Piece({"reasoning_content": "hm"}), Piece({"content": "é"}), call]),
+                    ["hi", f"/save {file}"], system="Be kind.")  # fmt: skip
+    assert read_conversation(file) == ("Be kind.", first.messages)
+    assert first.messages[1] == {"role": "assistant", "content": "é", "reasoning_content": "hm", "tool_calls": [CALL]}
+    screen, second = talk(Prepared(), [f"/load {file}", "more"])
+    assert "assistant: é" in screen and second.messages[:2] == first.messages and second.system == "Be kind."
+    file.write_text("[]")
+    screen, third = talk(Prepared(), ["hi", f"/load {file}", "/load", f"/load {tmp_path}/none", f"/save {tmp_path}"])
+    assert screen.count("is no saved conversation") == 2 and "Name a file" in screen
+    assert len(third.messages) == 2
+
+
+def test_calls_of_different_turns_have_different_identities():
+    _, loop = talk(scripted("</think><tool_call>f</tool_call>")[0], ["one", "two"])
+    ids = [call["id"] for message in loop.messages for call in message.get("tool_calls", [])]
+    assert len(ids) == len(set(ids)) == 2
+
+
+def test_a_conversation_needs_a_tokenizer(tmp_path):
+    glm5.save_model(speaker_model(), tmp_path)
+    with pytest.raises(InputError, match=r"needs a tokenizer.*tokenizer\.json"):
+        run(ChatOptions(model=tmp_path))
+
+
+def test_a_running_server_answers():
+    fake = FakeChat()
+    fake.answers["hi"] = ("hm", "Hello.", [CALL])
+    fake.key = "secret"
+    with Running(fake.app) as url:
+        with pytest.raises(InputError, match="The key is wrong or missing"):
+            ServerSource(url)
+        with pytest.raises(InputError, match="serves fake, not other"):
+            ServerSource(url, name="other", key="secret")
+        source = ServerSource(f"{url}v1/", key="secret")
+        screen, loop = talk(source, ["hi", "and?"], settings=ChatSettings(thinking=False, seed=3))
+        fake.failure = (429, "Too many.")
+        assert "refused: Too many." in talk(source, ["hi"])[0]
+    assert loop.messages[1] == {
+        "role": "assistant",
+        "content": "Hello.",
+        "reasoning_content": "hm",
+        "tool_calls": [CALL],
+    }
+    assert loop.messages[3]["content"] == "You said: and?" and "[5 tokens, " in screen
+    first = fake.asked[0]
+    assert first["seed"] == 3 and first["chat_template_kwargs"] == {"enable_thinking": False} and "top_p" not in first
+    with pytest.raises(InputError, match="cannot be reached"):
+        ServerSource(url)
+    with pytest.raises(InputError, match="begins with http"):
+        ServerSource("localhost:8000")
+
+
+def test_options():
+    options = tyro.cli(ChatOptions, args=["runs/a", "--no-thinking", "--temperature", "0"])
+    assert options == ChatOptions(model=Path("runs/a"), thinking=False, temperature=0.0)
+    with pytest.raises(InputError, match="not both"):
+        open_source(ChatOptions(model=Path("a"), url="http://x"))
+    with pytest.raises(InputError, match="needs --url"):
+        open_source(ChatOptions(model=Path("a"), name="x"))
+
+
+def test_a_backslash_takes_the_next_line_too(monkeypatch, tmp_path):
+    assert continued(lines_of(["one\\", "two\\", "three", "four"])) == "one\ntwo\nthree"
+    assert continued(lines_of(["one\\"])) == "one"
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert history_file() == tmp_path / "glm5" / "chat-history"
+
+
+def test_in_a_real_terminal_lines_are_edited_and_remembered(tmp_path):
+    """Several lines with Alt-Enter, the arrow for what was said before, Ctrl-D to end; over a pseudo-terminal."""
+    fake = FakeChat()
+    with Running(fake.app) as url:
+        main, side = pty.openpty()
+        program = f"from glm5.cli.chat import *; run(ChatOptions(url={url!r}))"
+        environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=side, stdout=side, stderr=side, env=environment
+        )
+        os.close(side)
+        screen = ""
+
+        def until(text):
+            nonlocal screen
+            end = time.monotonic() + 120
+            while text not in screen:
+                assert time.monotonic() < end, screen
+                if select.select([main], [], [], 1)[0]:
+                    screen += os.read(main, 65536).decode(errors="replace")
+
+        until("/help lists the commands")
+        os.write(main, b"one\x1b\rtwo\r")
+        until("tokens/s]")
+        until("\x1b[?2004h")  # the editor is there again
+        screen = ""
+        os.write(main, b"\x1b[A\x1b[A\r")  # up to the first of its lines, and from there to the message before
+        until("tokens/s]")
+        while process.poll() is None:  # the first may come before the next prompt does
+            with contextlib.suppress(OSError):  # the terminal is gone once the program is
+                os.write(main, b"\x04")
+                if select.select([main], [], [], 1)[0]:
+                    os.read(main, 65536)
+        assert process.returncode == 0
+        os.close(main)
+    assert [body["messages"][-1]["content"] for body in fake.asked] == ["one\ntwo", "one\ntwo"]
+    assert "+one" in (tmp_path / "glm5" / "chat-history").read_text()
+    assert json.dumps(fake.asked[0]["stream_options"]) == '{"include_usage": true}'
