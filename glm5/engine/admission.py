@@ -45,7 +45,8 @@ def admit(
     prompt = tuple(prompt_ids)
     if not prompt:
         raise InputError("The prompt is empty; give at least one token id.")
-    for name, ids in (("The prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
+    named = {"The prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias or ()}
+    for name, ids in named.items():
         wrong = next((t for t in ids if not isinstance(t, int) or not 0 <= t < limits.vocab_size), None)
         if wrong is not None:
             raise InputError(f"{name} holds {wrong!r}, which is no token id below {limits.vocab_size}.")
