@@ -19,6 +19,7 @@ from glm5.errors import InputError
 from glm5.train.run_directory import model_of
 
 KEY_VARIABLE = "GLM5_API_KEY"
+BUNDLED_HINT = "It adds (What is 64 + 28?), and knows an invented world; /reset before another question helps it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,4 +74,5 @@ def open_source(options: ChatOptions) -> tuple[Source, str]:
     engine = Engine(bundled_model() if options.model is None else model_of(options.model))
     name = "the bundled model" if bundled else str(options.model)
     source = EngineSource(engine, name, temperature=0.0 if bundled else 1.0)
-    return source, f"{name}: {engine.config.num_parameters() / 1e6:,.1f}M parameters."
+    hint = f" {BUNDLED_HINT}" if bundled else ""
+    return source, f"{name}: {engine.config.num_parameters() / 1e6:,.1f}M parameters.{hint}"
