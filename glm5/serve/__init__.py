@@ -1,8 +1,10 @@
 """Serve: the HTTP face of an engine."""
 
-from glm5.serve.app import Recorder, create_app
+from glm5.serve.app import create_app
 from glm5.serve.errors import ApiError
+from glm5.serve.generation import Generation
 from glm5.serve.http import serve
 from glm5.serve.limits import Limits
+from glm5.serve.service import Recorder
 
-__all__ = ["ApiError", "Limits", "Recorder", "create_app", "serve"]
+__all__ = ["ApiError", "Generation", "Limits", "Recorder", "create_app", "serve"]

@@ -14,8 +14,7 @@ What models really write, and what becomes of it:
   can follow it, and a doubtful one is settled by the next that counts.
 * Unknown tools are kept. String arguments stream as they come; others are typed by the schema when complete.
 * Blank lines around the content and terminators at the end are dropped; content that is only blank is None.
-
-Reasoning is exact, so that sending it back gives the same tokens.
+* Reasoning is exact, so that sending it back gives the same tokens. `reasoning`: it is still open.
 """
 
 from __future__ import annotations
@@ -94,6 +93,10 @@ class AssistantStream:
         self._value: list[str] = []  # text of a value that is typed when complete
         self._doubt = ""  # the closing tag at the head of the buffer that may be part of the value
         self._seen = 0  # how far the buffer has been searched behind a doubt
+
+    @property
+    def reasoning(self) -> bool:
+        return self._thinking if self._state == self._start else self._state == self._in_reasoning
 
     def feed(self, piece: str) -> list[Delta]:
         """Deltas that this piece completes, each in OpenAI's shape: reasoning_content, content or tool_calls."""

@@ -58,6 +58,8 @@ def test_reasoning_and_content_are_told_apart():
     completion = len(tokenizer.encode(text)) + 1
     assert body["usage"] == {
         "prompt_tokens": len(prompt), "completion_tokens": completion, "total_tokens": len(prompt) + completion,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": len(tokenizer.encode("12 and 30</think>"))},
     }  # fmt: skip
 
 
@@ -188,7 +190,7 @@ def test_a_recorder_sees_what_was_sampled():
     client = client_of("</think>ok", recorder=seen.append)
     ids = ask(client, return_token_ids=True).json()["choices"][0]["token_ids"]
     events_of(ask(client, stream=True))
-    assert [[token.token_id for token in completion.tokens[0]] for completion in seen] == [ids, ids]
+    assert [[token.token_id for token in generation.samples[0].tokens] for generation in seen] == [ids, ids]
 
 
 def test_models_and_health():

@@ -1,0 +1,189 @@
+"""From a request to a response, the same way for every protocol.
+
+`Service.answer` takes a place, prepares the work off the event loop, and gives the reply whole or as server-sent
+events. A protocol only says, in its `Reply`, what the events and the whole reply look like. A client that goes away
+stops the work at once, in both forms.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import anyio
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
+
+from glm5.errors import GLM5Error
+from glm5.serve.errors import ApiError, error_status
+from glm5.serve.generation import Generation, Source, Step
+from glm5.serve.limits import Gate, Limits
+from glm5.text import Tokenizer
+
+log = logging.getLogger("glm5.serve")
+
+Recorder = Callable[[Generation], None]
+"""Called with each finished generation (its `samples`): how a caller keeps what was sampled."""
+Body = dict[str, Any]
+FAILED = "The server failed on this request; its log has the reason."
+
+
+class Reply(Protocol):
+    """One protocol's words for one generation. Each method that gives events gives their JSON bodies."""
+
+    generation: Generation
+
+    def opening(self) -> Iterable[Body]:
+        """Before the first token."""
+
+    def step(self, step: Step) -> Iterable[Body]:
+        """What one token adds."""
+
+    def closing(self) -> Iterable[Body]:
+        """After the last token."""
+
+    def failure(self, status: int, message: str) -> Body:
+        """An error after the response began."""
+
+    def whole(self) -> Body:
+        """The plain reply, after the last token."""
+
+    def encode(self, body: Body) -> str:
+        """An event as it is sent: `data_event` or `named_event`."""
+
+    end: str
+    """What ends a stream that did not fail: `DONE` or nothing."""
+
+
+DONE = "data: [DONE]\n\n"
+
+
+def data_event(body: Body) -> str:
+    """An event without a name, as OpenAI's older endpoints send it."""
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+def named_event(body: Body) -> str:
+    """An event named by its own `type`."""
+    return f"event: {body['type']}\n{data_event(body)}"
+
+
+@dataclass
+class Service:
+    """What all endpoints of one server share."""
+
+    source: Source
+    tokenizer: Tokenizer
+    model_name: str
+    limits: Limits
+    recorder: Recorder | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    gate: Gate = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.gate = Gate(self.limits.max_concurrent)
+
+    def check_model(self, name: str | None) -> None:
+        """Refuses any other model by name; endpoints that may leave it out pass None."""
+        if name is not None and name != self.model_name:
+            raise ApiError(
+                404, f"The model {name!r} is not served here; ask for {self.model_name!r}.", param="model",
+                code="model_not_found",
+            )  # fmt: skip
+
+    async def answer(self, request: Request, prepare: Callable[[], Reply], *, stream: bool) -> Response:
+        """Runs one request. `prepare` renders the prompt, in a worker thread; errors leave as the app's handlers do."""
+        self.gate.enter()
+        try:
+            reply = await run_in_threadpool(_prepared, prepare)
+            if stream:
+                return _EventStream(self._events(reply), lambda: self._leave(reply))
+            try:
+                await _unless_disconnected(request, lambda: self._finish(reply))
+            finally:
+                reply.generation.close()
+        except BaseException:
+            self.gate.leave()
+            raise
+        self.gate.leave()
+        return JSONResponse(reply.whole())
+
+    def _leave(self, reply: Reply) -> None:
+        reply.generation.close()
+        self.gate.leave()
+
+    async def _finish(self, reply: Reply) -> None:
+        async with aclosing(reply.generation.steps()) as steps:
+            async for _ in steps:
+                pass
+        self._record(reply)
+
+    async def _events(self, reply: Reply) -> AsyncIterator[str]:
+        try:
+            for body in reply.opening():
+                yield reply.encode(body)
+            async with aclosing(reply.generation.steps()) as steps:
+                async for step in steps:
+                    pieces = [reply.encode(body) for body in reply.step(step)]
+                    if pieces:
+                        yield "".join(pieces)
+            self._record(reply)
+            yield "".join(map(reply.encode, reply.closing())) + reply.end
+        except GLM5Error as error:
+            yield reply.encode(reply.failure(error_status(error), str(error)))
+        except Exception:
+            log.exception("a streamed request failed")
+            yield reply.encode(reply.failure(500, FAILED))
+
+    def _record(self, reply: Reply) -> None:
+        if self.recorder:
+            self.recorder(reply.generation)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events that call `leave` however they end, even before the first one."""
+
+    def __init__(self, events: AsyncIterator[str], leave: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.leave()
+
+
+def _prepared(prepare: Callable[[], Reply]) -> Reply:
+    """The reply with its work begun: rendering a long prompt and compiling a grammar take a moment."""
+    reply = prepare()
+    reply.generation.start()
+    return reply
+
+
+async def _unless_disconnected(request: Request, work: Callable[[], Any]) -> None:
+    """Does the work, or drops it when the client goes away."""
+    failed: list[BaseException] = []
+    async with anyio.create_task_group() as tasks:
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            failed.append(ApiError(499, "The client went away."))
+            tasks.cancel_scope.cancel()
+
+        tasks.start_soon(watch)
+        try:
+            await work()
+        except Exception as error:  # a task group would wrap it
+            failed.append(error)
+        tasks.cancel_scope.cancel()
+    if failed:
+        raise failed[0]

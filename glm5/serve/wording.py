@@ -1,0 +1,80 @@
+"""Words that OpenAI's endpoints have in common: usage, log-probabilities, the weights' fingerprint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glm5.engine import TokenDelta
+from glm5.serve.generation import Generation
+from glm5.text import Tokenizer, token_bytes
+
+LOWEST_LOGPROB = -9999.0
+"""JSON has no infinity."""
+
+
+def usage(generation: Generation) -> dict[str, Any]:
+    """Token counts of the whole request, all samples together."""
+    prompt, completion = generation.prompt_tokens, generation.completion_tokens
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": generation.reasoning_tokens},
+    }
+
+
+def envelope(generation: Generation, kind: str, prefix: str, model: str) -> dict[str, Any]:
+    """The head of every object. `weight_version` names the newest weights that had a part in it, for clients of a
+    model in training; the fingerprint says the same to clients that know OpenAI's fields only."""
+    version = generation.version
+    return {"id": f"{prefix}-{generation.id}", "object": kind, "created": generation.created, "model": model,
+            "system_fingerprint": f"glm5-weights-{version}", "weight_version": version}  # fmt: skip
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: list[TokenDelta]) -> dict[str, Any]:
+    """The `logprobs` object of chat completions and responses."""
+    content = []
+    for token in tokens:
+        top = [token_logprob(tokenizer, token_id, logprob) for token_id, logprob in token.top_logprobs]
+        content.append({**token_logprob(tokenizer, token.token_id, token.logprob), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def token_logprob(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    """One token with its spelling."""
+    spelling = token_bytes(tokenizer, token_id)
+    return {
+        "token": spelling.decode(errors="replace"),  # a token may end inside a character
+        "logprob": max(logprob, LOWEST_LOGPROB),
+        "bytes": list(spelling),
+    }
+
+
+def prompt_logprobs(tokenizer: Tokenizer, generation: Generation, prompt: int = 0) -> list[Any] | None:
+    """vLLM's `prompt_logprobs`: per prompt token a map from token id to log-probability, the token's own first."""
+    found = generation.prompt_logprobs(prompt)
+    if found is None:
+        return None
+    said: list[Any] = []
+    for token_id, entry in zip(generation.prompts[prompt], found, strict=True):
+        if entry is None:
+            said.append(None)
+            continue
+        own, likeliest = entry
+        each = {token_id: own, **dict(likeliest)}
+        ranks = {token: rank for rank, (token, _) in enumerate(likeliest, 1)}
+        said.append({
+            str(token): {
+                "logprob": max(logprob, LOWEST_LOGPROB),
+                "rank": ranks.get(token),
+                "decoded_token": token_bytes(tokenizer, token).decode(errors="replace"),
+            }
+            for token, logprob in each.items()
+        })  # fmt: skip
+    return said
+
+
+def finish_reason(engine_reason: str, called_tools: bool) -> str:
+    """OpenAI's word for why a sample ended; "abort" is vLLM's, for a request that the server gave up."""
+    return "tool_calls" if called_tools and engine_reason == "stop" else engine_reason
