@@ -12,7 +12,9 @@ from fastapi import FastAPI
 
 from glm5.errors import GLM5Error
 from glm5.serve.chat import install_chat
+from glm5.serve.completions import install_completions
 from glm5.serve.errors import ApiError, install_error_handlers
+from glm5.serve.generate import install_generate
 from glm5.serve.generation import Source
 from glm5.serve.limits import BodyLimit, Limits
 from glm5.serve.page import install_page
@@ -41,6 +43,8 @@ def create_app(
 
     install_models(app, service)
     install_chat(app, service)
+    install_completions(app, service)
+    install_generate(app, service)
     return app
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,6 +13,7 @@ from glm5.serve.errors import ApiError, error_body
 from glm5.serve.generation import Generation, Sample, Step
 from glm5.serve.schema import ChatRequest
 from glm5.serve.service import DONE, Service, data_event
+from glm5.serve.structure import reasoning_share
 from glm5.serve.wording import chat_logprobs, envelope, finish_reason, prompt_logprobs, usage
 from glm5.text import AssistantStream
 
@@ -48,9 +50,15 @@ class ChatReply:
             reasoning_effort=request.chat_template_kwargs.reasoning_effort,
             escape_special=True,
         )
-        params = request.sampling(
-            max_tokens=request.max_completion_tokens or request.max_tokens, logprobs=request.top_logprobs or 0
-        )
+        most = request.max_completion_tokens or request.max_tokens
+        share = reasoning_share(len(prompt), most, service.source.max_model_len)
+        structure = request.structure().outputs(thinking=thinking, reasoning_tokens=share)
+        if request.structured_outputs is not None:
+            structure = request.structured_outputs.outputs()
+        params = request.sampling(max_tokens=most, logprobs=request.top_logprobs or 0, structured_outputs=structure)
+        if tools and not request.parallel_tool_calls and structure is None:  # the first call ends the turn
+            end = service.tokenizer.token_to_id("</tool_call>")
+            params = replace(params, stop_token_ids=(*params.stop_token_ids, end))
         self.generation = Generation(
             service.source, [prompt], params, parser=lambda seed: AssistantStream(tools, thinking, seed),
             session_id=session_id, priority=request.priority,

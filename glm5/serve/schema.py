@@ -6,7 +6,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from glm5.engine import StructuredOutputs
 from glm5.serve.fields import UNREAD, SamplingFields
+from glm5.serve.structure import Structure, answer_schema, forced_calls
 
 
 class Thinking(BaseModel):
@@ -62,6 +64,35 @@ class Tool(BaseModel):
     function: Function
 
 
+class ChosenFunction(BaseModel):
+    """The name in a `tool_choice`."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+
+
+class ToolChoice(BaseModel):
+    """`tool_choice` that names the one tool to call."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class StructuredFields(BaseModel):
+    """`structured_outputs`, vLLM's field; the engine checks that exactly one is given."""
+
+    model_config = ConfigDict(extra="forbid")
+    json_: dict[str, Any] | bool | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def outputs(self) -> StructuredOutputs:
+        """The engine's form; raises `InputError`."""
+        return StructuredOutputs(json=self.json_, regex=self.regex, choice=self.choice, grammar=self.grammar)
+
+
 class ChatRequest(SamplingFields):
     """A chat completion request."""
 
@@ -76,18 +107,47 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    response_format: dict[str, Any] | None = None
+    structured_outputs: StructuredFields | None = None
     thinking: Thinking | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: ChatTemplateKwargs = Field(default_factory=ChatTemplateKwargs)
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
-        if isinstance(self.tool_choice, dict) or self.tool_choice == "required":
-            raise ValueError('tool_choice: a forced call is not supported by this server; use "auto" or "none"')
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if self.structured_outputs is not None:
+            if self.response_format is not None or self.forced:
+                raise ValueError("structured_outputs stands alone; leave out response_format and a forced tool_choice")
+            if self.enable_thinking:
+                raise ValueError(
+                    "structured_outputs begin with the first token; turn thinking off, or use response_format"
+                )
         return self
+
+    @property
+    def chosen(self) -> str | None:
+        """The name of the tool that must be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+
+    @property
+    def forced(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice == "required" or self.chosen is not None
+
+    def structure(self) -> Structure:
+        """What the answer must look like; raises `InputError`."""
+        choice = self.tool_choice if isinstance(self.tool_choice, str) else None
+        tools, calls = forced_calls(self.visible_tools, choice, self.chosen, parallel=self.parallel_tool_calls)
+        answer = answer_schema(self.response_format)
+        if calls == "none" and answer is not None and self.visible_tools:  # an answer in the format, or calls
+            return Structure(
+                answer=answer, tools=self.visible_tools, calls="many" if self.parallel_tool_calls else "one"
+            )
+        return Structure(tools=tools, calls=calls) if calls != "none" else Structure(answer=answer)
 
     @property
     def enable_thinking(self) -> bool:

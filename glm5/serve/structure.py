@@ -1,0 +1,94 @@
+"""What an answer must look like, as one Lark grammar for the engine (`SamplingParams.structured_outputs`).
+
+    start: [reasoning </think>] (answer | call+)
+
+`answer` is the JSON of a `response_format`; `call` is one of the tools in GLM's format (`glm5.serve.tool_rules`). The
+tags are the tokenizer's own special tokens, which no text matches. A reasoning that stands before a structure is given
+at most so many tokens: a model that never closes it would never answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from glm5.engine import StructuredOutputs
+from glm5.errors import InputError
+from glm5.serve.tool_rules import call_rules, json_terminal
+
+Calls = Literal["none", "one", "many"]
+
+REASONING = r"/(?s:.*)/ & ~/(?s:.*)(<\/think>|<tool_call>)(?s:.*)/"
+"""Any text but the tags that would end it, spelled in plain characters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """What an answer may be: `answer` (a JSON schema), calls of `tools`, or either when both are given."""
+
+    answer: Mapping[str, Any] | bool | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    calls: Calls = "none"
+
+    def outputs(self, *, thinking: bool, reasoning_tokens: int) -> StructuredOutputs | None:
+        """The grammar, or None when nothing is asked for. `thinking`: the prompt ended in `<think>`, and so many tokens
+        of it at most. Raises `InputError` for tools that cannot be forced and schemas that cannot be written."""
+        if self.answer is None and self.calls == "none":
+            return None
+        try:
+            rules, bodies = [], []
+            if self.answer is not None:
+                bodies.append("answer")
+                rules.append(f"answer: {json_terminal(self.answer, {})}")
+            if self.calls != "none":
+                bodies.append("call+" if self.calls == "many" else "call")
+                rules += call_rules(self.tools)
+        except RecursionError:
+            raise InputError("A JSON schema of this request is nested too deeply; send a flatter one.") from None
+        head = "reasoning </think> " if thinking else ""
+        if thinking:
+            rules += [f"reasoning[max_tokens={max(1, reasoning_tokens)}]: REASONING", f"REASONING: {REASONING}"]
+        return StructuredOutputs(grammar="\n".join([f"start: {head}({' | '.join(bodies)})", *rules]))
+
+
+def reasoning_share(prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> int:
+    """Tokens that the reasoning before a structure may take: half of what the request may sample."""
+    return (max_tokens or max(2, max_model_len - prompt_tokens)) // 2
+
+
+def forced_calls(
+    tools: Sequence[Mapping[str, Any]], choice: str | None, name: str | None, *, parallel: bool
+) -> tuple[Sequence[Mapping[str, Any]], Calls]:
+    """The tools and how many calls of them a `tool_choice` forces: "required" any, a name that one, else none.
+
+    Raises `InputError` when there is no such tool.
+    """
+    if choice != "required" and name is None:
+        return (), "none"
+    chosen = [tool for tool in tools if name in (None, tool.get("function", tool).get("name"))]
+    if not chosen:
+        what = f"the tool {name!r}, which is not among the tools" if name is not None else "a tool, and there are none"
+        raise InputError(f"tool_choice forces {what}; send it in tools.")
+    return chosen, "many" if parallel and name is None else "one"
+
+
+def answer_schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | bool | None:
+    """The JSON schema that a `response_format` (or the `text.format` of responses) asks for; None for plain text.
+
+    Raises `InputError` for a format that is not known.
+    """
+    kind = (response_format or {}).get("type", "text")
+    if response_format is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind == "json_schema":
+        named = response_format.get("json_schema", response_format)
+        schema = named.get("schema") if isinstance(named, Mapping) else None
+        if not isinstance(schema, Mapping | bool):
+            raise InputError("A json_schema format needs its schema: {'name': ..., 'schema': {...}}.")
+        json.dumps(schema)
+        return schema
+    raise InputError(f"The response format {kind!r} is not known; use text, json_object or json_schema.")
