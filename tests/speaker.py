@@ -34,9 +34,9 @@ def speaker_config() -> ModelConfig:
     return tiny_config(**_changes())
 
 
-def speaker_model(seed: int = 0) -> GLM5:
+def speaker_model(seed: int = 0, positions: int = 512) -> GLM5:
     """Random weights, wide enough that the distribution is far from flat."""
-    return tiny_model(seed, **_changes())
+    return tiny_model(seed, **{**_changes(), "max_position_embeddings": positions})
 
 
 class ScriptedModel(torch.nn.Module):

@@ -33,6 +33,7 @@ def create_app(
         raise GLM5Error("The server needs a tokenizer; give a model directory that holds tokenizer.json.")
     service = Service(source, source.tokenizer, model_name, limits or Limits(), recorder)
     app = FastAPI(title="glm5", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service = service
     app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes)
     install_error_handlers(app)
     install_page(app)

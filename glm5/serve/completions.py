@@ -23,6 +23,8 @@ from glm5.text import token_bytes
 
 MOST_PROMPTS = 64
 DEFAULT_MAX_TOKENS = 16
+Row = tuple[int, float | None, Any]
+"""A token id, its log-probability and the likeliest; no log-probability for the first token of a prompt."""
 
 
 class CompletionRequest(SamplingFields):
@@ -96,16 +98,15 @@ class CompletionReply:
     def _choice(self, sample: Sample) -> dict[str, Any]:
         shown = [] if self.hidden else sample.tokens
         text = "".join(token.text for token in shown)
-        rows = [(token.token_id, token.logprob, token.top_logprobs) for token in shown]
+        rows: list[Row] = [(token.token_id, token.logprob, token.top_logprobs) for token in shown]
         pieces = [token.text for token in shown]
         if self.request.echo:
             prompt = sample.index // self.generation.params.n
             text = self._prompt_text(sample) + text
             pieces = [self._spelling(token_id) for token_id in sample.prompt_ids] + pieces
             found = self.generation.prompt_logprobs(prompt) or [None] * len(sample.prompt_ids)
-            rows = [
-                (token_id, *(entry or (None, ()))) for token_id, entry in zip(sample.prompt_ids, found, strict=True)
-            ] + rows
+            read = zip(sample.prompt_ids, found, strict=True)
+            rows = [(token_id, *(entry[1:] if entry else (None, ()))) for token_id, entry in read] + rows
         choice = {
             "index": sample.index,
             "text": text,
@@ -167,7 +168,7 @@ class CompletionReply:
             found["weight_versions"] = [token.version for token in tokens]
         return found
 
-    def _logprobs(self, rows: list[tuple[int, float | None, Any]], pieces: list[str], start: int = 0) -> dict[str, Any]:
+    def _logprobs(self, rows: list[Row], pieces: list[str], start: int = 0) -> dict[str, Any]:
         """OpenAI's older form: parallel lists. An offset is where the text stood when the token came."""
         offsets = []
         for piece in pieces:

@@ -57,11 +57,11 @@ def prompt_logprobs(tokenizer: Tokenizer, generation: Generation, prompt: int = 
     if found is None:
         return None
     said: list[Any] = []
-    for token_id, entry in zip(generation.prompts[prompt], found, strict=True):
+    for entry in found:
         if entry is None:
             said.append(None)
             continue
-        own, likeliest = entry
+        token_id, own, likeliest = entry
         each = {token_id: own, **dict(likeliest)}
         ranks = {token: rank for rank, (token, _) in enumerate(likeliest, 1)}
         said.append({
