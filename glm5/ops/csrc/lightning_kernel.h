@@ -277,6 +277,7 @@ TARGET static void NAME(select_part)(const job *work, scratch *own, int64_t unit
     for (int64_t panel = panels * part / work->parts; panel < last; panel++) {
         const int64_t start = panel * PANEL;
         const float *keys = panel_of(work, own, t, start);
+        fetch_next(work, t, start);
 #ifdef KEYS
         NAME(score_rows)(own->queries, own->weights, own->scores, keys, work->heads, work->width);
 #else

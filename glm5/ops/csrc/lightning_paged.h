@@ -47,6 +47,18 @@ static const float *panel_of(const job *work, scratch *own, int64_t t, int64_t s
     return own->rows;
 }
 
+/* Asks the memory for the keys of the panel after the one at `start`: blocks lie anywhere, which no processor foresees. */
+static void fetch_next(const job *work, int64_t t, int64_t start) {
+    const int64_t begin = start + PANEL, length = work->where[t].length;
+    const int64_t end = begin + PANEL < length ? begin + PANEL : length;
+    for (int64_t at = begin, next; at < end; at = next) {
+        next = at - at % work->page + work->page < end ? at - at % work->page + work->page : end;
+        const char *key = (const char *)(work->k + slot_of(work, t, at) * work->width);
+        for (const char *last = key + sizeof(float) * (size_t)((next - at) * work->width); key < last; key += 64)
+            __builtin_prefetch(key);
+    }
+}
+
 static void write_slots(const job *work, int64_t t, const candidates *best) {
     int64_t *chosen = work->chosen + t * work->best;
     for (int64_t i = 0; i < work->best; i++) chosen[i] = i < best->count ? slot_of(work, t, best->place[i]) : -1;
