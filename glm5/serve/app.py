@@ -18,6 +18,7 @@ from glm5.serve.generate import install_generate
 from glm5.serve.generation import Source
 from glm5.serve.limits import BodyLimit, Limits
 from glm5.serve.page import install_page
+from glm5.serve.responses import install_responses
 from glm5.serve.service import Recorder, Service
 
 
@@ -46,6 +47,7 @@ def create_app(
     install_chat(app, service)
     install_completions(app, service)
     install_generate(app, service)
+    install_responses(app, service)
     return app
 
 

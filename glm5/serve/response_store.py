@@ -1,0 +1,57 @@
+"""Responses that can be continued by `previous_response_id`: the latest ones, in this process's memory only.
+
+They are kept with `store: true`, which is OpenAI's default, until newer ones need the room or the server ends; nothing
+is written to disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from glm5.serve.errors import ApiError
+
+MOST_RESPONSES = 1024
+MOST_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class StoredResponse:
+    """One response: the object, and the conversation up to its end, without the instructions."""
+
+    body: dict[str, Any]
+    messages: list[dict[str, Any]]
+    size: int
+
+
+class ResponseStore:
+    """The latest responses. Used from the event loop only."""
+
+    def __init__(self, most: int = MOST_RESPONSES, most_bytes: int = MOST_BYTES) -> None:
+        self.most, self.most_bytes = most, most_bytes
+        self.bytes = 0
+        self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
+
+    def put(self, body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+        """Keeps a response; the oldest make room."""
+        size = len(json.dumps([body, messages], ensure_ascii=False))
+        self._kept[body["id"]] = StoredResponse(body, messages, size)
+        self.bytes += size
+        while self._kept and (len(self._kept) > self.most or self.bytes > self.most_bytes):
+            self.bytes -= self._kept.popitem(last=False)[1].size
+
+    def get(self, name: str) -> StoredResponse:
+        """A response by its id, or 404."""
+        if name not in self._kept:
+            raise ApiError(
+                404, f"The response {name!r} is not here: it was never stored, or the server has dropped it since. "
+                "Send the whole conversation as input.", param="previous_response_id", code="response_not_found",
+            )  # fmt: skip
+        return self._kept[name]
+
+    def delete(self, name: str) -> None:
+        """Forgets a response, or 404."""
+        self.bytes -= self.get(name).size
+        del self._kept[name]

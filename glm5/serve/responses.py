@@ -1,0 +1,206 @@
+"""`POST /v1/responses`: OpenAI's newer form of a turn, over the same prompt and parser as chat completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from glm5.engine import SamplingParams
+from glm5.serve.errors import ApiError
+from glm5.serve.generation import Generation, Step
+from glm5.serve.response_items import ResponseItems
+from glm5.serve.response_store import ResponseStore
+from glm5.serve.responses_schema import ResponsesRequest, input_messages
+from glm5.serve.service import Service, named_event
+from glm5.serve.structure import Structure, answer_schema, forced_calls, reasoning_share
+from glm5.text import AssistantStream
+
+ENDS = {"stop": "completed", "length": "incomplete", "abort": "cancelled"}
+
+
+def install_responses(app: FastAPI, service: Service) -> None:
+    """Adds the endpoint and what reads its store."""
+    store = ResponseStore()
+
+    @app.post("/v1/responses", response_model=None)
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        service.check_model(body.model)
+        earlier = store.get(body.previous_response_id).messages if body.previous_response_id is not None else []
+        most = service.limits.max_messages
+        if len(earlier) + (len(body.input) if isinstance(body.input, list) else 1) > most:
+            raise ApiError(400, f"At most {most} messages are accepted; send less.")
+        session = request.headers.get("x-session-id")
+        return await service.answer(
+            request, lambda: ResponseReply(body, service, store, earlier, session), stream=body.stream
+        )
+
+    @app.get("/v1/responses/{name}")
+    async def stored(name: str) -> dict[str, Any]:
+        return store.get(name).body
+
+    @app.delete("/v1/responses/{name}")
+    async def forget(name: str) -> dict[str, Any]:
+        store.delete(name)
+        return {"id": name, "object": "response", "deleted": True}
+
+
+class ResponseReply:
+    """The reply to one request. Raises `GLM5Error` when the input cannot be rendered."""
+
+    end = ""
+
+    def __init__(
+        self, request: ResponsesRequest, service: Service, store: ResponseStore, earlier: list[dict[str, Any]],
+        session_id: str | None,
+    ) -> None:  # fmt: skip
+        self.request, self.service, self.store = request, service, store
+        self.messages = [*earlier, *input_messages(request.input)]
+        self.tools, self.thinking = request.visible_tools(), request.enable_thinking
+        opening = [{"role": "system", "content": request.instructions}] if request.instructions else []
+        prompt = service.tokenizer.apply_chat_template(
+            [*opening, *self.messages],
+            tools=self.tools or None,
+            enable_thinking=self.thinking,
+            clear_thinking=request.chat_template_kwargs.clear_thinking,
+            reasoning_effort=request.chat_template_kwargs.reasoning_effort,
+            escape_special=True,
+        )
+        self.generation = Generation(
+            service.source, [prompt], self._params(len(prompt)), parser=self._parser, session_id=session_id,
+            priority=request.priority,
+        )  # fmt: skip
+        self.id = f"resp_{self.generation.id}"
+        self.items = ResponseItems(self.generation.id)
+        self.events = 0
+
+    def _parser(self, seed: str) -> AssistantStream:
+        return AssistantStream(self.tools, self.thinking, seed)
+
+    def _params(self, prompt_tokens: int) -> SamplingParams:
+        request = self.request
+        choice = request.tool_choice
+        named = None if isinstance(choice, str) else choice.name
+        tools, calls = forced_calls(
+            self.tools, choice if isinstance(choice, str) else None, named, parallel=request.parallel_tool_calls
+        )
+        answer = answer_schema(request.text.format) if calls == "none" else None
+        if answer is not None and self.tools:
+            tools, calls = self.tools, "many" if request.parallel_tool_calls else "one"
+        share = reasoning_share(prompt_tokens, request.max_output_tokens, self.service.source.max_model_len)
+        structure = Structure(answer=answer, tools=tools, calls=calls).outputs(
+            thinking=self.thinking, reasoning_tokens=share
+        )
+        params = SamplingParams(
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            top_k=request.top_k or 0,
+            min_p=request.min_p or 0.0,
+            max_tokens=request.max_output_tokens,
+            stop=request.stop or (),
+            seed=request.seed,
+            ignore_eos=request.ignore_eos,
+            structured_outputs=structure,
+        )
+        if self.tools and not request.parallel_tool_calls and structure is None:  # the first call ends the turn
+            params = replace(params, stop_token_ids=(self.service.tokenizer.token_to_id("</tool_call>"),))
+        return params
+
+    # ---- whole and streamed -------------------------------------------------------------------------------------
+    def whole(self) -> dict[str, Any]:
+        """The `response` object, from the same items as the events."""
+        parser = self._parser(f"{self.generation.id}/0")
+        for delta in [*parser.feed(self.generation.samples[0].text), *parser.close()]:
+            for _ in self.items.take(delta):
+                pass
+        for _ in self.items.finish(whole=self._status == "completed"):
+            pass
+        return self._finished()
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """`response.created` and `response.in_progress`."""
+        for kind in ("response.created", "response.in_progress"):
+            yield self._numbered({"type": kind, "response": self._body("in_progress")})
+
+    def step(self, step: Step) -> Iterator[dict[str, Any]]:
+        """The events of one token."""
+        for delta in step.deltas:
+            yield from map(self._numbered, self.items.take(delta))
+
+    def closing(self) -> Iterator[dict[str, Any]]:
+        """The end of the last item, and the whole response."""
+        yield from map(self._numbered, self.items.finish(whole=self._status == "completed"))
+        kind = {"cancelled": "failed"}.get(self._status, self._status)
+        yield self._numbered({"type": f"response.{kind}", "response": self._finished()})
+
+    def failure(self, status: int, message: str) -> dict[str, Any]:
+        """An error event."""
+        code = "invalid_request_error" if status < 500 else "server_error"
+        return self._numbered({"type": "error", "code": code, "message": message, "param": None})
+
+    def encode(self, body: dict[str, Any]) -> str:
+        """An event as it is sent."""
+        return named_event(body)
+
+    # ---- parts --------------------------------------------------------------------------------------------------
+    @property
+    def _status(self) -> str:
+        return ENDS[self.generation.samples[0].finish_reason]
+
+    def _numbered(self, event: dict[str, Any]) -> dict[str, Any]:
+        event = {**event, "sequence_number": self.events}
+        self.events += 1
+        return event
+
+    def _finished(self) -> dict[str, Any]:
+        """The object after the last token; it is stored if the request wants that."""
+        body = self._body(self._status)
+        if self.request.store:
+            self.store.put(body, [*self.messages, *input_messages(self.items.items)])
+        return body
+
+    def _body(self, status: str) -> dict[str, Any]:
+        request, generation = self.request, self.generation
+        done = status != "in_progress"
+        choice = request.tool_choice
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": generation.created,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens,
+            "metadata": request.metadata or {},
+            "model": self.service.model_name,
+            "output": list(self.items.items) if done else [],
+            "parallel_tool_calls": request.parallel_tool_calls,
+            "previous_response_id": request.previous_response_id,
+            "reasoning": {"effort": request.reasoning.effort, "summary": None},
+            "store": request.store,
+            "temperature": generation.params.temperature,
+            "text": {"format": request.text.format or {"type": "text"}},
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [tool.model_dump() for tool in request.tools],
+            "top_p": generation.params.top_p,
+            "truncation": "disabled",
+            "usage": self._usage() if done else None,
+            "weight_version": generation.version,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        generation = self.generation
+        return {
+            "input_tokens": generation.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": generation.cached_tokens},
+            "output_tokens": generation.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": generation.reasoning_tokens},
+            "total_tokens": generation.prompt_tokens + generation.completion_tokens,
+        }

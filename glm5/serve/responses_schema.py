@@ -1,0 +1,162 @@
+"""The body of `POST /v1/responses`, and its input items as the messages of a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from glm5.errors import InputError
+from glm5.serve.fields import UNREAD, RequestBody, StreamOptions
+from glm5.serve.schema import ChatTemplateKwargs
+
+TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal")
+ROLES = {"developer": "system"}
+
+
+class FunctionTool(BaseModel):
+    """A tool: OpenAI's flat form."""
+
+    model_config = ConfigDict(extra="allow")
+    type: Literal["function"]
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def chat_form(self) -> dict[str, Any]:
+        """The same tool as chat completions write it."""
+        return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_none=True)}
+
+
+class NamedTool(BaseModel):
+    """`tool_choice` that names the one tool to call."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["function"]
+    name: str
+
+
+class Reasoning(BaseModel):
+    """`reasoning`. Summaries are not made: the reasoning itself is given."""
+
+    model_config = ConfigDict(extra="ignore")
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+
+
+class TextSettings(BaseModel):
+    """`text`."""
+
+    model_config = ConfigDict(extra="ignore")
+    format: dict[str, Any] | None = None
+
+
+class ResponsesRequest(RequestBody):
+    """The body."""
+
+    unread: ClassVar[frozenset[str]] = (UNREAD - {"metadata", "store"}) | {"include", "max_tool_calls"}
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "background": (False,), "conversation": (), "prompt": (), "truncation": ("disabled",), "top_logprobs": (0,),
+    }  # fmt: skip
+
+    model: str
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    tools: list[FunctionTool] = Field(default_factory=list)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = None
+    text: TextSettings = Field(default_factory=TextSettings)
+    reasoning: Reasoning = Field(default_factory=Reasoning)
+    previous_response_id: str | None = None
+    store: bool = True
+    metadata: dict[str, Any] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    top_k: int | None = None
+    min_p: float | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool = False
+    priority: int = 0
+    chat_template_kwargs: ChatTemplateKwargs = Field(default_factory=ChatTemplateKwargs)
+
+    @property
+    def enable_thinking(self) -> bool:
+        """Whether the model thinks before it answers."""
+        return self.chat_template_kwargs.enable_thinking and self.reasoning.effort != "none"
+
+    def visible_tools(self) -> list[dict[str, Any]]:
+        """The tools that the prompt shows."""
+        return [] if self.tool_choice == "none" else [tool.chat_form() for tool in self.tools]
+
+
+def input_messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Input items as chat messages: what one assistant turn was cut into becomes one message again.
+
+    Raises `InputError` for items that this server does not know.
+    """
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    messages: list[dict[str, Any]] = []
+    for number, item in enumerate(given):
+        where = f"input item {number}"
+        kind = item.get("type", "message")
+        if kind == "message":
+            role, text = item.get("role"), _text(item.get("content"), where)
+            if role == "assistant":
+                turn = _open_turn(messages, fresh="content")
+                turn["content"] = text
+            else:
+                messages.append({"role": ROLES.get(str(role), role), "content": text})
+        elif kind == "reasoning":
+            turn = _open_turn(messages, fresh="reasoning_content")
+            turn["reasoning_content"] = _text(item.get("content") or item.get("summary") or [], where)
+        elif kind == "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            turn = _open_turn(messages, fresh=None)
+            turn.setdefault("tool_calls", []).append(
+                {"id": item.get("call_id"), "type": "function", "function": function}
+            )
+        elif kind == "function_call_output":
+            messages.append(
+                {"role": "tool", "tool_call_id": item.get("call_id"), "content": _text(item.get("output"), where)}
+            )
+        else:
+            raise InputError(
+                f"{where} is of type {kind!r}; this server reads message, reasoning, function_call and "
+                "function_call_output."
+            )
+    return messages
+
+
+def _open_turn(messages: list[dict[str, Any]], fresh: str | None) -> dict[str, Any]:
+    """The assistant message that the next part belongs to. A part that it already has, or text behind calls, begins
+    another one."""
+    last = messages[-1] if messages else {}
+    parts = {"content": ("content", "tool_calls"), "reasoning_content": ("reasoning_content", "content", "tool_calls")}
+    if last.get("role") != "assistant" or any(last.get(part) is not None for part in parts.get(fresh or "", ())):
+        last = {"role": "assistant", "content": None}
+        messages.append(last)
+    return last
+
+
+def _text(content: Any, where: str) -> str:
+    """A text, or the text of a list of parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Iterable) or isinstance(content, Mapping):
+        raise InputError(f"The text of {where} is a {type(content).__name__}; give a string or a list of text parts.")
+    pieces = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in TEXT_PARTS:
+            raise InputError(f"{where} has a part of type {kind!r}; GLM-5 reads text only.")
+        text = part.get("text", part.get("refusal"))
+        if not isinstance(text, str):
+            raise InputError(f"{where} has a part of type {kind!r} without its text; give a string.")
+        pieces.append(text)
+    return "".join(pieces)
