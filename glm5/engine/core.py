@@ -6,6 +6,7 @@ given back, and the next step runs.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -107,7 +108,8 @@ class Core:
     def _take(self, work: Work, logits_KV: Tensor) -> list[TokenDelta]:
         """What one sequence's part of the step gives."""
         sequence, request, version = work.sequence, work.request, self.scheduler.version
-        if not logits_KV.isfinite().all():
+        # The sum is one operation, and finite unless a logit is not (or a sum overflows, hence the second look).
+        if not math.isfinite(float(logits_KV.sum())) and not logits_KV.isfinite().all():
             raise CheckpointError(
                 f"The model (weights version {version}) gives NaN or infinite logits; look for the damaged weight with "
                 "load_model(directory, check_finite=True)."

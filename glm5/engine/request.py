@@ -51,7 +51,8 @@ class Mailbox:
             self.finished, self._error = finished, error
             self.full = self.full or (self.limit is not None and len(self._deltas) >= self.limit)
             callback, self._callback = self._callback, None
-            self._changed.notify_all()
+            if finished or self.limit is not None:  # without a limit the reader only waits for the end
+                self._changed.notify_all()
         if callback is not None:
             callback()
 

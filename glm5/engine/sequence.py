@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -83,33 +82,35 @@ class Sequence:
 
     def append(self, token: SampledToken, version: int) -> TokenDelta:
         """Takes the next sampled token and says what it adds to the text and whether it ends the completion."""
-        self.sampler.accept(token.token_id)
         token_id = token.token_id
-        delta = TokenDelta(self.index, *token, version, text="")
-        if token_id in self.stop_ids:
-            named = token_id if token_id in self.params.stop_token_ids else None
-            delta = self._finish(delta, "stop", named)
-        else:
-            piece = self.detokenizer.feed(token_id) if self.detokenizer else ""
-            text, stop = self.stop_strings.feed(piece)
-            delta = replace(delta, text=text)
-            if stop is not None:
-                delta = replace(delta, finish_reason="stop", stop_reason=stop)
-            elif self.sampler.complete:
-                delta = self._finish(delta, "stop", None)
-            elif len(self.deltas) + 1 == self.max_tokens:
-                delta = self._finish(delta, "length", None)
-        self.deltas.append(delta)
+        self.sampler.accept(token_id)
         self.token_ids.append(token_id)
+        text, reason, stopped_by = self._ending(token_id)
+        delta = TokenDelta(self.index, *token, version, text, reason, stopped_by)
+        self.deltas.append(delta)
         return delta
 
-    def _finish(self, delta: TokenDelta, reason: FinishReason, stop: int | str | None) -> TokenDelta:
+    def _ending(self, token_id: int) -> tuple[str, FinishReason | None, int | str | None]:
+        """What the newest token adds to the text, and whether and why it is the last (its finish and stop reason)."""
+        if token_id in self.stop_ids:
+            return self._finish("", "stop", token_id if token_id in self.params.stop_token_ids else None)
+        text, stop = self.stop_strings.feed(self.detokenizer.feed(token_id) if self.detokenizer else "")
+        if stop is not None:
+            return text, "stop", stop
+        if self.sampler.complete:
+            return self._finish(text, "stop", None)
+        if len(self.deltas) + 1 == self.max_tokens:
+            return self._finish(text, "length", None)
+        return text, None, None
+
+    def _finish(
+        self, text: str, reason: FinishReason, stopped_by: int | None
+    ) -> tuple[str, FinishReason, int | str | None]:
         """The last token: lets out the text held back, which may still complete a stop string."""
-        text, met = self.stop_strings.feed(self.detokenizer.finish() if self.detokenizer else "")
+        rest, met = self.stop_strings.feed(self.detokenizer.finish() if self.detokenizer else "")
         if met is not None:
-            return replace(delta, text=delta.text + text, finish_reason="stop", stop_reason=met)
-        text += self.stop_strings.finish()
-        return replace(delta, text=delta.text + text, finish_reason=reason, stop_reason=stop)
+            return text + rest, "stop", met
+        return text + rest + self.stop_strings.finish(), reason, stopped_by
 
     def output(self) -> CompletionOutput:
         """The finished completion (or what there is of it: then `finish_reason` is "abort")."""
