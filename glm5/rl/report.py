@@ -11,7 +11,7 @@ from typing import Any
 from glm5.files import replacing
 from glm5.train import RunDirectory
 from glm5.train.charts import HEIGHT, MARGIN, WIDTH
-from glm5.train.report import STYLE
+from glm5.train.report import STYLE, configuration
 
 SHOWN = 12
 
@@ -30,7 +30,7 @@ def write_rl_report(run_directory: Path) -> Path:
         "<h2>What became of the samples</h2>",
         _fates(metrics),
         *(_rollouts(samples[-1]) if samples else []),
-        "<h2>Configuration</h2><pre>" + html.escape(json.dumps(run.description, indent=2)) + "</pre>",
+        configuration(run),
     ]
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
@@ -69,7 +69,7 @@ def reward_figure(metrics: list[dict[str, Any]]) -> str:
     for value in (low, (low + high) / 2, high):
         y = place(0, value).split(",")[1]
         marks.append(f'<line class=grid x1="{MARGIN}" x2="{WIDTH - 8}" y1="{y}" y2="{y}"/>')
-        marks.append(f'<text x="{MARGIN - 6}" y="{y}" text-anchor="end">{value:.2f}</text>')
+        marks.append(f'<text x="{MARGIN - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{value:.2f}</text>')
     marks.append(f'<text x="{MARGIN}" y="{HEIGHT - 20}">0</text>')
     marks.append(f'<text x="{WIDTH - 8}" y="{HEIGHT - 20}" text-anchor="end">{metrics[-1]["step"]}</text>')
     for step, reward in enumerate(rewards):

@@ -7,8 +7,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-WIDTH, HEIGHT, MARGIN = 720, 260, 44
-RIGHT = 8
+WIDTH, HEIGHT, MARGIN = 720, 260, 56
+RIGHT = 16
 Points = Sequence[tuple[float, float]]
 
 
@@ -31,23 +31,46 @@ def line_chart(series: Sequence[tuple[str, Points]], *, label: str, caption: str
         return x, 8 + (HEIGHT - MARGIN - 8) * (high - value) / (high - low)
 
     marks = []
-    for i in range(5):
-        value = low + (high - low) * i / 4
+    for value, text in _log_ticks(low, high) if log else ticks(low, high):
         _, y = place(0, value)
         marks.append(f'<line class=grid x1="{MARGIN}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        shown = 10**value if log else value
-        marks.append(f'<text x="{MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{short(shown)}</text>')
-        x, _ = place(last * i / 4, low)
-        marks.append(f'<text x="{x:.1f}" y="{HEIGHT - 20}" text-anchor="middle">{last * i / 4:.0f}</text>')
-    for index, (name, points) in enumerate(series):
+        marks.append(f'<text x="{MARGIN - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    for step, text in ticks(0, max(last, 1), whole=True):
+        x, _ = place(step, low)
+        marks.append(f'<text x="{x:.1f}" y="{HEIGHT - 18}" text-anchor="middle">{text}</text>')
+    for index, (_, points) in enumerate(series):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(step, value) for step, value in thinned(points)))
         marks.append(f'<polyline class=curve style="stroke: var(--c{index % 4})" points="{path}"/>')
-        at = f'x="{WIDTH - 12}" y="{20 + 15 * index}"'
-        marks.append(f'<text {at} text-anchor="end" style="fill: var(--c{index % 4})">{html.escape(name)}</text>')
     return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">{"".join(marks)}'
-        f"</svg><figcaption>{caption}</figcaption></figure>"
+        f'<figure>{_legend([name for name, _ in series])}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{html.escape(label)}">{"".join(marks)}</svg><figcaption>{caption}</figcaption></figure>'
     )
+
+
+def _legend(names: Sequence[str]) -> str:
+    """The names of the curves in their colours, above them."""
+    spans = [f'<span style="color: var(--c{i % 4})">{html.escape(name)}</span>' for i, name in enumerate(names)]
+    return f"<p class=legend>{''.join(spans)}</p>"
+
+
+def ticks(low: float, high: float, *, whole: bool = False) -> list[tuple[float, str]]:
+    """(place, text) of three to eight round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 3))
+    gap = next(power * size for size in (5, 2, 1) if (high - low) / (power * size) >= 3 or size == 1)
+    gap = max(gap, 1.0) if whole else gap
+    digits = max(0, -math.floor(math.log10(gap) + 1e-9))
+    numbers = [i * gap for i in range(math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9) + 1)]
+    return [
+        (number, short(number) if abs(number) >= 10_000 and not whole else f"{number:,.{digits}f}")
+        for number in numbers
+    ]
+
+
+def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """(log10, text) of round numbers on a logarithmic axis: 1, 2 and 5, or powers of ten over a wide range."""
+    sizes = (1, 2, 5) if high - low < 2.5 else (1,)
+    places = [power + math.log10(size) for power in range(math.floor(low), math.ceil(high) + 1) for size in sizes]
+    return [(place, f"{10**place:.3g}") for place in places if low <= place <= high] or [(low, short(10**low))]
 
 
 def heat_map(rows: Sequence[Sequence[float]], columns: Sequence[int], *, label: str, caption: str, most: float) -> str:
@@ -66,12 +89,13 @@ def heat_map(rows: Sequence[Sequence[float]], columns: Sequence[int], *, label: 
             for j, value in enumerate(row)
         ]
     bottom = 8 + len(rows) * height
-    for i in range(0, len(columns), max(1, len(columns) // 5)):
-        cells.append(f'<text x="{MARGIN + i * width:.1f}" y="{bottom + 16:.1f}">{columns[i]}</text>')
-    cells.append(f'<text x="{MARGIN - 6}" y="{8 + height:.1f}" text-anchor="end">0</text>')
-    cells.append(f'<text x="{MARGIN - 6}" y="{bottom:.1f}" text-anchor="end">{len(rows) - 1}</text>')
+    for i in range(0, len(columns), max(1, -(-len(columns) // 6))):
+        x = MARGIN + (i + 0.5) * width
+        cells.append(f'<text x="{x:.1f}" y="{bottom + 18:.1f}" text-anchor="middle">{columns[i]:,}</text>')
+    cells.append(f'<text x="{MARGIN - 8}" y="{8 + height:.1f}" text-anchor="end">0</text>')
+    cells.append(f'<text x="{MARGIN - 8}" y="{bottom:.1f}" text-anchor="end">{len(rows) - 1}</text>')
     return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {bottom + 24:.0f}" role="img" aria-label="{html.escape(label)}">'
+        f'<figure><svg viewBox="0 0 {WIDTH} {bottom + 28:.0f}" role="img" aria-label="{html.escape(label)}">'
         f"{''.join(cells)}</svg><figcaption>{caption}</figcaption></figure>"
     )
 

@@ -25,21 +25,33 @@ CURVES = (
 MOST_LAYERS, MOST_ROWS = 8, 64
 """Heat maps of a page, and rows of one: of larger models every n-th layer, and means of neighbouring experts."""
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2129; --paper: #fff; --faint: #8a919e; --line: #d9dde4;
+:root { color-scheme: light dark; --ink: #1d2129; --paper: #fdfdfb; --faint: #626976; --line: #e3e4e1;
         --c0: #2457d6; --c1: #0e8a5f; --c2: #c2571a; --c3: #8a3fb5; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7ec; --paper: #15181d; --line: #333944;
-          --c0: #7ea2ff; --c1: #4fcf9f; --c2: #f0955c; --c3: #c58af0; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 46rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .25rem .75rem .25rem 0;
-       border-bottom: 1px solid var(--line); } td.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: color-mix(in srgb, var(--line) 35%, transparent);
-      padding: .75rem; border-radius: 6px; font-size: .85rem; }
-svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 11px; } .grid { stroke: var(--line); }
-.curve { fill: none; stroke-width: 1.6; } .heat { fill: var(--c0); }
-figcaption, .faint { color: var(--faint); font-size: .9rem; }
+  :root { --ink: #e6e8ec; --paper: #16181d; --faint: #9aa2b0; --line: #2d323b;
+          --c0: #8aaaff; --c1: #4fcf9f; --c2: #f0955c; --c3: #c58af0; } }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+       max-width: 46rem; margin: 2.5rem auto 4rem; padding: 0 1rem; }
+h1 { font-size: 1.6rem; letter-spacing: -.02em; } h2 { font-size: 1.15rem; margin: 2.75rem 0 .5rem; }
+a { color: var(--c0); text-underline-offset: .15em; }
+table { border-collapse: collapse; width: 100%; font-size: .9375rem; }
+td, th { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
+         overflow-wrap: anywhere; }
+td.number, th.number { text-align: right; padding-right: 0; padding-left: 1rem; white-space: nowrap;
+                       font-variant-numeric: tabular-nums; }
+th { font-weight: 600; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: color-mix(in srgb, var(--line) 40%, transparent);
+      padding: .75rem 1rem; border-radius: .6rem; font-size: .8125rem; line-height: 1.5; }
+summary { cursor: pointer; color: var(--faint); }
+figure { margin: 1rem 0 1.5rem; } svg { display: block; width: 100%; height: auto; overflow: visible; }
+svg text { fill: var(--faint); font-size: 12px; font-variant-numeric: tabular-nums; } .grid { stroke: var(--line); }
+.curve { fill: none; stroke-width: 1.5; stroke-linejoin: round; } .heat { fill: var(--c0); }
+figcaption, .faint { color: var(--faint); font-size: .875rem; }
+.legend { display: flex; flex-wrap: wrap; gap: 0 1.25rem; margin: 0 0 .35rem; font-size: .875rem; font-weight: 550; }
+.legend span::before { content: ""; display: inline-block; width: 1.1em; height: .2em; margin-right: .4em;
+                       vertical-align: .25em; background: currentColor; border-radius: 1em; }
+@media (max-width: 34rem) { svg text { font-size: 20px; } .curve { stroke-width: 2.5; }
+                            td.number { white-space: normal; min-width: 5.5rem; } }
 """
 
 
@@ -72,7 +84,7 @@ def write_report(run_directory: Path) -> Path:
         _skipped(metrics),
         f"<h2>Samples</h2><p class=faint>{html.escape(samples[-1].name)}</p><pre>"
         f"{html.escape(samples[-1].read_text(encoding='utf-8'))}</pre>" if samples else "",
-        "<h2>Configuration</h2><pre>" + html.escape(json.dumps(run.description, indent=2)) + "</pre>",
+        configuration(run),
     ]  # fmt: skip
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
@@ -131,7 +143,7 @@ def _recall(evaluation: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
         f"<td class=number>{values['positions']:.3f}</td></tr>"
         for layer, values in found["layers"].items()
     )
-    head = "<tr><th></th><th>attention mass</th><th>positions</th></tr>"
+    head = "<tr><th></th><th class=number>attention mass</th><th class=number>positions</th></tr>"
     return (
         f"<h2>Indexer recall</h2>{figure if len(curve) > 1 else ''}<p class=faint>Rows of {found['length']:,} tokens, "
         f"top {found['index_topk']}; the true top-k has 1.</p><table>{head}{cells}</table>"
@@ -181,6 +193,12 @@ def _skipped(metrics: list[dict[str, Any]]) -> str:
         return ""
     cells = "".join(f"<tr><td>step {step}</td><td>{html.escape(why)}</td></tr>" for step, why in rows)
     return f"<h2>Steps that were left out</h2><table>{cells}</table>"
+
+
+def configuration(run: RunDirectory) -> str:
+    """All that the run was made from, folded."""
+    text = html.escape(json.dumps(run.description, indent=2))
+    return f"<h2>Configuration</h2><details><summary>run.json</summary><pre>{text}</pre></details>"
 
 
 def _points(lines: list[dict[str, Any]], key: str) -> Points:
