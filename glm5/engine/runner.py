@@ -28,6 +28,8 @@ from glm5.model.slots import Slots
 
 FEW_TOKENS = 16
 """Sequences with at most this many new tokens share a pass."""
+Block = list[tuple[int, int]]
+"""Tokens of one step of a decoder: (number of the chunk, number of its token)."""
 ROWS_AT_ONCE = 64
 """Tokens of one step of a decoder: enough that a weight which was read serves many of them."""
 
@@ -122,27 +124,48 @@ class Runner:
         return decoder if decoder is not None and plain and decoder.fits(self.cache) else None
 
     def _by_rows(self, decoder: Decoder, chunks: list[Chunk]) -> list[Output]:
-        """All tokens of all chunks, in order, some at a time."""
-        rows = [(i, j) for i, chunk in enumerate(chunks) for j in range(len(chunk.token_ids))]
-        first_kept = [len(chunk.token_ids) - chunk.logits_to_keep for chunk in chunks]
+        """All tokens of all chunks by the decoder."""
+
+        def step(_: Block, ids: list[int], slots: Slots, keep: list[int]) -> tuple[Tensor, Tensor]:
+            return decoder.step(ids, slots, self.attention == "sparse", keep)
+
+        return self._in_blocks(chunks, [c.token_ids for c in chunks], [c.logits_to_keep for c in chunks], step)
+
+    def _drafts_by_rows(self, decoder: Decoder, chunks: list[DraftChunk]) -> list[Output]:
+        """A draft step of all tokens of all chunks by the decoder."""
+
+        def step(block: Block, ids: list[int], slots: Slots, keep: list[int]) -> tuple[Tensor, Tensor]:
+            states_ND = torch.stack([chunks[i].states_TD[j] for i, j in block])
+            return decoder.draft(states_ND, ids, slots, self.attention == "sparse", keep)
+
+        return self._in_blocks(chunks, [c.next_ids for c in chunks], [1] * len(chunks), step)
+
+    def _in_blocks(
+        self,
+        chunks: list[Chunk] | list[DraftChunk],
+        ids: list[list[int]],
+        kept: list[int],
+        step: Callable[[Block, list[int], Slots, list[int]], tuple[Tensor, Tensor]],
+    ) -> list[Output]:
+        """`step` on all tokens of all chunks in order, some at a time; of each chunk the last `kept` logits."""
+        rows = [(i, j) for i, tokens in enumerate(ids) for j in range(len(tokens))]
         logits: list[list[Tensor]] = [[] for _ in chunks]
         states: list[list[Tensor]] = [[] for _ in chunks]
         for first in range(0, len(rows), ROWS_AT_ONCE):
             block = rows[first : first + ROWS_AT_ONCE]
-            own = list(dict.fromkeys(i for i, _ in block))
-            places = [(own.index(i), chunks[i].start + j) for i, j in block]
-            tables = [chunks[i].block_table for i in own]
+            number = {i: n for n, i in enumerate(dict.fromkeys(i for i, _ in block))}
+            tables = [chunks[i].block_table for i in number]
+            places = [(number[i], chunks[i].start + j) for i, j in block]
             slots = Slots(self._latents, self._keys, self.cache.block_size, tables, places)
-            keep = [n for n, (i, j) in enumerate(block) if j >= first_kept[i]]
-            ids = [chunks[i].token_ids[j] for i, j in block]
-            logits_KV, states_ND = decoder.step(ids, slots, self.attention == "sparse", keep)
+            keep = [n for n, (i, j) in enumerate(block) if j >= len(ids[i]) - kept[i]]
+            logits_KV, states_ND = step(block, [ids[i][j] for i, j in block], slots, keep)
             for row, n in enumerate(keep):
-                logits[block[n][0]].append(logits_KV[row : row + 1])
-            tokens = [sum(i == mine for i, _ in block) for mine in own]
-            for i, states_TD in zip(own, states_ND.split(tokens), strict=True):
-                states[i].append(states_TD)
+                logits[block[n][0]].append(logits_KV[row])
+            for n, (i, _) in enumerate(block):
+                states[i].append(states_ND[n])
         nothing_0V = torch.empty(0, self.model.config.vocab_size)
-        return [Output(torch.cat([nothing_0V, *a]), torch.cat(b)) for a, b in zip(logits, states, strict=True)]
+        stacked = [torch.stack(rows_V) if rows_V else nothing_0V for rows_V in logits]
+        return [Output(logits_KV, torch.stack(a)) for logits_KV, a in zip(stacked, states, strict=True)]
 
     def _pass(self, chunks: list[Chunk], view: BatchView | SequenceView, collect: frozenset[str]) -> list[Output]:
         """One forward pass. Of a batch, whose sequences want different rows, all logits are computed; they are few."""
@@ -176,7 +199,13 @@ class Runner:
             raise InputError("The cache has no room for the MTP modules' rows; make it with draft=True.")
         runs = [self._checked(len(chunk.next_ids), chunk.start, chunk.block_table) for chunk in chunks]
         outputs: dict[int, Output] = {}
+        first_module = step == 0 or len(self.model.mtp) == 1
         for group, view in self._passes(runs):
+            decoder = self._fitting(self.model.decoder(sum(runs[i].tokens for i in group)))
+            if first_module and decoder is not None and decoder.can_draft(self.cache):
+                drafts = self._drafts_by_rows(decoder, [chunks[i] for i in group])
+                outputs.update(zip(group, drafts, strict=True))
+                continue
             states_BTD = torch.cat([chunks[i].states_TD for i in group]).unsqueeze(0)
             ids_BT = self._ids([token for i in group for token in chunks[i].next_ids])
             keep = 0 if len(group) > 1 else 1

@@ -11,6 +11,7 @@ from tiny import tiny_model
 from glm5.engine.paged_cache import PagedCache
 from glm5.engine.runner import Chunk, DraftChunk, Runner
 from glm5.errors import InputError
+from glm5.model.decode import Decoder
 from glm5.model.fast_steps import FastSteps
 
 IDS = torch.randint(0, 97, (4, 50), generator=torch.Generator().manual_seed(5)).tolist()
@@ -85,8 +86,10 @@ def test_a_forked_sequence_goes_on_by_itself(decoder):
 
 @pytest.mark.parametrize("mtp_hidden", ["after_norm", "before_norm"])
 @pytest.mark.parametrize("tokens", [1, 19])
-def test_states_and_drafts_equal_the_models(tokens, mtp_hidden, decoder):
-    model = tiny_model(1, mtp_hidden=mtp_hidden)
+def test_states_and_drafts_equal_the_models(tokens, mtp_hidden, decoder, monkeypatch):
+    model, drafted = tiny_model(1, mtp_hidden=mtp_hidden), []
+    draft = Decoder.draft
+    monkeypatch.setattr(Decoder, "draft", lambda *arguments: drafted.append(1) or draft(*arguments))
     cache = PagedCache(model.config, num_blocks=64, block_size=8, draft=True)
     runner = Runner(model, cache)
     rows = scattered([IDS[0][:40], IDS[1][:31]], num_blocks=64, block_size=8)
@@ -106,7 +109,20 @@ def test_states_and_drafts_equal_the_models(tokens, mtp_hidden, decoder):
         for i, out in zip(live, runner.draft(chunks), strict=True):
             assert out.states_TD.shape == (tokens, 32)
             close(out.logits_KV, whole[i].mtp_logits[0][0, rows[i].done - 1 : rows[i].done])
-    assert min(row.done for row in rows) > 15
+    assert min(row.done for row in rows) > 15 and bool(drafted) is decoder
+
+
+def test_a_module_that_changed_drafts_by_its_own_code():
+    """The trunk's decoder goes on; the hook on the module is heard."""
+    model = tiny_model(1)
+    row = Tokens(IDS[0][:12], [0, 1])
+    drafts = []
+    for _ in range(2):
+        runner = Runner(model, PagedCache(model.config, num_blocks=2, block_size=8, draft=True))
+        [out] = runner.run_with_states([row.next(11)])
+        drafts.append(runner.draft([DraftChunk(out.states_TD, row.ids[1:12], 0, row.block_table)])[0].logits_KV)
+        model.mtp[0].eh_proj.register_forward_hook(lambda module, args, out: 2 * out)
+    assert (drafts[0] - drafts[1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
