@@ -81,7 +81,12 @@ def absorbed_attention(q_BTHC: Tensor, latents_BSC: Tensor, spans: Spans, value_
 def sparse_attention(
     q_BTHC: Tensor, latents_BSC: Tensor, selected_BTK: Tensor, value_width: int, scale: float
 ) -> Tensor:
-    """Absorbed attention [B, T, H, value_width] over the selected latents; only those are gathered and read."""
+    """Absorbed attention [B, T, H, value_width] over the selected latents; only those are gathered and read.
+
+    Positions ascend, -1 padded. Raises ValueError on a CPU for one outside the latents (a GPU would have to wait).
+    """
+    if selected_BTK.device.type == "cpu" and selected_BTK.numel() and int(selected_BTK.max()) >= latents_BSC.shape[1]:
+        raise ValueError(f"position {int(selected_BTK.max())} is outside the {latents_BSC.shape[1]} latents of a row")
     if torch.is_autocast_enabled(q_BTHC.device.type):  # the products' dtype is fixed here, for both passes
         dtype = torch.get_autocast_dtype(q_BTHC.device.type)
         q_BTHC, latents_BSC = q_BTHC.to(dtype), latents_BSC.to(dtype)

@@ -76,10 +76,14 @@ class SparseAttention(torch.autograd.Function):
 
 
 def _rows(selected_BTK: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """Rows [N, K] of the latents of all batch rows one after another, and which of them are padding [N, 1, K]."""
+    """Rows [N, K] of the latents of all batch rows one after another, and which of them are padding [N, 1, K].
+
+    Padding reads what the query chose first: its weight is zero, but zero times what lies elsewhere may be NaN.
+    """
     start_B11 = torch.arange(selected_BTK.shape[0], device=selected_BTK.device)[:, None, None] * keys
-    rows_NK = (selected_BTK.clamp_min(0) + start_B11).flatten(0, 1)
-    return rows_NK, (selected_BTK < 0).flatten(0, 1).unsqueeze(1)
+    missing_BTK = selected_BTK < 0
+    own_BTK = torch.where(missing_BTK, selected_BTK[..., :1].clamp_min(0), selected_BTK)
+    return (own_BTK + start_B11).flatten(0, 1), missing_BTK.flatten(0, 1).unsqueeze(1)
 
 
 def _gather(table_XC: Tensor, rows_QK: Tensor) -> Tensor:

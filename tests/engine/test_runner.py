@@ -52,6 +52,20 @@ def test_scattered_sequences_of_different_lengths_equal_one_pass_each(tokens, bl
         close(torch.cat(row.logits), wanted)
 
 
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
+def test_what_lies_in_other_blocks_reaches_nothing(attention, decoder):
+    """Memory that nobody has written may hold anything; block 0 belongs to neither sequence."""
+    model = tiny_model(1)
+    cache = PagedCache(model.config, num_blocks=64, block_size=4)
+    for pool in (*cache.latents.values(), *cache.keys.values()):
+        pool.rows_XW.fill_(float("nan"))
+    rows = [Tokens(IDS[0][:30], list(range(20, 28))), Tokens(IDS[1][:5], [40, 30])]
+    while any(row.done < len(row.ids) for row in rows):
+        feed(Runner(model, cache, attention=attention), rows, 5)
+    for row in rows:
+        assert torch.cat(row.logits).isfinite().all()
+
+
 def test_a_step_mixes_prompts_and_decoding_and_keeps_the_logits_asked_for(decoder):
     model = tiny_model(1)
     runner = Runner(model, PagedCache(model.config, num_blocks=64, block_size=4))

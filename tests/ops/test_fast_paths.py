@@ -246,3 +246,10 @@ def test_spans_of_packed_rows_by_hand():
 def test_a_segment_in_two_pieces_is_refused():
     with pytest.raises(InputError, match="one id for two separate runs"):
         segment_spans(torch.tensor([[0, 0, 1, 0]]), 4, None)
+
+
+def test_positions_outside_the_latents_are_refused():
+    """With several rows they would be the next row's latents."""
+    q_BTHC, latents_BSC = torch.randn(2, 1, 2, 6), torch.randn(2, 5, 6)
+    with pytest.raises(ValueError, match="position 5 is outside the 5 latents"):
+        attention.sparse_attention(q_BTHC, latents_BSC, torch.tensor([[[0, 5]], [[0, 1]]]), 4, 1.0)
