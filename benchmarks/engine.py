@@ -5,12 +5,15 @@
     python -m benchmarks.engine --rows long --threads 2                  # 200,000-token prompt, 131,072-token answer
 
 Rows: `decode` (tokens per second of all rows together, from filled caches), `first` (seconds from a new prompt to its
-first token, one row), `memory` (peak RSS of a process of its own), `long`. Beyond `--contexts` ours runs alone
+first token, one row), `memory` (peak RSS of a process of its own), `flips`, `long`. Beyond `--contexts` ours runs alone
 (`--alone`): transformers' prefill needs T x T matrices. Both sides hold the same fp32 weights; prompts are random.
 A number is the median of the repeats with the slowest and the fastest; ratios are pair by pair.
 
 `llama.cpp` is not measured: it aborts on this checkpoint, whose indexer heads have 32 values where its `glm-dsa` needs
 128 (its converter takes the model, the context is then refused).
+
+`flips` compares fast mode with strict mode: the likeliest token and the log-probability of the given one at every
+position of prompts (fast computes them in chunks), and whole greedy answers, 32 at once in fast mode.
 
 `--rows long` asks a needle question of 200,000 tokens when `--model` and `--data` name a trained directory and its
 held-out dataset, else random tokens, and then generates 131,072 tokens; it prints times and peak memory.
@@ -19,9 +22,10 @@ held-out dataset, else random tokens, and then generates 131,072 tokens; it prin
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -45,7 +49,7 @@ LONG_PROMPT, LONG_ANSWER = 200_000, 131_072
 class Options:
     """Options of the benchmark."""
 
-    rows: tuple[Literal["decode", "first", "memory", "long"], ...] = ("decode", "first", "memory")
+    rows: tuple[Literal["decode", "first", "memory", "flips", "long"], ...] = ("decode", "first", "memory", "flips")
     batches: tuple[int, ...] = (1, 8, 32)
     contexts: tuple[int, ...] = (1024, 4096, 8192)
     """Contexts measured on both sides."""
@@ -165,6 +169,31 @@ def cache_bytes(directory: Path) -> list[Result]:
     return results
 
 
+def flips(directory: Path, options: Options) -> list[Result]:
+    """How far fast mode is from strict mode on the same requests."""
+    context, answers = 1024, 32
+    ids, starts = prompts(4, context, options.seed), prompts(answers, 64, options.seed + 1)
+    seen = {}
+    for strict in (True, False):
+        ours = Ours(directory, 4 * context + answers * 128, strict=strict)
+        prompt_only = replace(greedy(1), prompt_logprobs=1)
+        rows = [output.prompt_logprobs or () for output in ours.engine.generate(ids, prompt_only)]
+        said = [output.token_ids for output in ours.engine.generate(starts, greedy(64))]
+        seen[strict] = [entry for row in rows for entry in row if entry is not None], said
+        ours.engine.close()
+    pairs = list(zip(seen[True][0], seen[False][0], strict=True))
+    flipped = sum(a[2][0][0] != b[2][0][0] for a, b in pairs)
+    apart = [abs(a[1] - b[1]) for a, b in pairs]
+    same = sum(a == b for a, b in zip(seen[True][1], seen[False][1], strict=True))
+    text = f"{flipped} of {len(pairs):,} likeliest tokens differ; log-probabilities by {statistics.mean(apart):.1e} "
+    return [
+        Result("fast against strict, prompts", 4, context, text + f"in the mean, {max(apart):.1e} at most"),
+        Result(
+            "fast against strict, answers", answers, 128, f"{same} of {answers} greedy answers of 64 tokens are equal"
+        ),
+    ]
+
+
 def long_runs(directory: Path, options: Options, console: Console) -> list[Result]:
     """The two long runs, each through the public API; peak memory is this process's own."""
     needle, prompt = None, prompts(1, options.prompt, options.seed)[0]
@@ -217,6 +246,8 @@ def main() -> None:
                           sep="\n")  # fmt: skip
         if "memory" in options.rows:
             results += cache_bytes(directory)
+        if "flips" in options.rows:
+            results += flips(directory, options)
         if "long" in options.rows:
             results += long_runs(directory, options, console)
     cells = [[r.task, str(r.batch), f"{r.context:,}" if r.context else "", r.ours, r.theirs, r.ratio] for r in results]

@@ -155,7 +155,7 @@ class Scheduler:
         wanted = entries is not None and len(entries) < prompt
         if wanted:
             size = min(size, self.logprob_rows)
-        drafts = sequence.drafts if size == sequence.pending and size + len(sequence.drafts) <= left else []
+        drafts = self._drafts(sequence, left - size) if size == sequence.pending else []
         if size < 1 or not self._make_room(sequence, start + size + len(drafts), step):
             return 0
         end = start + size
@@ -165,6 +165,13 @@ class Scheduler:
         ids = sequence.token_ids[start:end] + drafts
         step.works.append(Work(request, sequence, ids, start, keep, len(drafts)))
         return len(ids)
+
+    def _drafts(self, sequence: Sequence, left: int) -> list[int]:
+        """The guesses that a step verifies: all that the budget leaves room for, none beyond the sequence's last token.
+
+        So a sequence never needs more blocks than admission has counted for it.
+        """
+        return sequence.drafts[: max(0, min(left, sequence.max_tokens - len(sequence.deltas) - 1))]
 
     def _make_room(self, sequence: Sequence, tokens: int, step: Step) -> bool:
         """Blocks for so many tokens, taken from others if need be; False if it must wait with what it has."""

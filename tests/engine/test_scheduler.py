@@ -191,3 +191,14 @@ def test_drafts_change_no_token_and_rejected_ones_leave_nothing_behind(budget):
     again = submit(core, [5, 6, 7, *expected[0][:20]], replace(GREEDY, max_tokens=10))
     run(core)
     assert again.cached_tokens == 20 and tokens_and_logprobs(again)[0][0] == expected[0][20:]
+
+
+def test_drafts_beyond_the_end_take_no_blocks_that_admission_has_not_counted():
+    params = replace(GREEDY, max_tokens=13)
+    core = toy_core(num_blocks=4, block_size=4)  # 4 prompt tokens and 12 sampled ones: the cache is full
+    request = submit(core, [5, 6, 7, 8], params)
+    while core.step(0):
+        core.scheduler.check()
+        request.sequences[0].drafts = [1, 2, 3, 4, 5, 6]
+    assert request.sequences[0].done and tokens_and_logprobs(request) == alone([5, 6, 7, 8], params)
+    assert core.drafted_tokens > 0
