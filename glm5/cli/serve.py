@@ -1,7 +1,9 @@
-"""`glm5 serve`: an OpenAI-compatible server over one model."""
+"""`glm5 serve`: one model over HTTP."""
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,37 +11,83 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from glm5.bundled import bundled_model
 from glm5.engine import Engine
-from glm5.serve import Limits, create_app, serve
+from glm5.errors import InputError
+from glm5.serve import Limits, create_app, is_loopback, log_json_lines, serve
+from glm5.serve.http import DRAIN_SECONDS
 from glm5.train.run_directory import model_of
+
+KEY_VARIABLE = "GLM5_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """Serve a model over HTTP: /v1/chat/completions, /v1/models, /health."""
+    """Serve a model over HTTP: the OpenAI and Anthropic APIs, a chat page at /, /health and /metrics."""
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """A run directory or a Hugging Face model directory."""
+    model: Annotated[Path | None, tyro.conf.Positional] = None
+    """A run directory or a Hugging Face model directory; the small model of this package when left out."""
     host: str = "127.0.0.1"
-    """Address to listen on. The default is reachable from this machine only; there is no password."""
+    """Address to listen on. The default is reachable from this machine only."""
     port: int = 8000
     """Port to listen on; 0 takes a free one, which is printed."""
     name: str = "glm5"
     """The model's name in the API."""
+    api_key: str | None = None
+    """Key that clients must send; better given by the variable GLM5_API_KEY, which other users cannot see."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights and the cache."""
     max_model_len: int | None = None
     """Longest prompt and answer together, in tokens; the model's own limit when left out."""
     max_concurrent: int = Limits.max_concurrent
-    """Requests at once; one more is answered with 429."""
+    """Requests at once."""
+    max_waiting: int = Limits.max_waiting
+    """Requests that wait for a place; one more is answered with 429."""
     max_body_bytes: int = Limits.max_body_bytes
     """Largest request body; a larger one is answered with 413."""
+    deadline: float | None = None
+    """Seconds that a request may run, its wait in the engine included; no limit when left out."""
+    stall: float = Limits.stall_seconds
+    """Seconds after which a client that takes nothing of its answer is cut off."""
+    drain: float = DRAIN_SECONDS
+    """Seconds that running requests have to end after Ctrl-C or SIGTERM; a second Ctrl-C ends at once."""
+    log_requests: bool = True
+    """One JSON line per request on the error output, without what was said."""
+
+    def limits(self) -> Limits:
+        """What the server accepts. Raises `InputError`."""
+        seconds = {"deadline": self.deadline, "stall": self.stall, "drain": self.drain}
+        counts = {"max-concurrent": self.max_concurrent, "max-body-bytes": self.max_body_bytes}
+        for name, value in {**seconds, **counts}.items():
+            if value is not None and value <= 0:
+                raise InputError(f"--{name} is {value}; it must be more than 0.")
+        if self.max_waiting < 0:
+            raise InputError(f"--max-waiting is {self.max_waiting}; it must be at least 0.")
+        return Limits(
+            max_concurrent=self.max_concurrent, max_waiting=self.max_waiting, max_body_bytes=self.max_body_bytes,
+            deadline_seconds=self.deadline, stall_seconds=self.stall,
+        )  # fmt: skip
 
 
 def run(options: ServeOptions) -> int:
     """Serves until Ctrl-C or SIGTERM. Prints the address once requests can be sent."""
-    engine = Engine(model_of(options.model), dtype=getattr(torch, options.dtype), max_model_len=options.max_model_len)
-    limits = Limits(max_concurrent=options.max_concurrent, max_body_bytes=options.max_body_bytes)
-    app = create_app(engine, model_name=options.name, limits=limits)
-    serve(app, options.host, options.port, ready=lambda url: print(f"Serving {options.name} at {url}/v1", flush=True))
+    limits = options.limits()
+    key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE) or None
+    directory = bundled_model() if options.model is None else model_of(options.model)
+    engine = Engine(directory, dtype=getattr(torch, options.dtype), max_model_len=options.max_model_len)
+    app = create_app(engine, model_name=options.name, limits=limits, api_key=key)
+    log_json_lines(requests=options.log_requests)
+    if key is None and not is_loopback(options.host):
+        print(
+            f"Warning: everybody who reaches {options.host} may use this model; set {KEY_VARIABLE} to require a key.",
+            file=sys.stderr,
+            flush=True,
+        )
+    serve(
+        app,
+        options.host,
+        options.port,
+        ready=lambda url: print(f"Serving {options.name} at {url}/v1", flush=True),
+        drain_seconds=options.drain,
+    )
     return 0

@@ -16,7 +16,8 @@ from glm5.serve.completions import install_completions
 from glm5.serve.errors import ApiError, install_error_handlers
 from glm5.serve.generate import install_generate
 from glm5.serve.generation import Source
-from glm5.serve.limits import BodyLimit, Limits
+from glm5.serve.limits import Limits
+from glm5.serve.outside import install_outside
 from glm5.serve.page import install_page
 from glm5.serve.responses import install_responses
 from glm5.serve.service import Recorder, Service
@@ -28,6 +29,7 @@ def create_app(
     model_name: str = "glm5",
     limits: Limits | None = None,
     recorder: Recorder | None = None,
+    api_key: str | None = None,
 ) -> FastAPI:
     """The ASGI application over an engine, or over what stands in for one. It must have a tokenizer."""
     if source.tokenizer is None:
@@ -35,13 +37,9 @@ def create_app(
     service = Service(source, source.tokenizer, model_name, limits or Limits(), recorder)
     app = FastAPI(title="glm5", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
-    app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes)
+    install_outside(app, service, api_key)
     install_error_handlers(app)
     install_page(app)
-
-    @app.get("/health")
-    def health() -> dict[str, Any]:
-        return {"status": "ok", "model": model_name, "weight_version": source.version, "running": service.gate.running}
 
     install_models(app, service)
     install_chat(app, service)

@@ -1,18 +1,33 @@
-"""Errors in the shape that OpenAI's clients read: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors as the clients of each protocol read them.
+
+OpenAI's shape is `{"error": {"message", "type", "param", "code"}}`; below `/v1/messages` it is Anthropic's,
+`{"type": "error", "error": {"type", "message"}, "request_id"}`.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from glm5.errors import GLM5Error, InputError, TextError
 
 log = logging.getLogger("glm5.serve")
+
+OPENAI_KINDS = {
+    401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+}  # fmt: skip
+ANTHROPIC_KINDS = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
+FAILED = "The server failed on this request; its log has the reason."
 
 
 class ApiError(GLM5Error):
@@ -27,53 +42,85 @@ class ApiError(GLM5Error):
 
 def error_status(error: GLM5Error) -> int:
     """400 for what the client sent, 500 for what is wrong with the model."""
+    if isinstance(error, ApiError):
+        return error.status
     return 400 if isinstance(error, InputError | TextError) else 500
 
 
 def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The JSON body of an error."""
-    kinds = {404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    """The JSON body of an error, for OpenAI's clients."""
+    kind = OPENAI_KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def anthropic_error_body(status: int, message: str, request_id: str | None = None) -> dict[str, Any]:
+    """The JSON body of an error, for Anthropic's clients."""
+    kind = ANTHROPIC_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    body: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": message}}
+    return body if request_id is None else {**body, "request_id": request_id}
+
+
+def error_response(
+    scope: Scope,
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """An error in the shape of the protocol that the path belongs to."""
+    if scope["path"].startswith("/v1/messages"):
+        body = anthropic_error_body(status, message, scope.get("state", {}).get("request_id"))
+    else:
+        body = error_body(status, message, param=param, code=code)
+    return JSONResponse(body, status, headers)
+
+
 def install_error_handlers(app: FastAPI) -> None:
-    """Every error of the app leaves in this shape, those of the framework too."""
+    """Every error of the app leaves in these shapes, those of the framework too."""
 
-    async def api_error(_: Request, error: Exception) -> JSONResponse:
+    async def api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        headers = {"Retry-After": "1"} if error.status == 429 else None
-        body = error_body(error.status, str(error), param=error.param, code=error.code)
-        return JSONResponse(body, error.status, headers)
+        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+        return error_response(
+            request.scope, error.status, str(error), param=error.param, code=error.code, headers=headers
+        )
 
-    async def user_error(_: Request, error: Exception) -> JSONResponse:
+    async def user_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, GLM5Error)
-        status = error_status(error)
-        return JSONResponse(error_body(status, str(error)), status)
+        return error_response(request.scope, error_status(error), str(error))
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         if first["type"] == "json_invalid":
-            return JSONResponse(error_body(400, "The body is not valid JSON; send one JSON object."), 400)
+            return error_response(request.scope, 400, "The body is not valid JSON; send one JSON object.")
         message = first["msg"].removeprefix("Value error, ")
-        return JSONResponse(error_body(400, f"{where}: {message}" if where else message, param=where or None), 400)
+        return error_response(request.scope, 400, f"{where}: {message}" if where else message, param=where or None)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         message = str(error.detail)
         if error.status_code in (404, 405):
-            served = "GET /health, GET /v1/models, POST /v1/chat/completions"
+            served = ", ".join(sorted(_endpoints(app.routes)))
             message = f"{request.method} {request.url.path} is not served here; this server has {served}."
-        return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)
+        return error_response(request.scope, error.status_code, message, headers=error.headers)
 
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
         log.error("request failed", exc_info=error)
-        return JSONResponse(error_body(500, "The server failed on this request; its log has the reason."), 500)
+        return error_response(request.scope, 500, FAILED)
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(GLM5Error, user_error)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _endpoints(routes: Iterable[Any]) -> Iterable[str]:
+    """`POST /v1/completions` and so on: what is for programs, without the page's files."""
+    for route in routes:
+        if getattr(route, "include_in_schema", False):
+            yield from (f"{method} {route.path}" for method in route.methods - {"HEAD"})

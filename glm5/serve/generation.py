@@ -53,7 +53,13 @@ class Source(Protocol):
     def version(self) -> int: ...
 
     def stream(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, session_id: str | None, priority: int
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        session_id: str | None,
+        priority: int,
+        deadline: float | None,
     ) -> TokenSource: ...
 
 
@@ -129,16 +135,23 @@ class Generation:
             Sample(index, prompt, parser(f"{self.id}/{index}") if parser else None)
             for index, prompt in enumerate(prompt for prompt in self.prompts for _ in range(params.n))
         ]
+        self.first_token_at: float | None = None
+        """Of `time.perf_counter`, as is the next."""
+        self.last_token_at: float | None = None
         self._streams: list[TokenSource] = []
         self._version = source.version
 
-    def start(self) -> None:
-        """Asks the source for the tokens of every prompt; it refuses at once what cannot run. May take a moment."""
+    def start(self, deadline: float | None = None) -> None:
+        """Asks the source for the tokens of every prompt; it refuses at once what cannot run. May take a moment.
+
+        `deadline`: seconds from now after which samples that still run are given up.
+        """
         try:
             for prompt in self.prompts:
-                self._streams.append(
-                    self.source.stream(prompt, self.params, session_id=self.session_id, priority=self.priority)
+                stream = self.source.stream(
+                    prompt, self.params, session_id=self.session_id, priority=self.priority, deadline=deadline
                 )
+                self._streams.append(stream)
         except BaseException:
             self.close()
             raise
@@ -153,6 +166,8 @@ class Generation:
         try:
             async with aclosing(self._merged()) as tokens:
                 async for prompt, token in tokens:
+                    self.last_token_at = time.perf_counter()
+                    self.first_token_at = self.first_token_at or self.last_token_at
                     sample = self.samples[prompt * self.params.n + token.index]
                     yield Step(sample, token, sample.take(token))
             for sample in self.samples:

@@ -1,15 +1,28 @@
-"""Runs the application under uvicorn: bound before anything is printed, so that port 0 becomes a real number."""
+"""Runs the application under uvicorn: bound before anything is printed, and drained before it ends.
+
+The first Ctrl-C or SIGTERM lets running requests end (up to a limit) while new ones are refused; then the exit is
+orderly. The second ends the process at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from glm5.errors import InputError
+from glm5.serve.lifecycle import Lifecycle
+
+DRAIN_SECONDS = 30.0
+BACKLOG = 2048
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -21,21 +34,81 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)  # who connects before the loop runs waits instead of being refused
     except OSError as error:
         listener.close()
         raise InputError(f"Cannot listen on {host}:{port} ({error.strerror}); choose another, or --port 0.") from None
     return listener
 
 
-def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 0, ready: Callable[[str], None] | None = None) -> None:
-    """Serves until Ctrl-C or SIGTERM; running requests are given a moment to end.
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is reachable from this machine only."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def serve(
+    app: FastAPI,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    ready: Callable[[str], None] | None = None,
+    *,
+    drain_seconds: float = DRAIN_SECONDS,
+) -> None:
+    """Serves until Ctrl-C or SIGTERM; running requests then have `drain_seconds` to end.
 
     `ready` is called with the base URL once the port is bound; requests that come before the first are queued.
     """
+    _allow_many_connections()
     with bind(host, port) as listener:
         name = f"[{host}]" if ":" in host else host
         if ready:
             ready(f"http://{name}:{listener.getsockname()[1]}")
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises Ctrl-C once more after its orderly end
-            uvicorn.Server(config).run(sockets=[listener])
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=1, server_header=False, backlog=BACKLOG
+        )
+        _Server(config, app.state.lifecycle, drain_seconds).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, told to end by a lifecycle instead of by signals."""
+
+    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle, drain_seconds: float) -> None:
+        super().__init__(config)
+        self.lifecycle, self.drain_seconds = lifecycle, drain_seconds
+        self.limit = float("inf")
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Takes both signals while the server runs; unlike uvicorn's own, does not raise them once more at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._drain) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _drain(self, number: int, _: FrameType | None) -> None:
+        if self.lifecycle.draining:
+            os._exit(128 + number)  # asked twice: at once, whatever still runs
+        self.lifecycle.draining = True
+        self.limit = time.monotonic() + self.drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second: whether the server should end."""
+        if self.lifecycle.draining and (not self.lifecycle.in_flight or time.monotonic() > self.limit):
+            return True
+        return await super().on_tick(counter)
+
+
+def _allow_many_connections() -> None:
+    """Raises this process's limit of open files, which is 1,024 on many systems, as far as it may."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 65_536 if most == resource.RLIM_INFINITY else min(most, 65_536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))

@@ -1,13 +1,17 @@
-"""Limits that keep one client from hurting the others: bytes of a body, requests at once."""
+"""Limits that keep one client from hurting the others: how many, how large, how long."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glm5.serve.errors import ApiError, error_body
+from glm5.serve.errors import ApiError, error_response
+
+LINGER_BYTES, LINGER_SECONDS = 256 * 2**20, 30.0
+"""How much of a refused body is read and thrown away, so that a client that is still sending sees the refusal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,42 +19,71 @@ class Limits:
     """What one server accepts."""
 
     max_body_bytes: int = 8 * 2**20
-    max_concurrent: int = 32
+    body_seconds: float = 60.0
+    """Time for a body to arrive."""
+    max_concurrent: int = 64
+    """Requests that run at once."""
+    max_waiting: int = 1024
+    """Requests that wait for one of these places; one more is answered with 429."""
+    deadline_seconds: float | None = None
+    """Longest time that a request may run, its wait in the engine included; a client may ask for less."""
+    stall_seconds: float = 60.0
+    """A client that takes nothing for this long is cut off."""
+    max_unsent_bytes: int = 64 * 2**20
+    """What is kept for one client that reads slowly."""
     max_messages: int = 2048
     max_n: int = 16
 
 
-class BodyLimit:
-    """ASGI layer that answers 413 before a body larger than the limit is held in memory."""
+def deadline_of(headers: Mapping[str, str], limits: Limits) -> float | None:
+    """Seconds that a request may take: the header `X-Request-Timeout`, at most the server's own limit.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Raises `ApiError` (400) for a header that is no number of seconds.
+    """
+    asked = headers.get("x-request-timeout")
+    if asked is None:
+        return limits.deadline_seconds
+    try:
+        seconds = float(asked)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ApiError(400, "The header X-Request-Timeout must be a number of seconds above 0.")
+    return seconds if limits.deadline_seconds is None else min(seconds, limits.deadline_seconds)
+
+
+class BodyLimit:
+    """ASGI layer that answers 413 before a body larger than the limit is held in memory, and 408 to a slow one."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float = 60.0) -> None:
         self.app = app
-        self.max_bytes = max_bytes
+        self.max_bytes, self.seconds = max_bytes, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Counts the bytes as they come; a stated length is believed only when it is already too large."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = error_body(413, f"The body is larger than {self.max_bytes} bytes; send less.")
-        refusal = JSONResponse(body, 413, {"Connection": "close"})
         stated = dict(scope["headers"]).get(b"content-length", b"0")
         if stated.isdigit() and int(stated) > self.max_bytes:
+            await self._refuse(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(self.seconds):
+                body = await self._read(receive)
+        except TimeoutError:
+            refusal = error_response(
+                scope, 408, f"The body did not arrive within {self.seconds:g} seconds; send it again.",
+                headers={"Connection": "close"},
+            )  # fmt: skip
             await refusal(scope, receive, send)
             return
-        chunks: list[bytes] = []
-        size, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            more = message.get("more_body", False)
-            if size > self.max_bytes:
-                await refusal(scope, receive, send)
-                return
-        whole: Message | None = {"type": "http.request", "body": b"".join(chunks), "more_body": False}
+        except OverflowError:
+            await self._refuse(scope, receive, send)
+            return
+        if body is None:
+            return
+        whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def replay() -> Message:
             nonlocal whole
@@ -61,20 +94,35 @@ class BodyLimit:
 
         await self.app(scope, replay, send)
 
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body; None when the client went away. Raises `OverflowError` for one that is too large."""
+        chunks: list[bytes] = []
+        size, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            more = message.get("more_body", False)
+            if size > self.max_bytes:
+                raise OverflowError
+        return b"".join(chunks)
 
-class Gate:
-    """Counts running requests; one too many is refused at once instead of waiting without end."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.running = 0
-
-    def enter(self) -> None:
-        """Takes a place or raises 429."""
-        if self.running >= self.limit:
-            raise ApiError(429, f"The server already runs {self.limit} requests; try again in a moment.")
-        self.running += 1
-
-    def leave(self) -> None:
-        """Gives the place back."""
-        self.running -= 1
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends 413 at once, then lets the client finish sending: a connection reset would hide the answer."""
+        refusal = error_response(
+            scope, 413, f"The body is larger than {self.max_bytes} bytes; send less.", headers={"Connection": "close"}
+        )
+        await send({"type": "http.response.start", "status": refusal.status_code, "headers": refusal.raw_headers})
+        await send({"type": "http.response.body", "body": refusal.body, "more_body": True})
+        dropped, more = 0, True
+        try:
+            async with asyncio.timeout(LINGER_SECONDS):
+                while more and dropped < LINGER_BYTES:
+                    message = await receive()
+                    dropped += len(message.get("body", b""))
+                    more = message["type"] == "http.request" and message.get("more_body", False)
+        except TimeoutError:
+            pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -22,9 +22,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from glm5.errors import GLM5Error
-from glm5.serve.errors import ApiError, error_status
+from glm5.serve.errors import FAILED, ApiError, error_status
+from glm5.serve.gate import Gate
 from glm5.serve.generation import Generation, Source, Step
-from glm5.serve.limits import Gate, Limits
+from glm5.serve.limits import Limits, deadline_of
 from glm5.text import Tokenizer
 
 log = logging.getLogger("glm5.serve")
@@ -32,7 +33,6 @@ log = logging.getLogger("glm5.serve")
 Recorder = Callable[[Generation], None]
 """Called with each finished generation (its `samples`): how a caller keeps what was sampled."""
 Body = dict[str, Any]
-FAILED = "The server failed on this request; its log has the reason."
 
 
 class Reply(Protocol):
@@ -88,7 +88,7 @@ class Service:
     gate: Gate = field(init=False)
 
     def __post_init__(self) -> None:
-        self.gate = Gate(self.limits.max_concurrent)
+        self.gate = Gate(self.limits.max_concurrent, self.limits.max_waiting)
 
     def check_model(self, name: str | None) -> None:
         """Refuses any other model by name; endpoints that may leave it out pass None."""
@@ -100,9 +100,11 @@ class Service:
 
     async def answer(self, request: Request, prepare: Callable[[], Reply], *, stream: bool) -> Response:
         """Runs one request. `prepare` renders the prompt, in a worker thread; errors leave as the app's handlers do."""
-        self.gate.enter()
+        deadline = deadline_of(request.headers, self.limits)
+        await self.gate.enter(lambda: _disconnected(request))
         try:
-            reply = await run_in_threadpool(_prepared, prepare)
+            reply = await run_in_threadpool(_prepared, prepare, deadline)
+            request.state.generation = reply.generation  # its figures go to the log and the metrics
             if stream:
                 return _EventStream(self._events(reply), lambda: self._leave(reply))
             try:
@@ -161,10 +163,10 @@ class _EventStream(StreamingResponse):
             self.leave()
 
 
-def _prepared(prepare: Callable[[], Reply]) -> Reply:
+def _prepared(prepare: Callable[[], Reply], deadline: float | None) -> Reply:
     """The reply with its work begun: rendering a long prompt and compiling a grammar take a moment."""
     reply = prepare()
-    reply.generation.start()
+    reply.generation.start(deadline)
     return reply
 
 
@@ -174,8 +176,7 @@ async def _unless_disconnected(request: Request, work: Callable[[], Any]) -> Non
     async with anyio.create_task_group() as tasks:
 
         async def watch() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
+            await _disconnected(request)
             failed.append(ApiError(499, "The client went away."))
             tasks.cancel_scope.cancel()
 
@@ -187,3 +188,9 @@ async def _unless_disconnected(request: Request, work: Callable[[], Any]) -> Non
         tasks.cancel_scope.cancel()
     if failed:
         raise failed[0]
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -199,7 +199,13 @@ def test_models_and_health():
     client = client_of()
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["object"], model["max_model_len"]) == ("tiny", "model", 512)
-    assert client.get("/health").json() == {"status": "ok", "model": "tiny", "weight_version": 0, "running": 0}
+    assert client.get("/health").json() == {
+        "status": "ready",
+        "model": "tiny",
+        "weight_version": 0,
+        "running": 0,
+        "waiting": 0,
+    }
 
 
 @pytest.mark.parametrize("stream", [False, True])

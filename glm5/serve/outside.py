@@ -1,0 +1,43 @@
+"""What every endpoint has around it: ids and logs, the key, draining, limits, `/health` and `/metrics`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+
+from glm5.serve.access_log import AccessLog
+from glm5.serve.auth import RequireKey
+from glm5.serve.lifecycle import CountRequests, Lifecycle
+from glm5.serve.limits import BodyLimit
+from glm5.serve.metrics import Metrics
+from glm5.serve.service import Service
+from glm5.serve.slow_readers import SendAtLeisure
+
+
+def install_outside(app: FastAPI, service: Service, api_key: str | None = None) -> None:
+    """Adds the layers, the outermost last, and the two endpoints; `app.state.lifecycle` is for whoever runs the app."""
+    source, limits, gate = service.source, service.limits, service.gate
+    lifecycle = app.state.lifecycle = Lifecycle()
+
+    def gauges() -> dict[str, float]:
+        return {"requests_in_flight": lifecycle.in_flight, "requests_running": gate.running,
+                "requests_waiting": gate.waiting, "draining": lifecycle.draining}  # fmt: skip
+
+    metrics = Metrics(gauges, getattr(source, "stats", None))
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, seconds=limits.body_seconds)
+    app.add_middleware(SendAtLeisure, limits=limits)
+    app.add_middleware(CountRequests, lifecycle=lifecycle)
+    if api_key is not None:
+        app.add_middleware(RequireKey, key=api_key)
+    app.add_middleware(AccessLog, metrics=metrics)
+    metrics.install(app)
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        body: dict[str, Any] = {
+            "status": lifecycle.status, "model": service.model_name, "weight_version": source.version,
+            "running": gate.running, "waiting": gate.waiting,
+        }  # fmt: skip
+        return JSONResponse(body, 503 if lifecycle.draining else 200)

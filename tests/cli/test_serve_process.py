@@ -1,0 +1,165 @@
+"""`glm5 serve` as a process: how it ends, and that a killed one serves again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from speaker import speaker_model, speaker_tokenizer
+
+import glm5
+from glm5.cli.serve import ServeOptions, run
+from glm5.errors import InputError
+
+SLOW = """
+import sys, time
+if float(sys.argv[1]):
+    from glm5.model import GLM5
+    forward = GLM5.forward
+    GLM5.forward = lambda self, *a, **k: (time.sleep(float(sys.argv[1])), forward(self, *a, **k))[1]
+from glm5.cli.main import main
+sys.exit(main(["serve", *sys.argv[2:]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    glm5.save_model(speaker_model(), directory, speaker_tokenizer())
+    return str(directory)
+
+
+@contextmanager
+def server(*arguments, slow=0.0, **environment):
+    """The process and its address; it is killed at the end if it still runs."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-c", SLOW, str(slow), *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables) as process:
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("Serving "), process.stderr.read()
+            yield process, line.split()[-1].removesuffix("/v1")
+        finally:
+            process.kill()
+
+
+def post(url, tokens, **headers):
+    body = {"model": "glm5", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": tokens, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)["usage"]["completion_tokens"]
+
+
+def running(url):
+    with urllib.request.urlopen(f"{url}/health", timeout=60) as reply:
+        return json.load(reply)["running"]
+
+
+def until_draining(url):
+    """Waits until the server has seen the signal."""
+    while True:
+        try:
+            running(url)
+        except urllib.error.HTTPError as error:
+            if json.load(error)["status"] == "draining":
+                return
+
+
+def begin(url, tokens):
+    """A request in a thread, once the server runs it."""
+    found = []
+
+    def ask():
+        try:
+            found.append(post(url, tokens))
+        except OSError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not running(url):
+        time.sleep(0.01)
+    return thread, found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_running_request_end_and_the_code_is_0(model, number):
+    with server(model, "--port", 0, slow=0.05) as (process, url):
+        thread, found = begin(url, 60)
+        process.send_signal(number)
+        until_draining(url)
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            post(url, 1)
+        thread.join()
+        assert found == [60] and process.wait(timeout=60) == 0
+        assert refusal.value.code == 503 and refusal.value.headers["Retry-After"] == "5"
+        lines = [json.loads(line) for line in process.stderr.read().splitlines()]
+        assert {line["status"] for line in lines if line.get("route") == "/v1/chat/completions"} >= {200, 503}
+
+
+def test_a_request_that_outlasts_the_drain_is_cut_and_the_code_is_0(model):
+    with server(model, "--port", 0, "--drain", 0.2, slow=0.2) as (process, url):
+        thread, found = begin(url, 400)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        thread.join()
+        assert isinstance(found[0], OSError)
+
+
+def test_the_second_ctrl_c_ends_at_once(model):
+    with server(model, "--port", 0, "--drain", 1000, slow=0.2) as (process, url):
+        thread, _ = begin(url, 400)
+        process.send_signal(signal.SIGINT)
+        until_draining(url)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        thread.join()
+
+
+def test_a_killed_server_serves_again_on_the_same_port(model):
+    with server(model, "--port", 0) as (process, url):
+        thread, _ = begin(url, 400)
+        process.kill()
+        process.wait()
+        thread.join()
+    with server(model, "--port", url.rsplit(":", 1)[1]) as (_, again):
+        assert again == url and post(again, 3) == 3
+
+
+def test_the_key_comes_from_the_environment_and_is_not_logged(model):
+    key = "sk-8f1b"
+    with server(model, "--port", 0, "--host", "0.0.0.0", GLM5_API_KEY=key) as (process, url):
+        local = url.replace("0.0.0.0", "127.0.0.1")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            post(local, 1)
+        assert post(local, 1, Authorization=f"Bearer {key}") == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        errors = process.stderr.read()
+    assert key not in errors and "Warning" not in errors
+
+
+def test_a_server_open_to_the_network_without_a_key_warns(model):
+    with server(model, "--port", 0, "--host", "0.0.0.0") as (process, _):
+        process.kill()
+        assert "set GLM5_API_KEY to require a key" in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"drain": 0.0}, "--drain is 0.0"), ({"max_concurrent": 0}, "--max-concurrent is 0"),
+     ({"deadline": -1.0}, "--deadline"), ({"max_waiting": -1}, "--max-waiting"), ({"api_key": " "}, "printable ASCII")],
+)  # fmt: skip
+def test_options_that_cannot_work_are_refused(model, options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        run(ServeOptions(model=Path(model), port=0, **options))

@@ -1,0 +1,268 @@
+"""What every endpoint has around it: the key, ids, logs, metrics, limits, draining."""
+
+import asyncio
+import io
+import json
+import logging
+
+import pytest
+from asgi_client import Call, scope_of
+from chat_client import USER, ask, client_of
+from prometheus_client.parser import text_string_to_metric_families
+
+from glm5.errors import InputError
+from glm5.serve import Limits
+from glm5.serve.access_log import JsonLines
+from glm5.serve.auth import check_key
+from glm5.serve.gate import Gate
+from glm5.serve.http import is_loopback
+from glm5.serve.slow_readers import SendAtLeisure
+
+KEY = "sk-Zq81 not a word of this may be logged"
+
+
+@pytest.fixture
+def lines():
+    """The server's log as it is written."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines())
+    logger = logging.getLogger("glm5.serve")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+# ---- the key -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "headers",
+    [{"Authorization": f"Bearer {KEY}"}, {"authorization": f"bearer  {KEY}"}, {"x-api-key": KEY},
+     {"x-api-key": KEY, "Authorization": "Bearer other"}],
+)  # fmt: skip
+def test_the_key_opens_the_api_in_either_header(headers):
+    client = client_of("</think>ok", api_key=KEY)
+    assert client.get("/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": KEY}, {"Authorization": "Bearer "}, {"x-api-key": KEY[:-1]},
+                                     {"Authorization": f"Basic {KEY}"}, {"x-api-key": ""}])  # fmt: skip
+def test_without_the_key_nothing_is_served_but_health_and_the_page(headers, lines):
+    client = client_of("</think>ok", api_key=KEY)
+    for method, path in [("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/chat/completions"),
+                         ("POST", "/"), ("GET", "/nothing")]:  # fmt: skip
+        reply = client.request(method, path, headers=headers)
+        assert reply.status_code == 401 and "API key" in reply.json()["error"]["message"]
+        assert reply.headers["www-authenticate"] == "Bearer"
+    anthropic = client.post("/v1/messages", headers=headers).json()
+    assert anthropic["type"] == "error" and anthropic["error"]["type"] == "authentication_error"
+    assert client.get("/health", headers=headers).status_code == client.get("/", headers=headers).status_code == 200
+    assert lines() and KEY[:-1] not in json.dumps(lines())
+
+
+@pytest.mark.parametrize("key", ["", " x", "x\n", "schlüssel"])
+def test_keys_that_no_header_carries_are_refused(key):
+    with pytest.raises(InputError, match="printable ASCII"):
+        check_key(key)
+
+
+def test_loopback_addresses():
+    assert all(map(is_loopback, ["127.0.0.1", "127.9.9.9", "localhost", "::1"]))
+    assert not any(map(is_loopback, ["0.0.0.0", "::", "192.168.1.4", "example.org"]))
+
+
+# ---- ids and logs ------------------------------------------------------------------------------------------------
+def test_a_request_id_is_echoed_or_made():
+    client = client_of("</think>ok")
+    reply = client.get("/v1/models", headers={"X-Request-ID": "trace-7.a_b:c"})
+    assert reply.headers["x-request-id"] == reply.headers["request-id"] == "trace-7.a_b:c"
+    for given in ({}, {"X-Request-ID": "two words"}, {"X-Request-ID": "x" * 200}, {"X-Request-ID": ""}):
+        made = client.get("/nothing", headers=given).headers["x-request-id"]
+        assert made.startswith("req_") and len(made) == 28
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_one_line_without_its_text(lines, stream):
+    messages = [{"role": "user", "content": "pomegranate"}]
+    reply = ask(client_of("kumquat</think>tangerine"), messages=messages, stream=stream)
+    assert reply.status_code == 200
+    (line,) = lines()
+    assert (line["method"], line["route"], line["status"], line["complete"]) == (
+        "POST", "/v1/chat/completions", 200, True,
+    )  # fmt: skip
+    assert line["request_id"] == reply.headers["x-request-id"] and line["seconds"] > 0
+    assert not any(word in json.dumps(line) for word in ("pomegranate", "kumquat", "tangerine"))
+
+
+def test_an_exception_is_logged_by_type_and_place(lines):
+    try:
+        raise ValueError("pomegranate")
+    except ValueError:
+        logging.getLogger("glm5.serve").exception("a request failed")
+    (line,) = lines()
+    assert line["exception"] == "ValueError" and "test_outside.py" in line["at"][0]
+    assert "pomegranate" not in json.dumps(line)
+
+
+# ---- metrics -----------------------------------------------------------------------------------------------------
+def metrics_of(client):
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+def test_metrics_count_requests_by_route():
+    client = client_of("</think>ok")
+    ask(client)
+    client.get("/nothing/pomegranate")
+    client.get("/nothing/kumquat")
+    found = metrics_of(client)
+    assert found["glm5_http_requests_total", "POST", "/v1/chat/completions", "200"] == 1
+    assert found["glm5_http_requests_total", "GET", "unknown", "404"] == 2
+    assert found["glm5_requests_running",] == found["glm5_draining",] == 0
+    assert "kumquat" not in str(found)
+
+
+# ---- draining ----------------------------------------------------------------------------------------------------
+def test_a_draining_server_says_so_and_takes_nothing_new():
+    client = client_of("</think>ok")
+    client.app.state.lifecycle.draining = True
+    health = client.get("/health")
+    assert health.status_code == 503 and health.json()["status"] == "draining"
+    refused = ask(client)
+    assert refused.status_code == 503 and refused.headers["retry-after"] == "5"
+    assert "about to end" in refused.json()["error"]["message"]
+    assert client.get("/metrics").status_code == 200
+
+
+# ---- bodies and readers ------------------------------------------------------------------------------------------
+def test_a_body_that_never_ends_is_answered_with_408():
+    client = client_of(limits=Limits(body_seconds=0.05))
+
+    async def never():
+        return await asyncio.Event().wait()
+
+    async def go():
+        call = Call(client.app, scope_of())
+        call.receive = never
+        return await call.run()
+
+    call = asyncio.run(go())
+    assert call.status == 408 and "did not arrive" in call.json["error"]["message"]
+
+
+def test_a_refused_body_is_read_to_its_end_so_that_the_refusal_arrives():
+    client = client_of(limits=Limits(max_body_bytes=1000))
+    parts = iter([b"x" * 900] * 50)
+
+    async def go():
+        call = Call(client.app, scope_of())
+
+        async def receive():
+            part = next(parts, None)
+            return {"type": "http.request", "body": part or b"", "more_body": part is not None}
+
+        call.receive = receive
+        return await call.run()
+
+    call = asyncio.run(go())
+    assert call.status == 413 and next(parts, None) is None
+    assert [message.get("more_body") for message in call.sent] == [None, True, False]
+
+
+async def _many_parts(scope, receive, send):
+    """An app that has much to say and notes when it has said it."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(10):
+        await send({"type": "http.response.body", "body": b"x" * 100, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    scope["ended"].set()
+
+
+def test_a_slow_reader_does_not_hold_the_work_and_is_cut_off():
+    async def go():
+        ended = asyncio.Event()
+        call = Call(SendAtLeisure(_many_parts, Limits(stall_seconds=0.05)), {**scope_of(), "ended": ended}, stall=True)
+        running = asyncio.create_task(call.run())
+        await asyncio.wait_for(ended.wait(), 5)
+        sent_by_then = len(call.sent)
+        await asyncio.wait_for(running, 5)
+        return sent_by_then, len(call.sent)
+
+    assert asyncio.run(go()) == (1, 1)
+
+
+def test_what_is_kept_for_a_slow_reader_is_bounded():
+    async def go():
+        ended = asyncio.Event()
+        limits = Limits(stall_seconds=0.2, max_unsent_bytes=300)
+        call = Call(SendAtLeisure(_many_parts, limits), {**scope_of(), "ended": ended}, stall=True)
+        await asyncio.wait_for(call.run(), 5)
+        return ended.is_set()
+
+    assert asyncio.run(go()) is False
+
+
+def test_everything_reaches_a_reader_in_order():
+    async def go():
+        call = Call(SendAtLeisure(_many_parts, Limits()), {**scope_of(), "ended": asyncio.Event()})
+        return await call.run()
+
+    call = asyncio.run(go())
+    assert len(call.sent) == 12 and call.sent[-1]["more_body"] is False
+
+
+# ---- places ------------------------------------------------------------------------------------------------------
+def test_places_are_given_in_order_and_a_full_queue_is_refused():
+    async def go():
+        gate, order = Gate(1, max_waiting=2), []
+        never = asyncio.Event().wait
+
+        async def one(name):
+            await gate.enter(never)
+            order.append(name)
+
+        await one("a")
+        waiting = [asyncio.create_task(one(name)) for name in "bc"]
+        await asyncio.sleep(0)
+        assert (gate.running, gate.waiting) == (1, 2)
+        with pytest.raises(Exception, match="2 wait"):
+            await gate.enter(never)
+        gate.leave()
+        await waiting[0]
+        gate.leave()
+        await waiting[1]
+        gate.leave()
+        return order, gate.running, gate.waiting
+
+    assert asyncio.run(go()) == (["a", "b", "c"], 0, 0)
+
+
+def test_who_leaves_the_queue_takes_no_place():
+    async def go():
+        gate, left = Gate(1, max_waiting=5), asyncio.Event()
+        never = asyncio.Event().wait
+        await gate.enter(never)
+        gone = asyncio.create_task(gate.enter(left.wait))
+        cancelled = asyncio.create_task(gate.enter(never))
+        late = asyncio.create_task(gate.enter(never))
+        await asyncio.sleep(0)
+        left.set()
+        cancelled.cancel()
+        with pytest.raises(Exception, match="went away"):
+            await gone
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        gate.leave()
+        late.cancel()  # it has just been given the place
+        with pytest.raises(asyncio.CancelledError):
+            await late
+        return gate.running, gate.waiting
+
+    assert asyncio.run(go()) == (0, 0)
+
+
+def test_one_request_too_many_says_when_to_come_back():
+    reply = ask(client_of("ok", limits=Limits(max_concurrent=0, max_waiting=0)), messages=USER)
+    assert reply.status_code == 429 and reply.headers["retry-after"] == "1"
