@@ -17,6 +17,7 @@ from glm5.serve.errors import ApiError, install_error_handlers
 from glm5.serve.generate import install_generate
 from glm5.serve.generation import Source
 from glm5.serve.limits import Limits
+from glm5.serve.messages import install_messages
 from glm5.serve.outside import install_outside
 from glm5.serve.page import install_page
 from glm5.serve.responses import install_responses
@@ -46,6 +47,7 @@ def create_app(
     install_completions(app, service)
     install_generate(app, service)
     install_responses(app, service)
+    install_messages(app, service)
     return app
 
 

@@ -134,7 +134,7 @@ def test_a_large_body_is_refused_whether_or_not_its_length_is_stated():
 
 
 def test_one_request_too_many_is_refused_and_a_failure_gives_its_place_back():
-    assert ask(client_of("ok", limits=Limits(max_concurrent=0))).status_code == 429
+    assert ask(client_of("ok", limits=Limits(max_concurrent=0, max_waiting=0))).status_code == 429
     model = ScriptedModel("ok")
     client = client_of(model=model, limits=Limits(max_concurrent=1))
     model.script = [10**6]  # beyond the vocabulary: the forward pass fails

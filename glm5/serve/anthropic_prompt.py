@@ -1,0 +1,139 @@
+"""Anthropic's messages as the chat template's: pure functions, no model.
+
+* `system` and texts are joined; a `tool_result` becomes a message of the role `tool`, in the order of the calls: to
+  the template nothing else tells results apart. A result marked `is_error` that does not say so says it first.
+* `thinking` blocks become the turn's reasoning and are kept in all turns; signatures are not checked. Redacted ones,
+  which this server never makes, are left out.
+* A last message of the assistant is the beginning of the answer (prefill); it needs thinking to be off.
+* Claude Code's billing line, which differs in each request, is left out: it would make every prefix cache useless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from glm5.errors import TextError
+from glm5.serve.anthropic_schema import AnthropicMessage, Content, CountTokensRequest
+
+BILLING = "x-anthropic-billing-header"
+Message = dict[str, Any]
+Block = dict[str, Any]
+
+
+def chat_messages(request: CountTokensRequest) -> tuple[list[Message], str]:
+    """Messages for the template, and the text that the answer begins with. Raises `TextError`."""
+    messages: list[Message] = []
+    if system := [text for text in _texts(request.system or [], "system") if not text.startswith(BILLING)]:
+        messages.append({"role": "system", "content": "\n".join(system)})
+    given = list(request.messages)
+    prefill = ""
+    if given[-1].role == "assistant":
+        prefill = _prefill(given.pop(), request)
+    calls: list[str] = []
+    for number, message in enumerate(given):
+        where = f"messages.{number}"
+        if message.role == "system":
+            messages.append({"role": "system", "content": "\n".join(_texts(message.content, where))})
+        elif message.role == "assistant":
+            turn = _assistant(_blocks(message.content), where)
+            earlier = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
+            calls = [call["id"] for call in turn["tool_calls"]] + (calls if earlier else [])
+            if earlier:
+                _join(earlier, turn)
+            else:
+                messages.append(turn)
+        else:
+            _add_user(messages, _blocks(message.content), calls, where)
+    if not any(message["role"] != "system" for message in messages):
+        raise TextError("messages: there is nothing to answer; send a message of the user.")
+    return messages, prefill
+
+
+def _add_user(messages: list[Message], blocks: Sequence[Block], calls: list[str], where: str) -> None:
+    """Results in the order of their calls, then what the user says."""
+    results = [block for block in blocks if block.get("type") == "tool_result"]
+    for block in results:
+        if block.get("tool_use_id") not in calls:
+            raise TextError(
+                f"{where}: the tool_result for {block.get('tool_use_id')!r} answers no tool_use of the turn "
+                "before it; send both."
+            )
+    results.sort(key=lambda block: calls.index(block["tool_use_id"]))
+    messages += [{"role": "tool", "content": _result(block, where)} for block in results]
+    said = _texts([block for block in blocks if block.get("type") != "tool_result"], where)
+    if not said and results:
+        return
+    if messages and messages[-1]["role"] == "user":
+        messages[-1]["content"] += "\n" + "\n".join(said)
+    else:
+        messages.append({"role": "user", "content": "\n".join(said)})
+
+
+def _result(block: Block, where: str) -> str:
+    text = "\n".join(_texts(block.get("content") or [], f"{where}: the tool_result"))
+    return f"Error: {text}" if block.get("is_error") is True and "error" not in text[:40].lower() else text
+
+
+def _assistant(blocks: Sequence[Block], where: str) -> Message:
+    turn: Message = {"role": "assistant", "reasoning_content": None, "content": "", "tool_calls": []}
+    for block in blocks:
+        kind = block.get("type")
+        if kind == "thinking":
+            turn["reasoning_content"] = (turn["reasoning_content"] or "") + _string(block, "thinking", where)
+        elif kind == "tool_use":
+            arguments = block.get("input")
+            if not isinstance(arguments, dict):
+                raise TextError(f"{where}: the input of a tool_use must be an object.")
+            name, call_id = _string(block, "name", where), _string(block, "id", where)
+            turn["tool_calls"].append(
+                {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+            )
+        elif kind != "redacted_thinking":
+            turn["content"] += "".join(_texts([block], where))
+    return turn
+
+
+def _join(first: Message, second: Message) -> None:
+    """Two turns of the assistant in a row are one."""
+    if second["reasoning_content"] is not None:
+        first["reasoning_content"] = (first["reasoning_content"] or "") + second["reasoning_content"]
+    first["content"] += second["content"]
+    first["tool_calls"] += second["tool_calls"]
+
+
+def _prefill(message: AnthropicMessage, request: CountTokensRequest) -> str:
+    blocks = _blocks(message.content)
+    if request.enable_thinking or any(block.get("type") != "text" for block in blocks):
+        raise TextError(
+            "messages: the last one is of the assistant. It may begin the answer with text when thinking is disabled; "
+            "otherwise end with a message of the user."
+        )
+    text = "".join(_texts(blocks, "the last message"))
+    if text != text.rstrip():
+        raise TextError("messages: the last one, which the answer goes on from, ends in white space; remove it.")
+    return text
+
+
+def _blocks(content: Content) -> list[Block]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _texts(content: Content, where: str) -> list[str]:
+    """The texts of text blocks. Raises `TextError` for any other block."""
+    texts = []
+    for block in _blocks(content) if isinstance(content, str | list) else [content]:
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind == "image":
+            raise TextError(f"{where} holds an image, and GLM-5 reads text only; describe it in words.")
+        if kind != "text":
+            raise TextError(f"{where} holds a block of type {kind!r}; GLM-5 reads text only, so send its text.")
+        texts.append(_string(block, "text", where))
+    return texts
+
+
+def _string(block: Block, name: str, where: str) -> str:
+    value = block.get(name)
+    if not isinstance(value, str) or (not value and name in ("id", "name")):
+        raise TextError(f"{where}: a block of type {block.get('type')!r} needs {name!r}, a string.")
+    return value
