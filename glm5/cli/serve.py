@@ -15,6 +15,7 @@ from glm5.bundled import bundled_model
 from glm5.engine import Engine
 from glm5.errors import InputError
 from glm5.serve import Limits, create_app, is_loopback, log_json_lines, serve
+from glm5.serve.generation import Source
 from glm5.serve.http import DRAIN_SECONDS
 from glm5.train.run_directory import model_of
 
@@ -35,6 +36,12 @@ class ServeOptions:
     """The model's name in the API."""
     api_key: str | None = None
     """Key that clients must send; better given by the variable GLM5_API_KEY, which other users cannot see."""
+    backend: str | None = None
+    """Let another server make the tokens, e.g. http://127.0.0.1:8001; MODEL then gives the tokenizer and the limits."""
+    backend_api: Literal["generate", "completions", "sglang"] = "generate"
+    """generate: vLLM's and glm5's /inference/v1/generate; completions: vLLM's /v1/completions; sglang: /generate."""
+    backend_model: str | None = None
+    """What the backend calls its model; completions needs it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights and the cache."""
     max_model_len: int | None = None
@@ -74,8 +81,11 @@ def run(options: ServeOptions) -> int:
     limits = options.limits()
     key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     directory = bundled_model() if options.model is None else model_of(options.model)
-    engine = Engine(directory, dtype=getattr(torch, options.dtype), max_model_len=options.max_model_len)
-    app = create_app(engine, model_name=options.name, limits=limits, api_key=key)
+    if options.backend is None:
+        source: Source = Engine(directory, dtype=getattr(torch, options.dtype), max_model_len=options.max_model_len)
+    else:
+        source = _backend(options, directory)
+    app = create_app(source, model_name=options.name, limits=limits, api_key=key)
     log_json_lines(requests=options.log_requests)
     if key is None and not is_loopback(options.host):
         print(
@@ -91,3 +101,16 @@ def run(options: ServeOptions) -> int:
         drain_seconds=options.drain,
     )
     return 0
+
+
+def _backend(options: ServeOptions, directory: Path) -> Source:
+    """The other server as a source of tokens. Raises `InputError` when httpx is not installed."""
+    assert options.backend is not None
+    try:
+        from glm5.serve.backend import Backend
+    except ImportError:
+        raise InputError("A backend needs the package httpx; install glm5[backend].") from None
+    from glm5.serve.backend_api import backend_api
+
+    api = backend_api(options.backend_api, options.backend_model)
+    return Backend(options.backend, directory, api, max_model_len=options.max_model_len)

@@ -201,7 +201,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"tools": [{"type": "web_search_20250305", "name": "web"}]}, anthropic.BadRequestError, "Anthropic's service"),
         ({"tool_choice": {"type": "tool", "name": "x"}, "tools": [ADD]}, anthropic.BadRequestError, "no tool 'x'"),
         ({"tool_choice": {"type": "any"}}, anthropic.BadRequestError, "needs tools"),
-        ({"messages": [{"role": "user", "content": "word " * 1200}]}, anthropic.BadRequestError, "prompt is too long: "),
+        ({"messages": [{"role": "user", "content": "word " * 1200}]}, anthropic.BadRequestError, "prompt is too long"),
         ({"extra_body": {"temprature": 1}}, anthropic.BadRequestError, "Did you mean 'temperature'"),
         ({"extra_body": {"mcp_servers": [{"url": "x"}]}}, anthropic.BadRequestError, "mcp_servers is not supported"),
         ({"stop_sequences": [""]}, anthropic.BadRequestError, "stop holds ''"),

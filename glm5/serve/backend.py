@@ -1,0 +1,240 @@
+"""Another server as the source of tokens: our APIs, parsers and page in front of vLLM, SGLang or ourselves.
+
+`Backend` stands where an `Engine` stands: prompt ids go out, sampled ids and their log-probabilities come back. Text,
+stop strings, tool calls and reasoning are made here, from the ids, so nothing is tokenised twice. `backend_api` has the
+words of the three APIs that it speaks.
+
+Each request has a connection of its own, and closing it is how a backend hears that a request was given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio.from_thread
+import httpx
+
+from glm5.config import ModelConfig
+from glm5.engine import SamplingParams, TokenDelta
+from glm5.engine.outputs import PromptLogprob
+from glm5.engine.sampler import SampledToken
+from glm5.engine.sequence import Sequence as Completion
+from glm5.engine.sequence import fresh_seed
+from glm5.errors import InputError
+from glm5.serve.backend_api import BackendApi, Piece
+from glm5.serve.errors import ApiError
+from glm5.text import Detokenizer, Tokenizer
+
+CONNECT_SECONDS = 10.0
+LONGEST_ANSWER = 4000
+"""Characters of a backend's refusal that are passed on."""
+
+
+class Backend:
+    """A server at `url`, with the tokenizer (and the context limit) of a local directory.
+
+    `stream` must be called from a worker thread of the event loop, as `Service` does. `transport` is for tests.
+    """
+
+    version = 0
+    """Of the weights, as far as known: that of the last token."""
+
+    def __init__(
+        self,
+        url: str,
+        directory: str | Path,
+        api: BackendApi,
+        *,
+        max_model_len: int | None = None,
+        silence_seconds: float = 600.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """`silence_seconds`: how long the backend may say nothing, the first token's wait included.
+
+        Raises `InputError` for a URL that is none, and the errors of the directory's parts.
+        """
+        if httpx.URL(url).scheme not in ("http", "https") or not httpx.URL(url).host:
+            raise InputError(f"The backend {url!r} is no URL; give one such as http://127.0.0.1:8001.")
+        self.url, self.api, self.transport = url.rstrip("/").removesuffix("/v1"), api, transport
+        self.tokenizer = Tokenizer.from_pretrained(directory)
+        config = ModelConfig.from_pretrained(directory)
+        self.max_model_len = max_model_len or config.max_position_embeddings
+        self.vocab_size = config.vocab_size
+        self.eos_ids = frozenset(config.eos_token_ids or self.tokenizer.eos_ids)
+        self.timeout = httpx.Timeout(CONNECT_SECONDS, read=silence_seconds)
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        session_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> BackendStream:
+        """Starts a request. Raises `InputError` for what does not fit, `ApiError` for what the backend refuses."""
+        prompt = tuple(prompt_ids)
+        if not prompt or any(not 0 <= token < self.vocab_size for token in prompt):
+            raise InputError(f"The prompt must be token ids below {self.vocab_size}, at least one.")
+        room = self.max_model_len - len(prompt)
+        if room < 1 or (params.max_tokens or 1) > room:
+            raise InputError(
+                f"The request needs {len(prompt)} prompt tokens + {params.max_tokens or 1} new, but the context limit "
+                f"is {self.max_model_len} tokens; shorten the prompt or max_tokens."
+            )
+        if params.prompt_logprobs is not None:
+            raise InputError("prompt_logprobs are not passed on to a backend; ask the backend itself.")
+        most = room if params.max_tokens is None else params.max_tokens
+        completions = [
+            Completion(
+                prompt,
+                # The backend samples and holds structures; what ends the text is found here.
+                replace(params, structured_outputs=None),
+                index=index,
+                seed=fresh_seed() if params.seed is None else params.seed,
+                max_tokens=most,
+                eos_ids=self.eos_ids,
+                detokenizer=Detokenizer(self.tokenizer, skip_special_tokens=True),
+            )
+            for index in range(params.n)
+        ]
+        body = self.api.body(prompt, replace(params, max_tokens=most), priority)
+        stream = BackendStream(self, completions)
+        headers = {} if session_id is None else {"X-Session-ID": session_id}
+        anyio.from_thread.run(stream.open, body, headers, deadline)
+        return stream
+
+
+class BackendStream:
+    """The tokens of one request, with `glm5.engine.TokenStream`'s face for asyncio."""
+
+    prompt_logprobs: tuple[PromptLogprob, ...] | None = None
+
+    def __init__(self, backend: Backend, completions: list[Completion]) -> None:
+        self.backend, self.completions = backend, completions
+        self.cached_tokens = 0
+        self._ready: deque[TokenDelta] = deque()
+        self._closing: asyncio.Task[None] | None = None
+
+    async def open(self, body: dict[str, Any], headers: dict[str, str], deadline: float | None) -> None:
+        """Sends the request; returns when the backend accepts it."""
+        loop = self._loop = asyncio.get_running_loop()
+        self._until = None if deadline is None else loop.time() + deadline
+        backend = self.backend
+        self._client = httpx.AsyncClient(timeout=backend.timeout, transport=backend.transport, trust_env=False)
+        request = self._client.build_request("POST", backend.url + backend.api.path, json=body, headers=headers)
+        try:
+            async with asyncio.timeout_at(self._until):
+                self._response = await self._client.send(request, stream=True)
+                if self._response.status_code != 200:
+                    await self._response.aread()
+        except TimeoutError:
+            await self._client.aclose()
+            raise ApiError(504, "The request's deadline passed before the backend took it; ask again.") from None
+        except httpx.HTTPError as error:
+            await self._client.aclose()
+            raise self._away(error) from None
+        except BaseException:
+            await self._client.aclose()
+            raise
+        if self._response.status_code != 200:
+            await self._client.aclose()
+            raise _refusal(self._response)
+        self._pieces = backend.api.pieces(_events(self._response))
+
+    def close(self) -> None:
+        """Closes the connection, from any thread."""
+        self._loop.call_soon_threadsafe(self._close)
+
+    def _close(self) -> None:
+        self._closing = self._closing or self._loop.create_task(self.aclose())
+
+    async def aclose(self) -> None:
+        """`close`, at once."""
+        await self._client.aclose()
+
+    def __aiter__(self) -> BackendStream:
+        return self
+
+    async def __anext__(self) -> TokenDelta:
+        while not self._ready:
+            if all(completion.done for completion in self.completions):
+                self.close()
+                raise StopAsyncIteration
+            try:
+                async with asyncio.timeout_at(self._until):
+                    piece = await anext(self._pieces)
+            except TimeoutError:  # the deadline: what is not done counts as given up
+                self.close()
+                raise StopAsyncIteration from None
+            except StopAsyncIteration:
+                self.close()
+                raise ApiError(502, "The backend ended its answer in the middle; ask again.") from None
+            except httpx.HTTPError as error:
+                self.close()
+                raise self._away(error) from None
+            self._take(piece)
+        return self._ready.popleft()
+
+    def _take(self, piece: Piece) -> None:
+        """Adds tokens to their completion; the backend's own end counts where ours has not come before it."""
+        self.cached_tokens = piece.cached_tokens or self.cached_tokens
+        completion = self.completions[piece.index]
+        for number, token in enumerate(piece.tokens, 1):
+            if completion.done:
+                return
+            delta = completion.append(SampledToken(*token), piece.version)
+            if number == len(piece.tokens) and piece.finish_reason and not completion.done:
+                delta = completion.deltas[-1] = replace(delta, finish_reason=piece.finish_reason)
+            self._ready.append(delta)
+        self.backend.version = max(self.backend.version, piece.version)
+        if piece.finish_reason and not completion.done:
+            raise ApiError(502, "The backend ended its answer without saying with which token; it must return ids.")
+
+    def _away(self, error: httpx.HTTPError) -> ApiError:
+        what = "did not answer in time" if isinstance(error, httpx.TimeoutException) else "is away"
+        return ApiError(502, f"The backend at {self.backend.url} {what} ({type(error).__name__}); look at its log.")
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The JSON objects of a stream of server-sent events, or the one object of a plain reply."""
+    if "text/event-stream" not in response.headers.get("content-type", ""):
+        yield _parsed(await response.aread())
+        return
+    async for line in response.aiter_lines():
+        if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
+            event = _parsed(data)
+            if "error" in event:
+                raise ApiError(502, f"The backend failed: {_message(event)}")
+            yield event
+
+
+def _parsed(data: str | bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ApiError(502, "The backend sent something that is no JSON object; is its address right?")
+    return found
+
+
+def _refusal(response: httpx.Response) -> ApiError:
+    """What the backend refuses in its own words; 400 and 429 stay what they are, all else is a bad gateway."""
+    try:
+        message = _message(response.json())
+    except ValueError:
+        message = response.text
+    status = response.status_code if response.status_code in (400, 413, 422, 429) else 502
+    return ApiError(status, f"The backend answered {response.status_code}: {message[:LONGEST_ANSWER]}")
+
+
+def _message(body: Any) -> str:
+    error = body.get("error", body) if isinstance(body, dict) else body
+    return str(error.get("message", error) if isinstance(error, dict) else error)
