@@ -5,8 +5,8 @@ import json
 from fake_chat import CALL, Running
 from page_reader import Reader, needs_browser
 from selenium.webdriver.common.keys import Keys
-from speaker import speaker_model, speaker_tokenizer
 
+from glm5.bundled import bundled_model
 from glm5.engine import Engine
 from glm5.serve import create_app
 
@@ -197,14 +197,18 @@ def test_export_and_import_are_one_format(reader, fake, tmp_path):
 
 
 def test_the_real_server_answers_the_page(browser):
-    app = create_app(Engine(speaker_model(), speaker_tokenizer()), model_name="tiny")
-    with Running(app) as url:
+    engine = Engine(bundled_model())
+    with Running(create_app(engine, model_name="nano")) as url:
         reader = Reader(browser, url)
         reader.driver.execute_script("document.getElementById('open-settings').click()")
-        reader.one("#max-tokens").send_keys("12")
-        reader.one("#seed").send_keys("5")
+        reader.one("#temperature").send_keys("0")
         reader.press("Close settings")
-        reader.until(lambda: "tiny" in reader.one("#served").text)
-        reader.say("What is 12 + 30?")
-        reader.until(lambda: "tokens" in reader.one(".figures").text)
-        assert not reader.one("#stop").is_displayed() and not reader.complaints()
+        reader.until(lambda: "nano" in reader.one("#served").text)
+        reader.say("What is 64 + 28?")
+        reader.answered("92")
+        assert "tokens" in reader.one(".figures").text and not reader.complaints()
+        reader.driver.execute_script("document.querySelector('.thinking summary').click()")
+        assert reader.one(".thought").text.startswith("ones 4+8+0=12")
+        reader.press("Answer again")
+        reader.answered("92")
+    engine.close()

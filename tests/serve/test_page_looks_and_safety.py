@@ -45,6 +45,24 @@ def test_hostile_output_is_text(reader, fake):
     assert refusal == "TypeError"  # even the page's own scripts cannot make markup of a string
 
 
+ODD = """
+const texts = ["# " + "#".repeat(50000) + "x", "a|b\\n" + "-|".repeat(20000) + "x", "```" + " ".repeat(90000) + "`",
+  "*a **b _c ".repeat(990), "[a](".repeat(2400), ("[a](" + "x".repeat(900)).repeat(11), "` `` ".repeat(1900),
+  (">".repeat(5000) + "\\n").repeat(200), Array.from({length: 400}, (_, i) => " ".repeat(i) + "- a").join("\\n")];
+import("/page/markdown.js").then(({ MarkdownView }) => arguments[0](texts.map((text) => {
+  const place = document.createElement("div");
+  new MarkdownView(place).update(text);
+  return place.textContent.length;
+})));
+"""
+
+
+def test_odd_texts_do_not_hang_the_page(reader):
+    """Each would take minutes where two parts of a pattern compete for the same characters."""
+    reader.driver.set_script_timeout(100)
+    assert all(length > 0 for length in reader.driver.execute_async_script(ODD))
+
+
 WIDE = "x" * 300 + "\n\n```\n" + "y" * 300 + "\n```\n\n|" + "z" * 90 + "|" + "z" * 90 + "|\n|--|--|\n|a|b|\n"
 
 

@@ -5,8 +5,8 @@
 
 import { el } from "./dom.js";
 
-const LONGEST = 20_000; // characters of a paragraph that is looked into
-const WINDOW = 1_500; // how far a closing mark may lie
+const LONGEST = 10_000; // characters of a paragraph that is looked into
+const WINDOW = 800; // how far a closing mark may lie
 const DEEPEST = 5;
 const MARKS = [["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
 const ADDRESS = /^https?:\/\/[^\s<>"'`]{1,1000}/i;

@@ -8,12 +8,13 @@ import { renderInline } from "./inline.js";
 
 const DEEPEST = 6;
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]{0,30})[^`]*$/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
+// Each takes linear time on any line: no two parts beside each other can match the same run of characters.
+const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]{0,3}([\w+#.-]{0,30})[^`]*$/;
+const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+|$)/;
 const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(?: +|$)/;
-const DELIMITERS = /^ {0,3}\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const DELIMITER = /^:?-+:?$/;
 
 /** Shows a text that may still grow. */
 export class MarkdownView {
@@ -70,8 +71,9 @@ function startsBlock(lines, at) {
 }
 
 function isTable(lines, at) {
-  return lines[at].includes("|") && at + 1 < lines.length && lines[at + 1].includes("-") &&
-    DELIMITERS.test(lines[at + 1]) && cells(lines[at]).length === cells(lines[at + 1]).length;
+  if (at + 1 >= lines.length || !lines[at].includes("|")) return false;
+  const sides = cells(lines[at + 1]);
+  return sides.every((side) => DELIMITER.test(side)) && cells(lines[at]).length === sides.length;
 }
 
 function endWhere(lines, at, ends) {
@@ -123,7 +125,8 @@ function isNested(line, inside) {
 function render({ kind, lines }, depth) {
   if (kind === "code") return renderCode(lines);
   if (kind === "heading") {
-    const [, marks, text] = HEADING.exec(lines[0]);
+    const [opening, marks] = HEADING.exec(lines[0]);
+    const text = withoutClosing(lines[0].slice(opening.length).trim());
     return el(`h${Math.min(marks.length + 2, 6)}`, {}, renderInline(text)); // h1 and h2 are the page's own
   }
   if (kind === "rule") return el("hr");
@@ -131,6 +134,13 @@ function render({ kind, lines }, depth) {
   if (kind === "list") return renderList(lines, depth);
   if (kind === "table") return renderTable(lines);
   return el("p", {}, renderInline(lines.map((line) => line.trimStart()).join("\n")));
+}
+
+/** A heading may end in number signs, which are no part of it. */
+function withoutClosing(text) {
+  let end = text.length;
+  while (text[end - 1] === "#") end--;
+  return end === 0 || text[end - 1] === " " ? text.slice(0, end).trimEnd() : text;
 }
 
 /** The blocks inside a quote or an item; too deep, they are shown as plain text. */
