@@ -1,12 +1,12 @@
 """What speculation yields: accept length and speed per number of drafts, and how much each rule would accept.
 
-    python -m benchmarks.speculation MODEL_DIRECTORY [--tokens 100] [--rounds 3]
+    python -m benchmarks.speculation MODEL_DIRECTORY [--chat] [--tokens 100] [--rounds 3]
 
-Prompts are the beginnings of a few sentences; the engine continues them alone (batch 1), with and without drafts in
-turn within each round, so that a busy machine slows both. Time is processor time of this process. The rules are
-compared without sampling, from the two distributions at each position of text that the model wrote: the greatest
-probability (draft the likeliest token), the overlap of the cumulative distributions (ours: the same random number for
-both), and the overlap of the distributions (Leviathan et al. 2023).
+Prompts are the beginnings of a few sentences (with `--chat` questions in the chat format); the engine continues them
+alone (batch 1), with and without drafts in turn within each round, so that a busy machine slows both. Time is
+processor time of this process. The rules are compared without sampling, from the two distributions at each position
+of text that the model wrote: the greatest probability (draft the likeliest token), the overlap of the cumulative
+distributions (ours: the same random number for both), and the overlap of the distributions (Leviathan et al. 2023).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from glm5.engine.pace import Pace
 from glm5.engine.sampler import filtered_weights
 
 PROMPTS = ("The capital of", "In the year", "She said that the", "Once upon a time")
+QUESTIONS = ("What is 12 + 30?", "Say hello.", "What is the capital of Skaibestan?", "Count from 3 to 9.")
 TEMPERATURES = (0.0, 0.7, 1.0)
 DRAFTS = (1, 2, 3, 4)
 
@@ -100,12 +101,15 @@ def main() -> None:
     """Measures the model of a directory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--chat", action="store_true")
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_model(options.model).eval(), Tokenizer.from_pretrained(options.model)
     prompts = [tokenizer.encode(text) for text in PROMPTS]
+    if options.chat:
+        prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in QUESTIONS]
     rules(model, prompts, options.tokens)
     speeds(model, prompts, options.tokens, options.rounds)
 
