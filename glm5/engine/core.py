@@ -63,6 +63,13 @@ class Core:
                 self.scheduler.remove(sequence)
             request.mailbox.finish(error)
 
+    def fail(self, error: BaseException) -> None:
+        """Ends every request with the error and gives all blocks back, whatever state the error left them in."""
+        for request in self.requests.values():
+            request.mailbox.finish(error)
+        self.requests.clear()
+        self.scheduler.clear()
+
     @property
     def next_deadline(self) -> float | None:
         """The earliest deadline of all requests."""

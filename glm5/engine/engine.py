@@ -287,10 +287,9 @@ class Engine:
                     self._core.add(request)
                 try:
                     busy = self._core.step(time.monotonic())
-                except BaseException as error:  # not the model's step, which costs only its own requests
-                    for request in list(self._core.requests.values()):
-                        self._core.end(request, error)
-                    busy = True
+                except BaseException as error:  # a mistake of the engine itself: nobody may wait for it
+                    self._core.fail(error)
+                    busy = False
 
     def _wait(self, busy: bool) -> bool:
         """Waits until there is something to do; False ends the thread."""

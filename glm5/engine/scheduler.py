@@ -88,6 +88,12 @@ class Scheduler:
             (self.running if sequence in self.running else self.waiting).remove(sequence)
             self.blocks.release(sequence.table)
 
+    def clear(self) -> None:
+        """Forgets every sequence, every block and the prefix cache."""
+        self.waiting, self.running, self.request_of = [], [], {}
+        old = self.blocks
+        self.blocks = BlockManager(old.num_blocks, old.block_size, prefix_caching=old.prefix_caching)
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """A sequence with the parent's prompt starts with the parent's rows, or waits if no seat is left."""
         self.add(self.request_of[parent], child)

@@ -181,6 +181,21 @@ def test_a_failed_request_raises_in_its_reader_and_the_engine_goes_on():
     assert len(engine.generate([[1]], GREEDY)[0].token_ids) == 12 and idle(engine)
 
 
+def test_a_mistake_of_the_engine_itself_ends_every_request_and_the_next_ones_run(monkeypatch):
+    engine = Engine(ToyModel())
+    stream = engine.stream([1], replace(GREEDY, max_tokens=500))
+    next(stream)
+    scheduler = engine._core.scheduler
+    with monkeypatch.context() as broken:
+        broken.setattr(scheduler, "schedule", lambda: scheduler.running.clear() or 1 / 0)  # and its lists disagree
+        for reader in (lambda: list(stream), lambda: engine.generate([[2]], GREEDY)):
+            with pytest.raises(ZeroDivisionError):
+                reader()
+    assert idle(engine)
+    assert len(engine.generate([[1]], GREEDY)[0].token_ids) == 12
+    scheduler.check()
+
+
 def test_stats_count_what_was_done():
     engine = Engine(ToyModel(), num_blocks=50, block_size=4, version=4)
     engine.generate([[1, 2, 3, 4, 5]] * 2, replace(GREEDY, max_tokens=4))
