@@ -89,6 +89,7 @@ def begin(url, tokens):
     thread = threading.Thread(target=ask)
     thread.start()
     while not running(url):
+        assert thread.is_alive(), found
         time.sleep(0.01)
     return thread, found
 
@@ -127,7 +128,7 @@ def test_the_second_ctrl_c_ends_at_once(model):
 
 
 def test_a_killed_server_serves_again_on_the_same_port(model):
-    with server(model, "--port", 0) as (process, url):
+    with server(model, "--port", 0, slow=0.05) as (process, url):
         thread, _ = begin(url, 400)
         process.kill()
         process.wait()
