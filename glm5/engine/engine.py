@@ -303,7 +303,7 @@ class Engine:
                 if not self._changed.wait(idle):
                     if self._core.requests:  # all paused, or a deadline has come
                         self._woken = True
-                    elif not self._swaps:
+                    elif not self._swaps and not self._woken:  # a request may come between timeout and lock
                         break
             if self._closed:
                 for request in self._arrived:
