@@ -18,9 +18,9 @@ ADD = {
 }
 
 
-def client_of(text="", *, limits=None, recorder=None, model=None, api_key=None):
+def client_of(text="", *, limits=None, recorder=None, model=None, api_key=None, hosts=None):
     engine = Engine(model or ScriptedModel(text), speaker_tokenizer())
-    app = create_app(engine, model_name="tiny", limits=limits, recorder=recorder, api_key=api_key)
+    app = create_app(engine, model_name="tiny", limits=limits, recorder=recorder, api_key=api_key, hosts=hosts)
     return TestClient(app, raise_server_exceptions=False)
 
 

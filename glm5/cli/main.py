@@ -58,7 +58,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def serve(arguments: Sequence[str]) -> int:
-    """Serve a model through the OpenAI API"""
+    """Serve a model: OpenAI and Anthropic APIs, a chat page"""
     from glm5.cli.serve import ServeOptions, run
 
     return run(_parse(ServeOptions, "serve", arguments))

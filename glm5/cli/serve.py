@@ -16,10 +16,12 @@ from glm5.engine import Engine
 from glm5.errors import InputError
 from glm5.serve import Limits, create_app, is_loopback, log_json_lines, serve
 from glm5.serve.generation import Source
+from glm5.serve.host_check import OWN_NAMES
 from glm5.serve.http import DRAIN_SECONDS
 from glm5.train.run_directory import model_of
 
 KEY_VARIABLE = "GLM5_API_KEY"
+BACKEND_KEY_VARIABLE = "GLM5_BACKEND_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class ServeOptions:
     """A run directory or a Hugging Face model directory; the small model of this package when left out."""
     host: str = "127.0.0.1"
     """Address to listen on. The default is reachable from this machine only."""
+    allow_host: tuple[str, ...] = ()
+    """More names that clients may use; on a loopback address without a key only the machine's own are answered."""
     port: int = 8000
     """Port to listen on; 0 takes a free one, which is printed."""
     name: str = "glm5"
@@ -41,9 +45,19 @@ class ServeOptions:
     backend_api: Literal["generate", "completions", "sglang"] = "generate"
     """generate: vLLM's and glm5's /inference/v1/generate; completions: vLLM's /v1/completions; sglang: /generate."""
     backend_model: str | None = None
-    """What the backend calls its model; completions needs it."""
+    """What the backend calls its model; completions needs it. Its key, if it has one: GLM5_BACKEND_API_KEY."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights and the cache."""
+    """Type of the weights."""
+    cache: Literal["fp32", "bf16", "fp8"] | None = None
+    """Format of the cache; that of the weights when left out."""
+    cache_bytes: int | None = None
+    """Memory of the cache; a share of what is free when left out."""
+    max_num_seqs: int = 64
+    """Sequences that are computed at once."""
+    strict: bool = False
+    """Answers depend on nothing but the request and the weights, to the bit (float32)."""
+    draft_tokens: int = 0
+    """Tokens that the MTP module guesses ahead, where measurement finds that it pays; they change no answer."""
     max_model_len: int | None = None
     """Longest prompt and answer together, in tokens; the model's own limit when left out."""
     max_concurrent: int = Limits.max_concurrent
@@ -82,10 +96,16 @@ def run(options: ServeOptions) -> int:
     key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     directory = bundled_model() if options.model is None else model_of(options.model)
     if options.backend is None:
-        source: Source = Engine(directory, dtype=getattr(torch, options.dtype), max_model_len=options.max_model_len)
+        source: Source = Engine(
+            directory, dtype=getattr(torch, options.dtype), max_model_len=options.max_model_len, strict=options.strict,
+            storage=options.cache, memory_bytes=options.cache_bytes, max_num_seqs=options.max_num_seqs,
+            num_speculative_tokens=options.draft_tokens,
+        )  # fmt: skip
     else:
         source = _backend(options, directory)
-    app = create_app(source, model_name=options.name, limits=limits, api_key=key)
+    closed = key is None and is_loopback(options.host)
+    hosts = (*OWN_NAMES, options.host, *options.allow_host) if closed else None
+    app = create_app(source, model_name=options.name, limits=limits, api_key=key, hosts=hosts)
     log_json_lines(requests=options.log_requests)
     if key is None and not is_loopback(options.host):
         print(
@@ -113,4 +133,5 @@ def _backend(options: ServeOptions, directory: Path) -> Source:
     from glm5.serve.backend_api import backend_api
 
     api = backend_api(options.backend_api, options.backend_model)
-    return Backend(options.backend, directory, api, max_model_len=options.max_model_len)
+    key = os.environ.get(BACKEND_KEY_VARIABLE) or None
+    return Backend(options.backend, directory, api, max_model_len=options.max_model_len, api_key=key)

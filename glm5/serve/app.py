@@ -6,6 +6,7 @@ whatever weights the engine has.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI
@@ -31,14 +32,18 @@ def create_app(
     limits: Limits | None = None,
     recorder: Recorder | None = None,
     api_key: str | None = None,
+    hosts: Iterable[str] | None = None,
 ) -> FastAPI:
-    """The ASGI application over an engine, or over what stands in for one. It must have a tokenizer."""
+    """The ASGI application over an engine, or over what stands in for one. It must have a tokenizer.
+
+    hosts: the only names that it answers to (see `CheckHost`); None: any.
+    """
     if source.tokenizer is None:
         raise GLM5Error("The server needs a tokenizer; give a model directory that holds tokenizer.json.")
     service = Service(source, source.tokenizer, model_name, limits or Limits(), recorder)
     app = FastAPI(title="glm5", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
-    install_outside(app, service, api_key)
+    install_outside(app, service, api_key, hosts)
     install_error_handlers(app)
     install_page(app)
 

@@ -27,6 +27,7 @@ from glm5.engine.sampler import SampledToken
 from glm5.engine.sequence import Sequence as Completion
 from glm5.engine.sequence import fresh_seed
 from glm5.errors import InputError
+from glm5.serve.auth import check_key
 from glm5.serve.backend_api import BackendApi, Piece
 from glm5.serve.errors import ApiError
 from glm5.text import Detokenizer, Tokenizer
@@ -52,10 +53,11 @@ class Backend:
         api: BackendApi,
         *,
         max_model_len: int | None = None,
+        api_key: str | None = None,
         silence_seconds: float = 600.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`silence_seconds`: how long the backend may say nothing, the first token's wait included.
+        """`api_key`: what the backend asks for. `silence_seconds`: how long it may say nothing, at the start too.
 
         Raises `InputError` for a URL that is none, and the errors of the directory's parts.
         """
@@ -67,6 +69,7 @@ class Backend:
         self.max_model_len = max_model_len or config.max_position_embeddings
         self.vocab_size = config.vocab_size
         self.eos_ids = frozenset(config.eos_token_ids or self.tokenizer.eos_ids)
+        self.headers = {} if api_key is None else {"Authorization": f"Bearer {check_key(api_key)}"}
         self.timeout = httpx.Timeout(CONNECT_SECONDS, read=silence_seconds)
 
     def stream(
@@ -106,7 +109,7 @@ class Backend:
         ]
         body = self.api.body(prompt, replace(params, max_tokens=most), priority)
         stream = BackendStream(self, completions)
-        headers = {} if session_id is None else {"X-Session-ID": session_id}
+        headers = self.headers if session_id is None else {**self.headers, "X-Session-ID": session_id}
         anyio.from_thread.run(stream.open, body, headers, deadline)
         return stream
 

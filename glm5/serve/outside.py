@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI
@@ -9,6 +10,7 @@ from fastapi.responses import JSONResponse
 
 from glm5.serve.access_log import AccessLog
 from glm5.serve.auth import RequireKey
+from glm5.serve.host_check import CheckHost
 from glm5.serve.lifecycle import CountRequests, Lifecycle
 from glm5.serve.limits import BodyLimit
 from glm5.serve.metrics import Metrics
@@ -16,7 +18,9 @@ from glm5.serve.service import Service
 from glm5.serve.slow_readers import SendAtLeisure
 
 
-def install_outside(app: FastAPI, service: Service, api_key: str | None = None) -> None:
+def install_outside(
+    app: FastAPI, service: Service, api_key: str | None = None, hosts: Iterable[str] | None = None
+) -> None:
     """Adds the layers, the outermost last, and the two endpoints; `app.state.lifecycle` is for whoever runs the app."""
     source, limits, gate = service.source, service.limits, service.gate
     lifecycle = app.state.lifecycle = Lifecycle()
@@ -31,6 +35,8 @@ def install_outside(app: FastAPI, service: Service, api_key: str | None = None) 
     app.add_middleware(CountRequests, lifecycle=lifecycle)
     if api_key is not None:
         app.add_middleware(RequireKey, key=api_key)
+    if hosts is not None:
+        app.add_middleware(CheckHost, hosts=hosts)
     app.add_middleware(AccessLog, metrics=metrics)
     metrics.install(app)
 

@@ -137,21 +137,22 @@ def test_vllms_completions(directory):
     seen = []
 
     def vllm(request):
-        seen.append((request.url.path, json.loads(request.content)))
+        seen.append((request.url.path, json.loads(request.content), request.headers["authorization"]))
         logprobs = {"token_logprobs": [-0.5], "top_logprobs": [{"token_id:40": -0.5, "token_id:41": -2.0}]}
         usage = {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4}}
         return sse({"choices": [{"index": 0, "text": "?", "token_ids": [40], "logprobs": logprobs}]},
                    {"choices": [{"index": 0, "text": "?", "token_ids": [41], "logprobs": logprobs,
                                  "finish_reason": "length"}]}, {"choices": [], "usage": usage})  # fmt: skip
 
-    client = front(directory, vllm, "completions", "zai-org/GLM-5-FP8")
+    client = front(directory, vllm, "completions", "zai-org/GLM-5-FP8", api_key="sk-backend")
     choice = ask(
         client, max_tokens=5, **{k: FIELDS[k] for k in ("logprobs", "return_token_ids")}, top_logprobs=2
     ).json()
     assert choice["choices"][0]["token_ids"] == [40, 41] and choice["choices"][0]["finish_reason"] == "length"
     tops = choice["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     assert [top["logprob"] for top in tops] == [-0.5, -2.0]
-    path, body = seen[0]
+    path, body, key = seen[0]
+    assert key == "Bearer sk-backend"
     assert path == "/v1/completions" and body["model"] == "zai-org/GLM-5-FP8" and body["return_token_ids"] is True
     assert body["prompt"] == speaker_tokenizer().apply_chat_template(USER) and body["max_tokens"] == 5
 

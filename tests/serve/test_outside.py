@@ -15,6 +15,7 @@ from glm5.serve import Limits
 from glm5.serve.access_log import JsonLines
 from glm5.serve.auth import check_key
 from glm5.serve.gate import Gate
+from glm5.serve.host_check import OWN_NAMES
 from glm5.serve.http import is_loopback
 from glm5.serve.slow_readers import SendAtLeisure
 
@@ -66,6 +67,20 @@ def test_without_the_key_nothing_is_served_but_health_and_the_page(headers, line
 def test_keys_that_no_header_carries_are_refused(key):
     with pytest.raises(InputError, match="printable ASCII"):
         check_key(key)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "LOCALHOST", "[::1]:8000", "[::1]", "lab.example:80"])
+def test_the_names_of_this_machine_are_answered(host):
+    client = client_of("</think>ok", hosts=(*OWN_NAMES, "Lab.example"))
+    assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:8000", "localhost@evil.example", "[::1", ""])
+def test_a_foreign_name_for_this_machine_is_refused_everywhere(host):
+    client = client_of("</think>ok", hosts=OWN_NAMES)
+    for path in ("/v1/models", "/", "/health", "/metrics"):
+        reply = client.get(path, headers={"Host": host})
+        assert reply.status_code == 421 and "--allow-host" in reply.json()["error"]["message"]
 
 
 def test_loopback_addresses():
