@@ -22,7 +22,7 @@ lint: $(STAMP)
 
 # The long forms of the heavy proofs: hours, not minutes.
 soak: $(STAMP)
-	$(BIN)/pytest -m soak -n 0 --override-ini "addopts=-q"
+	$(BIN)/pytest -m soak -n 0 --override-ini "addopts=-q" --override-ini "timeout=0"
 
 # One install for both commands; it is done again when the dependencies change.
 $(STAMP): pyproject.toml setup.py

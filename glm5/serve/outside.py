@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 from glm5.serve.access_log import AccessLog
-from glm5.serve.auth import RequireKey
+from glm5.serve.auth import RequireKey, check_key
 from glm5.serve.host_check import CheckHost
 from glm5.serve.lifecycle import CountRequests, Lifecycle
 from glm5.serve.limits import BodyLimit
@@ -34,7 +34,7 @@ def install_outside(
     app.add_middleware(SendAtLeisure, limits=limits)
     app.add_middleware(CountRequests, lifecycle=lifecycle)
     if api_key is not None:
-        app.add_middleware(RequireKey, key=api_key)
+        app.add_middleware(RequireKey, key=check_key(api_key))  # the layer itself is made when the app starts
     if hosts is not None:
         app.add_middleware(CheckHost, hosts=hosts)
     app.add_middleware(AccessLog, metrics=metrics)

@@ -23,9 +23,9 @@ from glm5.errors import InputError
 SLOW = """
 import sys, time
 if float(sys.argv[1]):
-    from glm5.model import GLM5
-    forward = GLM5.forward
-    GLM5.forward = lambda self, *a, **k: (time.sleep(float(sys.argv[1])), forward(self, *a, **k))[1]
+    from glm5.engine.core import Core
+    step = Core.step
+    Core.step = lambda self, now: (time.sleep(float(sys.argv[1])), step(self, now))[1]
 from glm5.cli.main import main
 sys.exit(main(["serve", *sys.argv[2:]]))
 """
