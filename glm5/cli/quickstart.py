@@ -127,7 +127,7 @@ def quick_recipe(out: Path, preset: str = "nano") -> Recipe:
                 ),
             ),
             "dsa1": DSAConfig(
-                parent=at.stage("midtrain"), train_data=text.path, length=512, rows=2, **held,
+                parent=at.stage("midtrain"), train_data=CURRICULUM[-1].mixture(at), length=512, rows=2, **held,
                 loop=dataclasses.replace(INDEXER_LOOP, steps=50),
             ),
             "dsa2": SparseConfig(

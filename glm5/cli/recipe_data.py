@@ -106,11 +106,14 @@ class LongPhase:
         kinds = "-".join(sorted(self.kinds))
         return f"{self.length}-{self.words}-{self.zipf or 'even'}-{kinds}"
 
+    def mixture(self, layout: Layout) -> tuple[Share, Share]:
+        """Generated rows and plain text."""
+        rows = Share(path=layout.long(self.name), weight=1 - self.text, packing="keep_whole")
+        return rows, Share(path=layout.train, weight=self.text)
+
     def phase(self, layout: Layout) -> Phase:
         """The phase as a stage takes it."""
-        rows = Share(path=layout.long(self.name), weight=1 - self.text, packing="keep_whole")
-        text = Share(path=layout.train, weight=self.text)
-        return Phase(length=self.length, rows=self.rows, steps=self.steps, train_data=(rows, text))
+        return Phase(length=self.length, rows=self.rows, steps=self.steps, train_data=self.mixture(layout))
 
     def build(self, layout: Layout, tokenizer: Tokenizer, path: Path) -> TokenDataset:
         """Writes the generated rows; none is seen twice."""
