@@ -14,6 +14,7 @@ from tiny import tiny_config
 
 from glm5.cli.main import main
 from glm5.cli.quickstart import quick_recipe
+from glm5.cli.recipe_data import Layout
 from glm5.config import PRESETS
 from glm5.data.sources import installed_sources
 from glm5.errors import ConfigError
@@ -106,3 +107,9 @@ def test_needles_over_words_that_no_phase_teaches_are_refused(tmp_path):
     for words in (128, None):
         with pytest.raises(ConfigError, match="teaches to look up 32 words only"):
             dataclasses.replace(recipe, needles=dataclasses.replace(recipe.needles, words=words))
+
+
+def test_the_indexer_is_taught_on_lookups_too(tmp_path):
+    recipe = quick_recipe(tmp_path)
+    paths = {share.path for share in recipe.stages["dsa1"].train_data if share.weight >= 0.5}
+    assert Layout(tmp_path).long(recipe.data.curriculum[-1].name) in paths
