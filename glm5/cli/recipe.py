@@ -25,7 +25,7 @@ from glm5.cli.recipe_page import write_page
 from glm5.data import open_dataset
 from glm5.data.world_text import open_world
 from glm5.engine import Engine
-from glm5.envs import Environment
+from glm5.envs import Questions
 from glm5.errors import ConfigError, RunError
 from glm5.evals.needles import NeedleConfig, needles_of, write_needles
 from glm5.evals.skills import SkillsConfig, evaluate_skills, write_skills
@@ -47,7 +47,7 @@ class Policy:
     """Policy gradients after the supervised stages."""
 
     config: RLConfig
-    env: Environment
+    env: Questions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,22 @@
-"""Environments: tasks and their rewards."""
+"""Environments: tasks, episodes and their rewards."""
 
 from glm5.envs.arithmetic import Arithmetic
-from glm5.envs.protocol import Environment, EnvironmentFailure, Message, Reward, Task
+from glm5.envs.protocol import (
+    Environment,
+    EnvironmentFailure,
+    Episode,
+    EpisodeLimits,
+    Message,
+    Observation,
+    Questions,
+    Reward,
+    Task,
+    Tool,
+)
+from glm5.envs.single_turn import SingleTurn
 from glm5.envs.sums import Sums
 
-__all__ = ["Arithmetic", "Environment", "EnvironmentFailure", "Message", "Reward", "Sums", "Task"]
+__all__ = [
+    "Arithmetic", "Environment", "EnvironmentFailure", "Episode", "EpisodeLimits", "Message", "Observation",
+    "Questions", "Reward", "SingleTurn", "Sums", "Task", "Tool",
+]  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from glm5.engine import Engine, RequestOutput, SamplingParams
-from glm5.envs import Environment, EnvironmentFailure, Reward, Task
+from glm5.envs import EnvironmentFailure, Questions, Reward, Task
 from glm5.errors import ConfigError, InputError
 from glm5.files import replacing, write_json
 from glm5.scoring import Accuracy, accuracy
@@ -78,9 +78,7 @@ class EvalResult:
         return whole
 
 
-def evaluate(
-    engine: Engine, env: Environment, config: EvalConfig | None = None
-) -> tuple[EvalResult, list[ScoredAnswer]]:
+def evaluate(engine: Engine, env: Questions, config: EvalConfig | None = None) -> tuple[EvalResult, list[ScoredAnswer]]:
     """Asks every task once. Raises `InputError` when the engine has no tokenizer or a prompt does not fit."""
     config = config or EvalConfig()
     if engine.tokenizer is None:
@@ -125,7 +123,7 @@ def write_evaluation(directory: Path, result: EvalResult, answers: Sequence[Scor
     write_json(directory / "result.json", {"kind": "evaluation", **result.to_json()})
 
 
-def _scored(env: Environment, task: Task, output: RequestOutput, thinking: bool) -> ScoredAnswer:
+def _scored(env: Questions, task: Task, output: RequestOutput, thinking: bool) -> ScoredAnswer:
     message = parse_assistant(output.text, thinking=thinking)
     try:
         return ScoredAnswer(task, output, env.score(task, message))

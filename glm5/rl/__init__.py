@@ -2,12 +2,12 @@
 
 from glm5.rl.advantages import group_advantages
 from glm5.rl.icepop import IcePop
-from glm5.rl.ledger import Ledger
-from glm5.rl.loop import RLConfig, train_policy
 from glm5.rl.loss import PolicyLoss, PolicyLossResult, PolicyTokens, token_weights
-from glm5.rl.records import Group, Sample
+from glm5.rl.plain.ledger import Ledger
+from glm5.rl.plain.loop import RLConfig, train_policy
+from glm5.rl.plain.records import Group, Sample
+from glm5.rl.plain.rollout import Sampler, Ticket
 from glm5.rl.report import write_rl_report
-from glm5.rl.rollout import Sampler, Ticket
 
 __all__ = [
     "Group", "IcePop", "Ledger", "PolicyLoss", "PolicyLossResult", "PolicyTokens", "RLConfig", "Sample", "Sampler",

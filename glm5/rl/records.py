@@ -1,54 +1,195 @@
-"""What the sampler hands to the trainer: the engine's own token ids, log-probabilities and weight versions.
+"""What happened, as the trainer needs it: turns, trajectories, rollouts, groups. All immutable, all JSON.
 
-Nothing here is text that would be tokenised again. A `Group` is all samples of one task, the unit of the baseline.
+A `Turn` is one generation: ids in, ids out. The turns of an episode form a tree, because a later prompt need not extend
+what was said before (a thought is dropped, a history is compacted, a sub-agent starts anew); each path from a root to a
+leaf is a `Trajectory`, in which every sampled token is trained exactly once over all trajectories of the episode. An
+episode with its reward is a `Rollout`; the rollouts of one task are a `Group`, the unit of the baseline. Sampled tokens
+are never tokenised again: ids, log-probabilities and weight versions stay together from the engine to the loss. Text is
+a sidecar for people.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from glm5.engine import CompletionOutput
-from glm5.envs import Reward, Task
+from glm5.envs import Message, Reward, Task
 
-Outcome = Literal["ok", "truncated", "env_failure"]
-"""`truncated`: ended by the length limit (it has a reward). `env_failure`: could not be scored; never a reward of 0."""
+Outcome = Literal["ok", "truncated", "timeout", "env_failure", "aborted"]
+"""How an episode ended. ok: by itself. truncated: by the limit of tokens or turns. timeout: by the clock. env_failure:
+the environment broke. aborted: it was called off (stale, or nobody needs it). Only `ok` and `truncated` are scored."""
+SCORED: frozenset[Outcome] = frozenset({"ok", "truncated"})
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One sampled answer to a task, with what is needed to learn from it exactly."""
+@dataclass(frozen=True, slots=True, order=True)
+class Ticket:
+    """One rollout that is to be made. With the run's seed it fixes every random number of it."""
 
-    task: Task
-    prompt_ids: tuple[int, ...]
-    completion: CompletionOutput
-    reward: Reward | None
-    outcome: Outcome
+    environment: str
+    """Which of the run's environments; its `name`."""
+    task_index: int
+    attempt: int = 0
+    """How often the group was begun before: a repeat draws other numbers."""
+    sample: int = 0
+    """Which of the group."""
 
     @property
     def id(self) -> str:
-        """Names the sample in this run: a task that is sampled again draws another seed."""
-        return f"{self.task.id}/{self.completion.seed}/{self.completion.index}"
+        """Unique in the run, and the session under which its requests reach an engine."""
+        return f"{self.environment}/{self.task_index}/{self.attempt}/{self.sample}"
+
+    @property
+    def group(self) -> Ticket:
+        """The ticket of the group's first sample, which names the group."""
+        return Ticket(self.environment, self.task_index, self.attempt)
+
+    def seed(self, run_seed: int, turn: int = 0) -> int:
+        """The request seed of one turn: 63 bits of a hash."""
+        digest = hashlib.sha256(f"{run_seed}/{self.id}/{turn}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One generation of an episode. `logprobs` and `versions` have one entry per output token."""
+
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    """The stop token is among them."""
+    logprobs: tuple[float, ...]
+    versions: tuple[int, ...]
+    """The weights that sampled each token."""
+    finish_reason: str
+    """stop, length or abort."""
+    seconds: float = field(default=0.0, compare=False)
+    """From request to last token, by the wall clock."""
+    cached_tokens: int = field(default=0, compare=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.output_ids) == len(self.logprobs) == len(self.versions):
+            raise ValueError(
+                f"a turn has {len(self.output_ids)} output tokens, {len(self.logprobs)} log-probabilities and "
+                f"{len(self.versions)} versions"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """A path through an episode. All tuples have one entry per token; `sampled` is the loss mask.
+
+    A token that is not sampled here (prompts, tool results, and what another trajectory of the episode trains already)
+    has log-probability 0.0 and version -1.
+    """
+
+    token_ids: tuple[int, ...]
+    sampled: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.token_ids), len(self.sampled), len(self.logprobs), len(self.versions)}
+        if len(lengths) != 1:
+            raise ValueError(f"the parts of a trajectory have different lengths: {sorted(lengths)}")
+        if self.sampled and self.sampled[0]:
+            raise ValueError("the first token of a trajectory cannot be sampled: nothing stands before it")
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that count in the loss."""
+        return sum(self.sampled)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One finished episode."""
+
+    ticket: Ticket
+    task: Task
+    trajectories: tuple[Trajectory, ...]
+    outcome: Outcome
+    reward: Reward | None
+    """None unless the outcome is scored: a failure is never a reward of 0."""
+    messages: tuple[Message, ...] = ()
+    """The conversation, for people."""
+    turns: tuple[Turn, ...] = ()
+    """In the order of their requests; what the trajectories were made of."""
+    failure: str = ""
+    """Why there is no reward, in a sentence."""
+    seconds: float = field(default=0.0, compare=False)
+    """From start to score, by the wall clock."""
+    tool_seconds: float = field(default=0.0, compare=False)
+    """Of these, in the environment."""
+
+    def __post_init__(self) -> None:
+        if (self.reward is not None) != (self.outcome in SCORED):
+            raise ValueError(f"rollout {self.ticket.id} is {self.outcome} and its reward is {self.reward}")
+
+    @property
+    def id(self) -> str:
+        """That of its ticket."""
+        return self.ticket.id
+
+    @property
+    def versions(self) -> Iterator[int]:
+        """Of all sampled tokens."""
+        return (v for t in self.trajectories for v, s in zip(t.versions, t.sampled, strict=True) if s)
+
+    @property
+    def num_sampled(self) -> int:
+        """Sampled tokens of all trajectories."""
+        return sum(trajectory.num_sampled for trajectory in self.trajectories)
 
     def staleness(self, version: int) -> int:
-        """Versions between the oldest weights that made a token and `version`."""
-        return version - min(self.completion.versions)
+        """Versions between the oldest weights that made a token and `version`; 0 for a rollout without tokens."""
+        return version - min(self.versions, default=version)
 
-    def record(self, fate: str) -> dict[str, Any]:
-        """The sample as a JSON object for `samples/`; its text is there for people only."""
-        completion = asdict(self.completion)
-        del completion["top_logprobs"]
-        reward = None if self.reward is None else {"value": self.reward.value, "reason": self.reward.reason}
-        return {"id": self.id, "question": self.task.messages[-1]["content"], "answer": self.task.answer,
-                "category": self.task.category, "prompt_ids": self.prompt_ids, **completion, "reward": reward,
-                "outcome": self.outcome, "fate": fate}  # fmt: skip
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A rollout that is learnt from. In a repaired group (GLM-5 report, section 4.1.2) one may stand for several."""
+
+    rollout: Rollout
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All samples of one task under one weight version."""
+    """The rollouts of one task that are learnt from together."""
 
-    task_index: int
-    attempt: int
-    """How often the task was tried before, when its environment failed."""
-    samples: tuple[Sample, ...]
+    lessons: tuple[Lesson, ...]
+
+    @property
+    def ticket(self) -> Ticket:
+        """That names the group."""
+        return self.lessons[0].rollout.ticket.group
+
+    @property
+    def rewards(self) -> list[float]:
+        """One for each rollout, repeats included: what the baseline is taken over."""
+        found: list[float] = []
+        for lesson in self.lessons:
+            assert lesson.rollout.reward is not None
+            found += [lesson.rollout.reward.value] * lesson.weight
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step learns from."""
+
+    step: int
+    version: int
+    """Of the weights before the step; no token is older than the bound, counted from here."""
+    groups: tuple[Group, ...]
+
+    @property
+    def rollouts(self) -> Iterator[Rollout]:
+        """Each once."""
+        return (lesson.rollout for group in self.groups for lesson in group.lessons)
+
+
+Fate = Literal["trained", "dropped", "requeued"]
+"""Every sample ends as exactly one of these."""
+Metrics = dict[str, Any]

@@ -3,11 +3,11 @@
 import pytest
 
 from glm5.data.arithmetic import split_of
-from glm5.envs import Arithmetic, Environment
+from glm5.envs import Arithmetic, Questions
 
 
 def test_tasks_are_functions_of_seed_and_index():
-    env: Environment = Arithmetic()
+    env: Questions = Arithmetic()
     tasks = [env.task(3, i) for i in range(50)]
     assert tasks == [env.task(3, i) for i in range(50)]
     assert tasks != [env.task(4, i) for i in range(50)]

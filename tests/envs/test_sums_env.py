@@ -5,12 +5,12 @@ import re
 import pytest
 
 from glm5.data.addition import number_is_held_out
-from glm5.envs import Environment, Sums
+from glm5.envs import Questions, Sums
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_every_answer_is_right_and_of_its_split(split):
-    env: Environment = Sums(split=split)
+    env: Questions = Sums(split=split)
     for index in range(100):
         task = env.task(0, index)
         assert task == env.task(0, index)

@@ -15,9 +15,9 @@ from glm5.envs import EnvironmentFailure, Reward, Task
 from glm5.errors import ConfigError, RunError
 from glm5.optim import OptimizerConfig
 from glm5.rl import Group, IcePop, Ledger, RLConfig, Sampler, Ticket, train_policy
-from glm5.rl.loop import TaskQueue
-from glm5.rl.rollout import sampling_seed
-from glm5.rl.update import Lesson, backward, sampled_logprobs, select
+from glm5.rl.plain.loop import TaskQueue
+from glm5.rl.plain.rollout import sampling_seed
+from glm5.rl.plain.update import Lesson, backward, sampled_logprobs, select
 from glm5.scoring import Grade
 
 
@@ -215,7 +215,7 @@ def test_progress_shows_the_reward_and_a_finished_run_has_its_report(parent, tmp
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
     with monkeypatch.context() as patch:
-        patch.setattr("glm5.rl.loop.write_rl_report", lambda path: path.died)
+        patch.setattr("glm5.rl.plain.loop.write_rl_report", lambda path: path.died)
         with pytest.raises(AttributeError):
             train_policy(config_of(parent, steps=1), Letters(), tmp_path / "run", console=console)
     assert "reward 0." in screen.getvalue() and "loss" not in screen.getvalue()

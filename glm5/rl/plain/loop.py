@@ -24,18 +24,18 @@ from rich.console import Console
 
 from glm5.checkpoint import load_model, save_model
 from glm5.engine import Engine
-from glm5.envs import Environment
+from glm5.envs import Questions
 from glm5.errors import RunError
 from glm5.files import replacing
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, build_optimizers
 from glm5.rl.icepop import IcePop
-from glm5.rl.ledger import Ledger
 from glm5.rl.loss import Normalisation
-from glm5.rl.records import Group, Sample
+from glm5.rl.plain.ledger import Ledger
+from glm5.rl.plain.records import Group, Sample
+from glm5.rl.plain.rollout import Sampler, Ticket
+from glm5.rl.plain.update import Lesson, backward, select
 from glm5.rl.report import write_rl_report
-from glm5.rl.rollout import Sampler, Ticket
-from glm5.rl.update import Lesson, backward, select
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory, RunInterrupted
 from glm5.train.checks import check_choice, check_counts, check_numbers
@@ -85,7 +85,7 @@ class RLConfig:
 
 
 def train_policy(
-    config: RLConfig, env: Environment, run_directory: Path, *, resume: bool = False, console: Console | None = None
+    config: RLConfig, env: Questions, run_directory: Path, *, resume: bool = False, console: Console | None = None
 ) -> RunDirectory:
     """Trains the parent's model on `env`; gives the finished run. With `resume`, goes on where it stopped.
 

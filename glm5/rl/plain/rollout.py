@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from glm5.engine import CompletionOutput, Engine, SamplingParams
-from glm5.envs import Environment, EnvironmentFailure, Task
+from glm5.envs import EnvironmentFailure, Questions, Task
 from glm5.errors import InputError
-from glm5.rl.records import Group, Sample
+from glm5.rl.plain.records import Group, Sample
 from glm5.text import Tokenizer, parse_assistant
 
 
@@ -29,7 +29,7 @@ class Sampler:
     """Samples `group_size` answers to each task with one engine at temperature 1, as the losses assume."""
 
     def __init__(
-        self, engine: Engine, env: Environment, *, seed: int, group_size: int, max_tokens: int, thinking: bool
+        self, engine: Engine, env: Questions, *, seed: int, group_size: int, max_tokens: int, thinking: bool
     ) -> None:
         if engine.tokenizer is None:
             raise InputError("Reinforcement learning needs a tokenizer; give a model directory that holds one.")

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from glm5.model import GLM5
 from glm5.rl.advantages import group_advantages
-from glm5.rl.ledger import Ledger
 from glm5.rl.loss import Normalisation, PolicyLoss, PolicyTokens, gathered_logprobs, token_weights
-from glm5.rl.records import Group, Sample
-from glm5.rl.rollout import Ticket
+from glm5.rl.plain.ledger import Ledger
+from glm5.rl.plain.records import Group, Sample
+from glm5.rl.plain.rollout import Ticket
 
 
 @dataclass(frozen=True, slots=True)

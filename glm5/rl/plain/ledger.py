@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from glm5.rl.records import Sample
+from glm5.rl.plain.records import Sample
 
 
 class Ledger:
