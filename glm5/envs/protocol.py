@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from glm5.scoring import Grade
 
@@ -52,8 +52,18 @@ class Reward:
         return self.grade.reason
 
 
+FailureKind = Literal["crash", "timeout", "unreachable", "verifier"]
+"""crash: it raised. timeout: it did not answer in time. unreachable: its server could not be asked. verifier: what was
+done could not be judged."""
+UniformGroups = Literal["drop", "keep"]
+
+
 class EnvironmentFailure(Exception):
     """The environment itself broke (not the model): the sample has no reward and is tried again or dropped."""
+
+    def __init__(self, message: str, kind: FailureKind = "crash") -> None:
+        super().__init__(message)
+        self.kind: FailureKind = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +85,8 @@ class EpisodeLimits:
     """From reset to score, by the wall clock; past it the outcome is `timeout`, without a reward."""
     step_seconds: float | None = None
     """For each call of the environment; past it the environment has failed."""
+    attempts: int | None = None
+    """How often a group is begun at most, when its environment fails."""
 
 
 class Episode(Protocol):
@@ -107,6 +119,14 @@ class Environment(Protocol):
     @property
     def limits(self) -> EpisodeLimits:
         """Of every episode."""
+
+    @property
+    def uniform_groups(self) -> UniformGroups:
+        """What becomes of a group whose rewards are all equal, which has no gradient of its own.
+
+        "drop" (dynamic sampling) where such a task is only too easy or too hard. "keep" where all-wrong groups are what
+        must be seen, as in tasks that reward "I don't know".
+        """
 
     def task(self, seed: int, index: int) -> Task:
         """Task number `index` of the stream named by `seed`. Pure."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from glm5.envs.protocol import EpisodeLimits, Message, Observation, Questions, Reward, Task, Tool
+from glm5.envs.protocol import EpisodeLimits, Message, Observation, Questions, Reward, Task, Tool, UniformGroups
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,7 @@ class SingleTurn:
 
     questions: Questions
     limits: EpisodeLimits = field(default_factory=EpisodeLimits)
+    uniform_groups: UniformGroups = "drop"
 
     @property
     def name(self) -> str:
