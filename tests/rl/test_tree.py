@@ -42,7 +42,9 @@ def trained(tree):
 
 def check(tree):
     """Everything sampled is trained once, as it was sampled; everything else is context."""
-    emitted = [list(token) for turn in tree.turns for token in zip(turn.output_ids, turn.logprobs, turn.versions, strict=True)]  # fmt: skip
+    emitted = [
+        list(token) for turn in tree.turns for token in zip(turn.output_ids, turn.logprobs, turn.versions, strict=True)
+    ]
     assert sorted(trained(tree)) == sorted(emitted)
     for trajectory in tree.trajectories():
         assert trajectory.num_sampled
