@@ -37,6 +37,14 @@ class RunError(GLM5Error):
     """A run directory that cannot be started, resumed or read."""
 
 
+class WeightsError(GLM5Error):
+    """Published weights that are damaged, out of order or of another model."""
+
+
+class FleetError(GLM5Error):
+    """Engines that cannot be started, reached or kept alive."""
+
+
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """`" Did you mean 'x'?"` for the nearest of `known`, or an empty string when none is as similar as `cutoff`."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)

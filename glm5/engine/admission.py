@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from glm5.engine.checks import check_number, check_whole
 from glm5.engine.grammar import GrammarCompiler
+from glm5.engine.outputs import TokenDelta
+from glm5.engine.sampler import SampledToken
 from glm5.engine.sampling_params import SamplingParams
 from glm5.engine.sequence import Sequence, fresh_seed
 from glm5.errors import InputError
@@ -69,6 +71,21 @@ def admit(
         )
         for index in range(params.n)
     ]
+
+
+def go_on(sequences: SequenceOf[Sequence], said: SequenceOf[TokenDelta], limits: Limits) -> None:
+    """Brings fresh sequences to where the same request was elsewhere: they sample what comes after `said`.
+
+    Text, stop strings, penalties, structure and random numbers are functions of the prompt and of the tokens so far.
+    Raises InputError for tokens that this request cannot have sampled.
+    """
+    for delta in said:
+        if not 0 <= delta.index < len(sequences) or not 0 <= delta.token_id < limits.vocab_size:
+            raise InputError(f"{delta} is no token of a request with n={len(sequences)}; give back what it gave.")
+        sequence = sequences[delta.index]
+        if sequence.done:
+            raise InputError(f"Completion {delta.index} has tokens after its end; give back what the request gave.")
+        sequence.append(SampledToken(delta.token_id, delta.logprob, delta.top_logprobs), delta.version)
 
 
 def _max_tokens(prompt: int, asked: int | None, limits: Limits) -> int:

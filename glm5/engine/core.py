@@ -52,9 +52,13 @@ class Core:
         self.steps = self.sampled_tokens = self.drafted_tokens = self.accepted_tokens = 0
 
     def add(self, request: Request) -> None:
-        """Queues a request: the first of its sequences, from which the others are forked."""
+        """Queues a request: the first of its sequences, from which the others are forked, or all that go on apart."""
         self.requests[request.number] = request
-        self.scheduler.add(request, request.sequences[0])
+        for sequence in request.sequences if request.forked else request.sequences[:1]:
+            if not sequence.done:
+                self.scheduler.add(request, sequence)
+        if all(sequence.done for sequence in request.sequences):
+            self.end(request)
 
     def end(self, request: Request, error: BaseException | None = None) -> None:
         """Ends a request as it is, with the error if there is one, and gives back what it holds."""

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from glm5.checkpoint import load_model
-from glm5.engine.admission import Limits, admit, check_queueing
+from glm5.engine.admission import Limits, admit, check_queueing, go_on
 from glm5.engine.backend import CacheSize, StorageName, build_backend
 from glm5.engine.block_manager import BlockManager
 from glm5.engine.checks import check_whole
 from glm5.engine.core import Core
 from glm5.engine.grammar import GrammarCompiler
-from glm5.engine.outputs import EngineStats, RequestOutput
+from glm5.engine.outputs import EngineStats, RequestOutput, TokenDelta
 from glm5.engine.request import BUFFERED_TOKENS, Mailbox, Request
 from glm5.engine.sampling_params import SamplingParams
 from glm5.engine.scheduler import PRIORITY_SECONDS, Scheduler
@@ -167,18 +167,20 @@ class Engine:
         session_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        said: SequenceOf[TokenDelta] = (),
     ) -> TokenStream:
         """Starts a request; the result yields each token as it is sampled (of all `n` completions in turn).
 
         The request is checked by the call itself, not by the first token. session_id: only requests of the same session
         share cached prefixes with it; None shares with all others that name none. priority: a lower number is served
         earlier, each level by so much as `PRIORITY_SECONDS` of waiting. deadline: seconds from now after which the
-        request ends, finished or not (finish reason "abort").
+        request ends, finished or not (finish reason "abort"). said: tokens that the same request, which must name its
+        seed, has got elsewhere or earlier; it goes on after them as if it had not stopped.
         """
         check_queueing(session_id, priority, deadline)
         request = self._request(
             prompt_ids, params or SamplingParams(), buffered=BUFFERED_TOKENS, session_id=session_id, priority=priority,
-            deadline=deadline,
+            deadline=deadline, said=said,
         )  # fmt: skip
         self._submit([request])
         return TokenStream(request, self._abort)
@@ -199,12 +201,13 @@ class Engine:
             self._grammars.close()
 
     # ---- weights ------------------------------------------------------------------------------------------------
-    def update_weights(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
+    def update_weights(self, version: int, state_dict: Mapping[str, Tensor], *, recompute: bool | None = None) -> None:
         """Takes new weights between two steps; later tokens carry `version`.
 
-        Everything is checked, and brought into the model's dtype, before the first weight changes: the version must be
-        newer, names and shapes the same, values finite. Cached prefixes of older weights are not used again. Running
-        sequences keep what they have cached, but in strict mode compute it anew.
+        `state_dict` is the whole model's, or that of all its adapters. Everything is checked, and brought into the
+        model's dtype, before the first weight changes: the version must be newer, names and shapes the same, values
+        finite. Cached prefixes of older weights are not used again. recompute: running sequences compute what they have
+        cached anew, which is exact, instead of keeping it; by default in strict mode only.
         """
         check_whole("version", version, 0)
         ready = staged(self.model, state_dict, version)
@@ -217,7 +220,7 @@ class Engine:
                         f"Weights of version {version} came after version {self.version}; versions must grow."
                     )
                 swap(self.model, ready)
-                self._core.scheduler.new_weights(version, recompute=self.strict)
+                self._core.scheduler.new_weights(version, recompute=self.strict if recompute is None else recompute)
         finally:
             with self._changed:
                 self._swaps -= 1
@@ -233,11 +236,13 @@ class Engine:
         session_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        said: SequenceOf[TokenDelta] = (),
     ) -> Request:
         """A checked request."""
         sequences = admit(
             prompt_ids, params, self.limits, eos_ids=self.eos_ids, tokenizer=self.tokenizer, grammars=self._grammars
         )
+        go_on(sequences, said, self.limits)
         now = time.monotonic()
         with self._changed:
             self._count += 1
@@ -250,6 +255,7 @@ class Engine:
             salt=session_id,
             deadline=None if deadline is None else now + deadline,
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
+            forked=bool(said),
         )
 
     def _submit(self, requests: list[Request]) -> None:

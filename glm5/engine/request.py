@@ -113,6 +113,7 @@ class Request:
     """Grows while the prompt is computed; None when they are not wanted."""
     aborted: bool = False
     forked: bool = False
+    """Whether every sequence stands for itself: from the first token on, or from the start when it goes on."""
     place: tuple[float, int] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -5,20 +5,58 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from typing import Self
 
 from glm5.engine.outputs import FinishReason, PromptLogprob, TokenDelta
-from glm5.engine.request import Request
+from glm5.engine.request import Mailbox, Request
 
 
-class TokenStream:
+class MailboxReader:
+    """Iterates over the tokens of a mailbox, with `for` or with `async for`, which needs no thread."""
+
+    _mailbox: Mailbox
+
+    # ---- threads ------------------------------------------------------------------------------------------------
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> TokenDelta:
+        while True:
+            try:
+                delta = self._mailbox.take()
+            except EOFError:
+                raise StopIteration from None
+            if delta is not None:
+                return delta
+            self._mailbox.wait()
+
+    # ---- asyncio ------------------------------------------------------------------------------------------------
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TokenDelta:
+        while True:
+            try:
+                delta = self._mailbox.take()
+            except EOFError:
+                raise StopAsyncIteration from None
+            if delta is not None:
+                return delta
+            loop = asyncio.get_running_loop()
+            ready: asyncio.Future[None] = loop.create_future()
+            if self._mailbox.call_when_ready(partial(_wake, loop, ready)):
+                await ready
+
+
+class TokenStream(MailboxReader):
     """Sampled tokens as they come, of all `n` completions in turn. `close()`, or losing the last reference, aborts.
 
-    Iterate with `for` or with `async for`, which needs no thread. A request that was aborted, by its deadline too, just
-    ends: no last token carries a finish reason then (see `finish_reasons`).
+    A request that was aborted, by its deadline too, just ends: no last token carries a finish reason then (see
+    `finish_reasons`).
     """
 
     def __init__(self, request: Request, abort: Callable[[Request], None]) -> None:
-        self._request, self._abort = request, abort
+        self._request, self._mailbox, self._abort = request, request.mailbox, abort
 
     @property
     def cached_tokens(self) -> int:
@@ -49,37 +87,6 @@ class TokenStream:
     def __del__(self) -> None:
         if not self._request.mailbox.finished:
             self.close()
-
-    # ---- threads ------------------------------------------------------------------------------------------------
-    def __iter__(self) -> TokenStream:
-        return self
-
-    def __next__(self) -> TokenDelta:
-        while True:
-            try:
-                delta = self._request.mailbox.take()
-            except EOFError:
-                raise StopIteration from None
-            if delta is not None:
-                return delta
-            self._request.mailbox.wait()
-
-    # ---- asyncio ------------------------------------------------------------------------------------------------
-    def __aiter__(self) -> TokenStream:
-        return self
-
-    async def __anext__(self) -> TokenDelta:
-        while True:
-            try:
-                delta = self._request.mailbox.take()
-            except EOFError:
-                raise StopAsyncIteration from None
-            if delta is not None:
-                return delta
-            loop = asyncio.get_running_loop()
-            ready: asyncio.Future[None] = loop.create_future()
-            if self._request.mailbox.call_when_ready(partial(_wake, loop, ready)):
-                await ready
 
 
 def _set(ready: asyncio.Future[None]) -> None:

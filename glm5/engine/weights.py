@@ -13,9 +13,13 @@ from glm5.errors import InputError
 def staged(model: nn.Module, state_dict: Mapping[str, Tensor], version: int) -> dict[str, Tensor]:
     """The new weights in the dtype and place of the model's own, which stay as they are.
 
-    Raises InputError unless names and shapes are the model's and all values are finite in its dtype.
+    Raises InputError unless names and shapes are the model's, or those of all its adapters, and all values are finite
+    in its dtype.
     """
     own = model.state_dict()
+    adapters = {name: tensor for name, tensor in own.items() if "lora_" in name}
+    if adapters and not state_dict.keys() - adapters.keys():
+        own = adapters
     for what, names in (("lack", own.keys() - state_dict.keys()), ("hold unknown", state_dict.keys() - own.keys())):
         if names:
             raise InputError(f"The new weights {what} {sorted(names)[0]!r} ({len(names)} such); send the full model.")
@@ -32,5 +36,6 @@ def staged(model: nn.Module, state_dict: Mapping[str, Tensor], version: int) -> 
 @torch.no_grad()
 def swap(model: nn.Module, ready: Mapping[str, Tensor]) -> None:
     """Copies staged weights over the model's own, in place: whoever reads the model's memory sees them at once."""
-    for name, tensor in model.state_dict().items():
-        tensor.copy_(ready[name])
+    own = model.state_dict()
+    for name, tensor in ready.items():
+        own[name].copy_(tensor)

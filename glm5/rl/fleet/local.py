@@ -1,0 +1,93 @@
+"""`InProcessFleet`: engines in this process. Nothing can die apart from the rest, so there is nothing to supervise.
+
+The plain form of a fleet: what the others must equal, what the deterministic mode steps by hand, and the quickest for
+small models on few cores.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from glm5.engine import Engine, SamplingParams, TokenDelta, TokenStream
+from glm5.errors import FleetError
+from glm5.rl.fleet.protocol import EngineState, FleetStats
+from glm5.rl.fleet.routing import Router
+from glm5.text import Tokenizer
+
+
+class InProcessFleet:
+    """See `glm5.rl.fleet.Fleet`. `recompute`: as in `Engine.update_weights`."""
+
+    def __init__(self, engines: Sequence[Engine], *, recompute: bool | None = None) -> None:
+        if not engines:
+            raise FleetError("A fleet has at least one engine; give some.")
+        if len({engine.version for engine in engines}) != 1:
+            raise FleetError("The engines have weights of different versions; make them with the same `version`.")
+        self.engines = {str(seat): engine for seat, engine in enumerate(engines)}
+        self.recompute = recompute
+        self._router, self._lock = Router(), threading.Lock()
+        self._served: Counter[str] = Counter()
+        for name in self.engines:
+            self._router.ring.add(name)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the engines."""
+        return self.engines["0"].tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Of the engine with the least room."""
+        return min(engine.max_model_len for engine in self.engines.values())
+
+    @property
+    def version(self) -> int:
+        """Of the weights that every engine has."""
+        return min(engine.version for engine in self.engines.values())
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        session_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        said: Sequence[TokenDelta] = (),
+    ) -> TokenStream:
+        """`Engine.stream` of the session's engine."""
+        counts = {name: engine.stats() for name, engine in self.engines.items()}
+        loads = {name: stats.running + stats.waiting for name, stats in counts.items()}
+        with self._lock:
+            name = self._router.choose(session_id, loads)
+            self._served[name] += 1
+        return self.engines[name].stream(
+            prompt_ids, params, session_id=session_id, priority=priority, deadline=deadline, said=said
+        )
+
+    async def start(self) -> None:
+        """The engines run already."""
+
+    async def publish(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
+        """Gives every engine the weights, between two of its steps. Raises `InputError` for what the engines refuse."""
+        for engine in self.engines.values():
+            engine.update_weights(version, state_dict, recompute=self.recompute)
+
+    async def close(self) -> None:
+        """Ends every request and engine."""
+        for engine in self.engines.values():
+            engine.close()
+
+    def stats(self) -> FleetStats:
+        """What each engine does."""
+        return FleetStats(
+            tuple(
+                EngineState(name=name, up=True, version=engine.version, requests=self._served[name], restarts=0,
+                            engine=engine.stats())
+                for name, engine in self.engines.items()
+            )
+        )  # fmt: skip
