@@ -1,8 +1,8 @@
 """Reinforcement learning: rollouts, losses, accounts, and the synchronous loop."""
 
 from glm5.rl.advantages import group_advantages
-from glm5.rl.icepop import IcePop
 from glm5.rl.loss import PolicyLoss, PolicyLossResult, PolicyTokens, token_weights
+from glm5.rl.losses import IcePop
 from glm5.rl.plain.ledger import Ledger
 from glm5.rl.plain.loop import RLConfig, train_policy
 from glm5.rl.plain.records import Group, Sample

@@ -29,6 +29,15 @@ class PolicyTokens:
     """As the engine reported them when it sampled."""
     advantages_N: Tensor
     weights_N: Tensor
+    sequences_N: Tensor
+    """int64: which sequence of this micro-batch, from 0 and ascending; all tokens of a sequence are in one."""
+    ages_N: Tensor
+    """int64: versions between the weights that sampled a token and the trainer's before this step; 0 is on-policy."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Of this micro-batch."""
+        return int(self.sequences_N[-1]) + 1 if len(self.sequences_N) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +53,13 @@ class PolicyLoss(Protocol):
 
     def __call__(self, tokens: PolicyTokens) -> PolicyLossResult:
         """The weighted sum over the tokens, to be minimised."""
+
+
+def sequence_means(values_N: Tensor, tokens: PolicyTokens) -> Tensor:
+    """For every token the mean over its sequence [N]; differentiable."""
+    count_S = torch.bincount(tokens.sequences_N, minlength=tokens.num_sequences)
+    sum_S = values_N.new_zeros(tokens.num_sequences).index_add(0, tokens.sequences_N, values_N)
+    return (sum_S / count_S)[tokens.sequences_N]
 
 
 def token_weights(lengths: Sequence[int], normalisation: Normalisation) -> list[float]:

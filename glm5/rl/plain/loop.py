@@ -29,8 +29,8 @@ from glm5.errors import RunError
 from glm5.files import replacing
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, build_optimizers
-from glm5.rl.icepop import IcePop
 from glm5.rl.loss import Normalisation
+from glm5.rl.losses import IcePop
 from glm5.rl.plain.ledger import Ledger
 from glm5.rl.plain.records import Group, Sample
 from glm5.rl.plain.rollout import Sampler, Ticket

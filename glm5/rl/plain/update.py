@@ -86,6 +86,8 @@ def backward(
             sampled_logprobs_N=torch.tensor([x for lesson in part for x in lesson.sample.completion.logprobs]),
             advantages_N=torch.tensor([lesson.advantage for lesson in part]).repeat_interleave(lengths),
             weights_N=torch.tensor(weights[start : start + rows]).repeat_interleave(lengths),
+            sequences_N=torch.arange(len(part)).repeat_interleave(lengths),
+            ages_N=torch.zeros(len(logprobs_N), dtype=torch.int64),
         )
         result = loss(tokens)
         result.total.backward()
