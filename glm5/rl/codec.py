@@ -1,0 +1,110 @@
+"""Rollouts as JSON values and back, without loss: the form in which the journal and recorded sessions hold them.
+
+Prompts of later turns repeat what was said before, so a turn is stored as the number of tokens that it shares with the
+turn before it (prompt and output) and the rest. Trajectories follow from the turns and are made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from glm5.envs import Reward, Task
+from glm5.rl.records import Rollout, Ticket, Turn
+from glm5.rl.tree import EpisodeTree
+from glm5.scoring import Grade
+
+Json = Any
+
+
+def ticket_to_json(ticket: Ticket) -> Json:
+    """As a list: environment, task, attempt, sample."""
+    return [ticket.environment, ticket.task_index, ticket.attempt, ticket.sample]
+
+
+def ticket_from_json(value: Json) -> Ticket:
+    """What `ticket_to_json` was given."""
+    return Ticket(*value)
+
+
+def turns_to_json(turns: Sequence[Turn]) -> Json:
+    """One object for each turn."""
+    found: list[Json] = []
+    before: tuple[int, ...] = ()
+    for turn in turns:
+        shared = _shared(before, turn.prompt_ids)
+        found.append(
+            {
+                "shared": shared,
+                "prompt": turn.prompt_ids[shared:],
+                "output": turn.output_ids,
+                "logprobs": turn.logprobs,
+                "versions": turn.versions,
+                "finish": turn.finish_reason,
+                "seconds": round(turn.seconds, 4),
+                "cached": turn.cached_tokens,
+            }
+        )
+        before = turn.prompt_ids + turn.output_ids
+    return found
+
+
+def turns_from_json(values: Json) -> tuple[Turn, ...]:
+    """What `turns_to_json` was given."""
+    turns: list[Turn] = []
+    for value in values:
+        before = turns[-1].prompt_ids + turns[-1].output_ids if turns else ()
+        turns.append(
+            Turn(
+                prompt_ids=before[: value["shared"]] + tuple(value["prompt"]),
+                output_ids=tuple(value["output"]),
+                logprobs=tuple(value["logprobs"]),
+                versions=tuple(value["versions"]),
+                finish_reason=value["finish"],
+                seconds=value["seconds"],
+                cached_tokens=value["cached"],
+            )
+        )
+    return tuple(turns)
+
+
+def rollout_to_json(rollout: Rollout) -> Json:
+    """All of it but the trajectories."""
+    reward = rollout.reward
+    return {
+        "ticket": ticket_to_json(rollout.ticket),
+        "task": dataclasses.asdict(rollout.task),
+        "outcome": rollout.outcome,
+        "reward": None if reward is None else {"value": reward.value, "grade": dataclasses.asdict(reward.grade)},
+        "turns": turns_to_json(rollout.turns),
+        "messages": rollout.messages,
+        "failure": rollout.failure,
+        "seconds": round(rollout.seconds, 4),
+        "tool_seconds": round(rollout.tool_seconds, 4),
+    }
+
+
+def rollout_from_json(value: Json) -> Rollout:
+    """What `rollout_to_json` was given."""
+    task, reward, turns = value["task"], value["reward"], turns_from_json(value["turns"])
+    return Rollout(
+        ticket=ticket_from_json(value["ticket"]),
+        task=Task(**{**task, "messages": tuple(task["messages"])}),
+        trajectories=EpisodeTree(turns).trajectories(),
+        outcome=value["outcome"],
+        reward=None if reward is None else Reward(reward["value"], Grade(**reward["grade"])),
+        messages=tuple(value["messages"]),
+        turns=turns,
+        failure=value["failure"],
+        seconds=value["seconds"],
+        tool_seconds=value["tool_seconds"],
+    )
+
+
+def _shared(before: tuple[int, ...], prompt: tuple[int, ...]) -> int:
+    """Leading tokens that both have."""
+    if prompt[: len(before)] == before:
+        return len(before)
+    pairs = zip(before, prompt, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(prompt)))

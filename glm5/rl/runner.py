@@ -1,0 +1,305 @@
+"""Plays one episode: messages to tokens, tokens to messages, turn after turn, and the reward at the end.
+
+The conversation is rendered by the chat template once, for the first turn. A later prompt is the earlier prompt, the
+tokens that were sampled (never tokenised again) and the template's tokens of the new messages. Where the template
+would render what was said before differently (it drops thoughts behind a new question, unless `keep_thoughts`), or the
+model ended its turn with another token than the one that the conversation goes on with, the prompt is what a server
+would have been sent, and the episode's tree branches.
+
+Whatever goes wrong has its own outcome. A mistake in the environment's code is `env_failure` with the reason, never a
+reward of 0. Mistakes of the engine are raised: they are nobody's sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+from glm5.engine import SamplingParams
+from glm5.envs import Environment, EnvironmentFailure, Episode, Message, Reward, Task
+from glm5.errors import InputError, TextError
+from glm5.rl.records import Outcome, Rollout, Ticket, Turn
+from glm5.rl.tree import EpisodeTree
+from glm5.serve.generation import Source
+from glm5.text import Detokenizer, Tokenizer, parse_assistant
+from glm5.train.checks import check_counts
+
+T = TypeVar("T")
+OPEN = ""
+"""Finish reason of a turn that still runs."""
+Progress = Callable[[Ticket, int, Turn], None]
+"""Told of a turn by its number and what it is so far: now and then while it runs, and once when it ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How rollouts are sampled: at temperature 1 with nothing cut off, as the losses assume."""
+
+    seed: int = 0
+    """Of the tasks and of every random number; a ticket and this seed fix both."""
+    max_tokens: int = 1024
+    """Of one turn."""
+    max_episode_tokens: int | None = None
+    """Of the longest prompt with its answer; None: as many as the model takes."""
+    thinking: bool = False
+    """Whether each prompt opens a thought; a model must have been taught to."""
+    keep_thoughts: bool = True
+    """Whether thoughts of earlier turns stay in the prompt when a new user message comes."""
+    report_every: int = 32
+    """Tokens between two reports of an unfinished turn; what was not reported is sampled again after a crash."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "seed", least=0)
+        check_counts(self, "max_tokens", "report_every")
+        if self.max_episode_tokens is not None:
+            check_counts(self, "max_episode_tokens", least=2)
+
+
+async def play(
+    ticket: Ticket,
+    environment: Environment,
+    source: Source,
+    config: RolloutConfig,
+    *,
+    progress: Progress | None = None,
+    resume_from: Sequence[Turn] = (),
+    timed: bool = True,
+) -> Rollout:
+    """Makes the rollout of a ticket.
+
+    resume_from: turns as `progress` reported them, the last of which may be open. The environment is asked again from
+    the beginning and must answer the same; if it does not, the rollout starts anew. timed: whether the environment's
+    time limits count; without, the result depends on no clock. Cancelling the call ends the request and closes the
+    episode.
+    """
+    if source.tokenizer is None:
+        raise InputError("Reinforcement learning needs a tokenizer; give a model directory that holds one.")
+    try:
+        return await _Player(ticket, environment, source, source.tokenizer, config, progress, resume_from, timed).play()
+    except _AnotherPath:
+        return await _Player(ticket, environment, source, source.tokenizer, config, progress, (), timed).play()
+
+
+class _AnotherPath(Exception):
+    """The environment did not answer as it did before the interruption."""
+
+
+class _Aborted(Exception):
+    """The source gave a request up."""
+
+
+class _Player:
+    """One episode while it is played."""
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        environment: Environment,
+        source: Source,
+        tokenizer: Tokenizer,
+        config: RolloutConfig,
+        progress: Progress | None,
+        resume_from: Sequence[Turn],
+        timed: bool,
+    ) -> None:
+        self.ticket, self.environment, self.source, self.tokenizer = ticket, environment, source, tokenizer
+        self.config, self.progress, self.known, self.timed = config, progress, resume_from, timed
+        self.limits = environment.limits
+        self.messages: list[Message] = []
+        self.turns: list[Turn] = []
+        self.tool_seconds = 0.0
+
+    # ---- from beginning to end ----------------------------------------------------------------------------------
+    async def play(self) -> Rollout:
+        """The finished rollout, whatever happens but cancellation and mistakes of the source."""
+        started = time.perf_counter()
+        task = Task(f"{self.ticket.environment}/{self.ticket.task_index}", (), "", "")
+        episode: Episode | None = None
+        reward: Reward | None = None
+        outcome: Outcome
+        failure = ""
+        timer = asyncio.timeout(self.limits.seconds if self.timed else None)
+        try:
+            async with timer:
+                task = self._called("task", self.environment.task, self.config.seed, self.ticket.task_index)
+                episode = self._called("episode", self.environment.episode, task)
+                truncated = await self._converse(episode)
+                reward = await self._asked("score", episode.score())
+                if not math.isfinite(reward.value):
+                    raise EnvironmentFailure(f"score: the reward is {reward.value}")
+                outcome = "truncated" if truncated else "ok"
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            reward, outcome, failure = None, "timeout", f"the episode took longer than {self.limits.seconds:g} s"
+        except EnvironmentFailure as error:
+            reward, outcome, failure = None, "env_failure", str(error)
+        except _Aborted:
+            reward, outcome, failure = None, "aborted", "the engine gave the request up"
+        finally:
+            if episode is not None:
+                with suppress(Exception):
+                    await episode.close()
+        return Rollout(
+            ticket=self.ticket,
+            task=task,
+            trajectories=EpisodeTree(self.turns).trajectories(),
+            outcome=outcome,
+            reward=reward,
+            messages=tuple(self.messages),
+            turns=tuple(self.turns),
+            failure=failure,
+            seconds=time.perf_counter() - started,
+            tool_seconds=self.tool_seconds,
+        )
+
+    async def _converse(self, episode: Episode) -> bool:
+        """Turn after turn until the environment has enough, or a limit is met (True)."""
+        tools = self._called("tools", lambda: list(episode.tools))
+        observation = await self._asked("reset", episode.reset())
+        self.messages += observation.messages
+        prompt = self._rendered(tools, len(self.messages), answer=True)
+        if self._room(prompt) < 1:
+            raise EnvironmentFailure(
+                f"the first prompt has {len(prompt)} tokens, which leaves no room for an answer in {self._longest}"
+            )
+        while True:
+            turn = await self._sampled(prompt)
+            message = parse_assistant(
+                self._text(turn), tools or None, self.config.thinking, f"{self.ticket.id}/{len(self.turns)}"
+            )
+            self.messages.append(message)
+            said = len(self.messages)
+            observation = await self._asked("step", episode.step(message))
+            self.messages += observation.messages
+            cut = turn.finish_reason == "length"
+            if observation.done or cut:
+                return cut
+            prompt = self._continued(turn, tools, said)
+            if len(self.turns) >= self.limits.turns or self._room(prompt) < 1:
+                return True
+
+    # ---- the environment ----------------------------------------------------------------------------------------
+    def _called(self, what: str, function: Callable[..., T], *values: object) -> T:
+        """The result of the environment's code; an exception of it is a failure of the environment."""
+        try:
+            return function(*values)
+        except EnvironmentFailure:
+            raise
+        except Exception as error:
+            raise EnvironmentFailure(f"{what}: {type(error).__name__}: {error}") from error
+
+    async def _asked(self, what: str, call: Awaitable[T]) -> T:
+        """The same for a call that takes time."""
+        begun = time.perf_counter()
+        timer = asyncio.timeout(self.limits.step_seconds if self.timed else None)
+        try:
+            async with timer:
+                return await call
+        except EnvironmentFailure:
+            raise
+        except Exception as error:
+            if timer.expired():
+                raise EnvironmentFailure(f"{what} took longer than {self.limits.step_seconds:g} s") from None
+            raise EnvironmentFailure(f"{what}: {type(error).__name__}: {error}") from error
+        finally:
+            self.tool_seconds += time.perf_counter() - begun
+
+    # ---- the model ----------------------------------------------------------------------------------------------
+    async def _sampled(self, prompt: tuple[int, ...]) -> Turn:
+        """The next turn, from what is known of it on."""
+        number, started = len(self.turns), time.perf_counter()
+        turn = Turn(prompt, (), (), (), OPEN)
+        if number < len(self.known):
+            turn = self.known[number]
+            if turn.prompt_ids != prompt:
+                raise _AnotherPath
+        if turn.finish_reason == OPEN:
+            turn = await self._streamed(number, turn, started)
+        self.turns.append(turn)
+        if turn.finish_reason == "abort":
+            raise _Aborted
+        return turn
+
+    async def _streamed(self, number: int, begun: Turn, started: float) -> Turn:
+        """The rest of a turn. The random numbers hang on the position alone, so it goes on as if never interrupted."""
+        ids, logprobs, versions = list(begun.output_ids), list(begun.logprobs), list(begun.versions)
+        finish_reason = OPEN
+        params = SamplingParams(
+            temperature=1.0,
+            max_tokens=self._room(begun.prompt_ids) - len(ids),
+            seed=self.ticket.seed(self.config.seed, number),
+        )
+        stream = self.source.stream(
+            (*begun.prompt_ids, *ids), params, session_id=self.ticket.id, priority=0, deadline=None
+        )
+
+        def so_far(reason: str) -> Turn:
+            seconds = time.perf_counter() - started
+            return Turn(
+                begun.prompt_ids, tuple(ids), tuple(logprobs), tuple(versions), reason, seconds, stream.cached_tokens
+            )
+
+        try:
+            async for delta in stream:
+                ids.append(delta.token_id)
+                logprobs.append(delta.logprob)
+                versions.append(delta.version)
+                finish_reason = delta.finish_reason or OPEN
+                if self.progress is not None and (finish_reason or len(ids) % self.config.report_every == 0):
+                    self.progress(self.ticket, number, so_far(finish_reason))
+        finally:
+            stream.close()
+        return so_far(finish_reason or "abort")
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of a prompt with its answer."""
+        own = self.config.max_episode_tokens
+        return self.source.max_model_len if own is None else min(own, self.source.max_model_len)
+
+    def _room(self, prompt: tuple[int, ...]) -> int:
+        """Tokens that the next turn may have."""
+        return min(self.config.max_tokens, self._longest - len(prompt))
+
+    def _text(self, turn: Turn) -> str:
+        """What was said, as the engine makes text of tokens: without the token that ended the turn."""
+        ids = turn.output_ids[:-1] if turn.finish_reason == "stop" else turn.output_ids
+        detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=True)
+        return "".join(map(detokenizer.feed, ids)) + detokenizer.finish()
+
+    # ---- prompts ------------------------------------------------------------------------------------------------
+    def _rendered(self, tools: list, count: int, *, answer: bool) -> tuple[int, ...]:
+        """The template's tokens of the first `count` messages; `answer`: and of the beginning of the next turn."""
+        try:
+            return tuple(
+                self.tokenizer.apply_chat_template(
+                    self.messages[:count],
+                    tools or None,
+                    add_generation_prompt=answer,
+                    enable_thinking=self.config.thinking,
+                    clear_thinking=False if self.config.keep_thoughts else None,
+                    escape_special=True,
+                )
+            )
+        except TextError as error:
+            raise EnvironmentFailure(f"messages: {error}") from error
+
+    def _continued(self, turn: Turn, tools: list, said: int) -> tuple[int, ...]:
+        """The prompt after the messages that came behind the first `said`, the newest of which is the turn's own."""
+        before = self._rendered(tools, said, answer=False)
+        whole = self._rendered(tools, len(self.messages), answer=True)
+        # Every message begins with a special token, so texts that continue each other do so as tokens too.
+        if whole[: len(before)] != before:
+            return whole
+        added = whole[len(before) :]
+        if turn.finish_reason == "stop":
+            if turn.output_ids[-1] == added[0]:  # the model itself said whose turn is next
+                return turn.prompt_ids + turn.output_ids + added[1:]
+            return turn.prompt_ids + turn.output_ids[:-1] + added
+        return turn.prompt_ids + turn.output_ids + added
