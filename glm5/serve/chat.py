@@ -41,15 +41,11 @@ class ChatReply:
     def __init__(self, request: ChatRequest, service: Service, session_id: str | None) -> None:
         self.request, self.service = request, service
         tools, thinking = request.visible_tools, request.enable_thinking
-        # What a client sends is text: a special token inside it must not speak as another role.
-        prompt = service.tokenizer.apply_chat_template(
-            request.prompt_messages(),
-            tools=tools or None,
-            enable_thinking=thinking,
-            clear_thinking=request.clear_thinking,
+        messages = request.prompt_messages()
+        prompt = service.prompt(
+            messages, session_id, tools or None, enable_thinking=thinking, clear_thinking=request.clear_thinking,
             reasoning_effort=request.chat_template_kwargs.reasoning_effort,
-            escape_special=True,
-        )
+        )  # fmt: skip
         most = request.max_completion_tokens or request.max_tokens
         share = reasoning_share(len(prompt), most, service.source.max_model_len)
         structure = request.structure().outputs(thinking=thinking, reasoning_tokens=share)
@@ -61,7 +57,7 @@ class ChatReply:
             params = replace(params, stop_token_ids=(*params.stop_token_ids, end))
         self.generation = Generation(
             service.source, [prompt], params, parser=lambda seed: AssistantStream(tools, thinking, seed),
-            session_id=session_id, priority=request.priority,
+            session_id=session_id, priority=request.priority, messages=messages,
         )  # fmt: skip
 
     # ---- the plain reply ----------------------------------------------------------------------------------------

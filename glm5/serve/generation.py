@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -124,11 +124,15 @@ class Generation:
         parser: Parser | None = None,
         session_id: str | None = None,
         priority: int = 0,
+        messages: Sequence[Mapping[str, Any]] = (),
     ) -> None:
+        """messages: the conversation that the one prompt was made of, for whoever records it."""
         self.source = source
         self.prompts = [list(prompt) for prompt in prompts]
         self.params = params
-        self.session_id, self.priority = session_id, priority
+        self.session_id, self.priority, self.messages = session_id, priority, messages
+        self.ended = False
+        """Whether the recorder was told."""
         self.id = secrets.token_hex(12)
         self.created = int(time.time())
         self.samples = [

@@ -26,7 +26,7 @@ from glm5.serve.errors import ApiError, anthropic_error_body
 from glm5.serve.generation import Generation, Step
 from glm5.serve.service import Service, named_event
 from glm5.serve.structure import Structure
-from glm5.text import AssistantStream, Tokenizer
+from glm5.text import AssistantStream
 
 DEFAULT_BUDGET = 1024
 """Reasoning tokens before a structured answer when the client names no budget."""
@@ -42,10 +42,10 @@ def install_messages(app: FastAPI, service: Service) -> None:
         return await service.answer(request, lambda: MessagesReply(body, service, session), stream=body.stream)
 
     @app.post("/v1/messages/count_tokens", response_model=None)
-    async def count_tokens(body: CountTokensRequest) -> Response:
+    async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
         _check(body, service)
-        ids, _ = await run_in_threadpool(prompt_ids, body, service.tokenizer)
-        return JSONResponse({"input_tokens": len(ids)})
+        asked = await run_in_threadpool(Asked, body, service, request.headers.get("x-session-id"))
+        return JSONResponse({"input_tokens": len(asked.prompt)})
 
 
 def _check(body: CountTokensRequest, service: Service) -> None:
@@ -54,20 +54,17 @@ def _check(body: CountTokensRequest, service: Service) -> None:
         raise ApiError(400, f"At most {service.limits.max_messages} messages are accepted; send fewer.")
 
 
-def prompt_ids(request: CountTokensRequest, tokenizer: Tokenizer) -> tuple[list[int], str]:
-    """The prompt, and the text at its end that begins the answer. Raises `TextError`.
+class Asked:
+    """What a request asks. Raises `TextError`."""
 
-    What a client sends is text: a special token inside it must not speak as another role.
-    """
-    messages, prefill = chat_messages(request)
-    ids = tokenizer.apply_chat_template(
-        messages,
-        tools=request.visible_tools or None,
-        enable_thinking=request.enable_thinking,
-        clear_thinking=False,
-        escape_special=True,
-    )
-    return ids + tokenizer.encode(prefill, allow_special=False), prefill
+    def __init__(self, request: CountTokensRequest, service: Service, session_id: str | None) -> None:
+        self.messages, self.prefill = chat_messages(request)
+        """The conversation, and the text that begins the answer."""
+        ids = service.prompt(
+            self.messages, session_id, request.visible_tools or None, enable_thinking=request.enable_thinking,
+            clear_thinking=False,
+        )  # fmt: skip
+        self.prompt = ids + service.tokenizer.encode(self.prefill, allow_special=False)
 
 
 class MessagesReply:
@@ -77,7 +74,8 @@ class MessagesReply:
 
     def __init__(self, request: MessagesRequest, service: Service, session_id: str | None) -> None:
         self.request, self.service = request, service
-        prompt, self.prefill = prompt_ids(request, service.tokenizer)
+        asked = Asked(request, service, session_id)
+        prompt, self.prefill = asked.prompt, asked.prefill
         limit = service.source.max_model_len
         if len(prompt) >= limit:
             raise InputError(f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum; send a shorter one.")
@@ -89,6 +87,7 @@ class MessagesReply:
             self._params(min(request.max_tokens, limit - len(prompt))),
             parser=lambda seed: AssistantStream(tools, thinking, seed),
             session_id=session_id,
+            messages=asked.messages,
         )
         self.blocks = ContentBlocks()
 

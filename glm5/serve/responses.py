@@ -62,17 +62,14 @@ class ResponseReply:
         self.messages = [*earlier, *input_messages(request.input)]
         self.tools, self.thinking = request.visible_tools(), request.enable_thinking
         opening = [{"role": "system", "content": request.instructions}] if request.instructions else []
-        prompt = service.tokenizer.apply_chat_template(
-            [*opening, *self.messages],
-            tools=self.tools or None,
-            enable_thinking=self.thinking,
-            clear_thinking=request.chat_template_kwargs.clear_thinking,
-            reasoning_effort=request.chat_template_kwargs.reasoning_effort,
-            escape_special=True,
-        )
+        kwargs = request.chat_template_kwargs
+        prompt = service.prompt(
+            [*opening, *self.messages], session_id, self.tools or None, enable_thinking=self.thinking,
+            clear_thinking=kwargs.clear_thinking, reasoning_effort=kwargs.reasoning_effort,
+        )  # fmt: skip
         self.generation = Generation(
             service.source, [prompt], self._params(len(prompt)), parser=self._parser, session_id=session_id,
-            priority=request.priority,
+            priority=request.priority, messages=[*opening, *self.messages],
         )  # fmt: skip
         self.id = f"resp_{self.generation.id}"
         self.items = ResponseItems(self.generation.id)

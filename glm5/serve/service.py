@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,13 +26,24 @@ from glm5.serve.errors import FAILED, ApiError, error_status
 from glm5.serve.gate import Gate
 from glm5.serve.generation import Generation, Source, Step
 from glm5.serve.limits import Limits, deadline_of
-from glm5.text import Tokenizer
+from glm5.text import Tokenizer, Written, spliced_prompt
 
 log = logging.getLogger("glm5.serve")
 
-Recorder = Callable[[Generation], None]
-"""Called with each finished generation (its `samples`): how a caller keeps what was sampled."""
 Body = dict[str, Any]
+
+
+class Recorder(Protocol):
+    """Keeps what was sampled, for a caller that learns from it. Any method may raise `ApiError` to refuse a request."""
+
+    def begin(self, session_id: str | None) -> None:
+        """A request came, of this session if it names one. Called from the event loop, as `ended`."""
+
+    def written(self, session_id: str, messages: Sequence[Mapping[str, Any]]) -> Mapping[int, Written]:
+        """The answers among the messages, by number, that were sampled in this session. Called from any thread."""
+
+    def ended(self, generation: Generation) -> None:
+        """A generation is over, by itself or because it was called off: once for each that was started."""
 
 
 class Reply(Protocol):
@@ -101,6 +112,8 @@ class Service:
     async def answer(self, request: Request, prepare: Callable[[], Reply], *, stream: bool) -> Response:
         """Runs one request. `prepare` renders the prompt, in a worker thread; errors leave as the app's handlers do."""
         deadline = deadline_of(request.headers, self.limits)
+        if self.recorder is not None:
+            self.recorder.begin(request.headers.get("x-session-id"))
         await self.gate.enter(lambda: _disconnected(request))
         try:
             reply = await run_in_threadpool(_prepared, prepare, deadline)
@@ -111,21 +124,37 @@ class Service:
                 await _unless_disconnected(request, lambda: self._finish(reply))
             finally:
                 reply.generation.close()
+                self._ended(reply.generation)
         except BaseException:
             self.gate.leave()
             raise
         self.gate.leave()
         return JSONResponse(reply.whole())
 
+    def prompt(
+        self, messages: Sequence[Mapping[str, Any]], session_id: str | None, tools: Sequence[Mapping[str, Any]] | None,
+        *, enable_thinking: bool, clear_thinking: bool | None = None, reasoning_effort: str | None = None,
+    ) -> list[int]:  # fmt: skip
+        """The prompt of a conversation. Answers that the recorder knows stand in it as the tokens that were sampled.
+
+        What a client sends is text: a special token inside it must not speak as another role. Raises `TextError`.
+        """
+        known = session_id is not None and self.recorder is not None
+        written = self.recorder.written(session_id, messages) if known else {}  # type: ignore[union-attr, arg-type]
+        return spliced_prompt(
+            self.tokenizer, messages, written, tools, enable_thinking=enable_thinking, clear_thinking=clear_thinking,
+            reasoning_effort=reasoning_effort,
+        )  # fmt: skip
+
     def _leave(self, reply: Reply) -> None:
         reply.generation.close()
         self.gate.leave()
+        self._ended(reply.generation)
 
     async def _finish(self, reply: Reply) -> None:
         async with aclosing(reply.generation.steps()) as steps:
             async for _ in steps:
                 pass
-        self._record(reply)
 
     async def _events(self, reply: Reply) -> AsyncIterator[str]:
         try:
@@ -136,7 +165,7 @@ class Service:
                     pieces = [reply.encode(body) for body in reply.step(step)]
                     if pieces:
                         yield "".join(pieces)
-            self._record(reply)
+            self._ended(reply.generation)  # before the client may act on the answer
             yield "".join(map(reply.encode, reply.closing())) + reply.end
         except GLM5Error as error:
             yield reply.encode(reply.failure(error_status(error), str(error)))
@@ -144,9 +173,11 @@ class Service:
             log.exception("a streamed request failed")
             yield reply.encode(reply.failure(500, FAILED))
 
-    def _record(self, reply: Reply) -> None:
-        if self.recorder:
-            self.recorder(reply.generation)
+    def _ended(self, generation: Generation) -> None:
+        """Tells the recorder, once."""
+        if self.recorder is not None and not generation.ended:
+            generation.ended = True
+            self.recorder.ended(generation)
 
 
 class _EventStream(StreamingResponse):

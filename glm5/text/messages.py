@@ -65,13 +65,22 @@ def disarm(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, s
         if message["role"] == "assistant" and not isinstance(message.get("reasoning_content"), str):
             message["reasoning_content"], message["content"] = split_reasoning(message["content"])
     try:
-        everything = json.dumps([messages, tools], ensure_ascii=False, default=str)
-        marker = next((m for m in _MARKERS if m not in everything), None)
-        if marker is None:
-            raise TextError("the messages use all 32 Unicode noncharacters; remove them to encode with escape_special")
+        marker = unused_marker(messages, tools)
         return _broken(messages, special, marker), _broken(tools, special, marker), marker
     except RecursionError:
         raise TextError("a message or a tool is nested too deeply; send a flatter one") from None
+
+
+def unused_marker(messages: Any, tools: Any) -> str:
+    """A character that is in none of the texts. Raises `TextError` when there is none."""
+    try:
+        everything = json.dumps([messages, tools], ensure_ascii=False, default=str)
+    except RecursionError:
+        raise TextError("a message or a tool is nested too deeply; send a flatter one") from None
+    marker = next((m for m in _MARKERS if m not in everything), None)
+    if marker is None:
+        raise TextError("the messages use all 32 Unicode noncharacters; remove them to encode with escape_special")
+    return marker
 
 
 def _broken(value: Any, special: re.Pattern[str], marker: str) -> Any:

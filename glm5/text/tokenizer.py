@@ -210,10 +210,29 @@ class Tokenizer:
         `escape_special`: special tokens inside messages and tools become plain text; needs `tokenize`, because only
         token identities can tell the two apart. `variables` go to the template as they are.
         """
-        if reasoning_effort not in (None, "low", "high", "max"):
-            raise TextError(f"reasoning_effort is {reasoning_effort!r}; use 'low', 'high' or 'max'")
         if escape_special and not tokenize:
             raise TextError("escape_special needs tokenize=True: as text, an escaped token looks like a real one")
+        text, marker = self.rendered(
+            messages, tools, add_generation_prompt, enable_thinking, clear_thinking,
+            reasoning_effort=reasoning_effort, escape_special=escape_special, variables=variables,
+        )  # fmt: skip
+        return self.encode_rendered(text, marker) if tokenize else text
+
+    def rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool = True,
+        clear_thinking: bool | None = None,
+        *,
+        reasoning_effort: str | None = None,
+        escape_special: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[str, str]:
+        """The text of a prompt, and the character that breaks its escaped special tokens; "" when none are."""
+        if reasoning_effort not in (None, "low", "high", "max"):
+            raise TextError(f"reasoning_effort is {reasoning_effort!r}; use 'low', 'high' or 'max'")
         plain_messages, plain_tools, marker = prepare_messages(messages), prepare_tools(tools), ""
         if escape_special:
             plain_messages, plain_tools, marker = disarm(plain_messages, plain_tools, self._special)
@@ -229,8 +248,10 @@ class Tokenizer:
                 **(variables or {}),
             },
         )
-        if not tokenize:
-            return text
+        return text, marker
+
+    def encode_rendered(self, text: str, marker: str) -> list[int]:
+        """Identities of what `rendered` gave, or of a part of it."""
         return self._encode_around(text, marker) if marker else self.encode(text)
 
     def _encode_around(self, text: str, marker: str) -> list[int]:

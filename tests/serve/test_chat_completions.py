@@ -187,12 +187,24 @@ def test_limits_of_length_and_stop():
     assert (stopped["message"]["content"], stopped["finish_reason"]) == ("one two", "stop")
 
 
+class Recorded:
+    def __init__(self):
+        self.begun, self.seen = [], []
+        self.begin, self.ended = self.begun.append, self.seen.append
+
+    def written(self, session_id, messages):
+        return {}
+
+
 def test_a_recorder_sees_what_was_sampled():
-    seen = []
-    client = client_of("</think>ok", recorder=seen.append)
+    recorder = Recorded()
+    client = client_of("</think>ok", recorder=recorder)
     ids = ask(client, return_token_ids=True).json()["choices"][0]["token_ids"]
     events_of(ask(client, stream=True))
-    assert [[token.token_id for token in generation.samples[0].tokens] for generation in seen] == [ids, ids]
+    assert [[token.token_id for token in g.samples[0].tokens] for g in recorder.seen] == [ids, ids]
+    assert [[m["content"] for m in g.messages] for g in recorder.seen] == [["What is 12 + 30?"]] * 2
+    assert recorder.begun == [None, None]
+    assert ask(client, messages=[]).status_code == 400 and len(recorder.seen) == 2
 
 
 def test_models_and_health():

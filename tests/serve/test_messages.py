@@ -14,7 +14,7 @@ from speaker import ScriptedModel, speaker_model, speaker_tokenizer
 from glm5.engine import Engine
 from glm5.serve import create_app
 from glm5.serve.anthropic_schema import MessagesRequest
-from glm5.serve.messages import prompt_ids
+from glm5.serve.messages import Asked
 
 USER = [{"role": "user", "content": "What is 12 + 30?"}]
 ADD = {
@@ -176,8 +176,9 @@ def test_what_was_answered_comes_back_as_the_same_tokens():
     tokenizer = speaker_tokenizer()
     body = {"messages": messages, "thinking": THINK, "tools": [ADD], "model": "tiny", "max_tokens": 5}
     body = json.loads(json.dumps(body, default=lambda block: block.model_dump(exclude_none=True)))
-    second, _ = prompt_ids(MessagesRequest(**body), tokenizer)
-    opening, _ = prompt_ids(MessagesRequest(**{**body, "messages": USER}), tokenizer)
+    service = create_app(Engine(ScriptedModel(""), tokenizer)).state.service
+    second = Asked(MessagesRequest(**body), service, None).prompt
+    opening = Asked(MessagesRequest(**{**body, "messages": USER}), service, None).prompt
     assert second[: len(opening)] == opening
     answer = second[len(opening) :]
     said = tokenizer.encode(text)
