@@ -35,7 +35,7 @@ from glm5.data.world_text import Question, questions
 from glm5.engine import Engine, SamplingParams
 from glm5.errors import ConfigError, InputError
 from glm5.files import replacing, write_json
-from glm5.scoring import Accuracy, grade_exact, grade_number, proportion
+from glm5.scoring import Accuracy, abstains, grade_exact, grade_number, proportion
 from glm5.text import parse_assistant
 
 Message = Mapping[str, Any]
@@ -161,11 +161,6 @@ def write_skills(directory: Path, result: SkillsResult, records: Sequence[Mappin
     write_json(directory / "result.json", result.to_json())
 
 
-def abstains(message: Message) -> bool:
-    """Whether an answer says that the model does not know."""
-    return "don't know" in (message.get("content") or "").casefold().replace("’", "'")
-
-
 def _about_facts(world: World, config: SkillsConfig) -> Iterator[Asked]:
     practised = list(world.practised())
     reserved = [fact for fact in world.part("taught") if not fact.practised]
@@ -194,7 +189,7 @@ def _fact_judge(question: Question, groups: list[str], known: str | None) -> Cal
     def judge(message: Message) -> dict[str, bool]:
         content = message.get("content") or ""
         right = any(grade_exact(content, answer).correct for answer in (question.answer, *question.aliases))
-        return dict.fromkeys(groups, right) | ({} if known is None else {known: not abstains(message)})
+        return dict.fromkeys(groups, right) | ({} if known is None else {known: not abstains(content)})
 
     return judge
 
@@ -250,7 +245,7 @@ def _unknown(world: World, config: SkillsConfig) -> Iterator[Asked]:
 
 
 def _abstention_judge(group: str) -> Callable[[Message], dict[str, bool]]:
-    return lambda message: {group: abstains(message)}
+    return lambda message: {group: abstains(message.get("content") or "")}
 
 
 def _best_constant(world: World) -> float:

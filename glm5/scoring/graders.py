@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from fractions import Fraction
 
 from glm5.scoring.grade import Grade
@@ -46,6 +47,19 @@ def grade_number(response: str, answer: str) -> Grade:
     if parse_number(found) == expected:
         return Grade("correct", "the expected number", found)
     return Grade("incorrect", f"found {_short(found)}, expected {answer}", found)
+
+
+def grade_fact(response: str, answers: Sequence[str]) -> Grade:
+    """Correct for any of the expected texts; an answer that says it does not know was not attempted."""
+    if abstains(response):
+        return Grade("not_attempted", "it says that it does not know", extract_answer(response))
+    grades = [grade_exact(response, answer) for answer in answers]
+    return next((grade for grade in grades if grade.correct), grades[0])
+
+
+def abstains(response: str) -> bool:
+    """Whether an answer says that the model does not know."""
+    return "don't know" in response.casefold().replace("’", "'")
 
 
 def extract_answer(response: str) -> str:

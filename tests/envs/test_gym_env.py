@@ -1,0 +1,102 @@
+"""Gymnasium's objects, real ones and ones that only look alike."""
+
+import asyncio
+import threading
+
+import gymnasium
+import pytest
+from episodes import play, played, said
+
+from glm5.envs import EnvironmentFailure, GymEnvironment
+
+WAYS = ["left", "down", "right", "up"]
+
+
+class Guessing:
+    """A text game without gymnasium: find the number."""
+
+    closed = 0
+
+    def reset(self, *, seed):
+        self.number = seed % 8
+        return "A number below 8.", {}
+
+    def step(self, action):
+        if action == "crash":
+            raise RuntimeError("the board fell down")
+        guess = int(action)
+        if guess == self.number:
+            return "right", 1.0, True, False, {}
+        return ("higher" if guess < self.number else "lower"), -0.125, False, False, {}
+
+    def close(self):
+        type(self).closed += 1
+
+
+def number(text):
+    return text if text == "crash" else str(int(text))
+
+
+guessing = GymEnvironment("guessing", Guessing, instructions="Guess.", action=number)
+
+
+def test_a_game_is_played_to_its_end_and_rewards_add_up():
+    task = guessing.task(0, 0)
+    before = Guessing.closed
+    low, high, messages = 0, 7, []
+    while True:
+        middle = (low + high) // 2
+        messages.append(said(str(middle)))
+        seen, reward = play(guessing, task, *messages)
+        if seen[-1].done:
+            break
+        low, high = (middle + 1, high) if seen[-1].messages[0]["content"] == "higher" else (low, middle - 1)
+    assert seen[0].messages == ({"role": "user", "content": "Guess.\n\nA number below 8."},)
+    assert reward.value == 1.0 - 0.125 * (len(messages) - 1)
+    assert Guessing.closed == before + len(messages)
+
+
+def test_the_seed_makes_the_task():
+    assert len({guessing.task(0, i).id for i in range(9)}) == 9
+
+    def first_reply(index):
+        return play(guessing, guessing.task(0, index), said("3"))[0][-1]
+
+    replies = [first_reply(i) for i in range(12)]
+    assert replies == [first_reply(i) for i in range(12)] and len(set(map(str, replies))) > 1
+
+
+def test_a_wrong_action_is_told_and_a_crash_is_a_failure():
+    task = guessing.task(0, 0)
+    seen, reward = play(guessing, task, said("no idea"))
+    assert "no valid action" in seen[-1].messages[0]["content"] and not seen[-1].done and reward.value == 0.0
+    with pytest.raises(EnvironmentFailure, match="the board fell down"):
+        play(guessing, task, said("crash"))
+
+
+def test_a_step_does_not_hold_up_other_episodes():
+    both = threading.Barrier(2, timeout=30)
+
+    class Meeting(Guessing):
+        def step(self, action):
+            both.wait()
+            return super().step(action)
+
+    env = GymEnvironment("meeting", Meeting)
+
+    async def two():
+        return await asyncio.gather(*(played(env, env.task(0, i), [said("1")]) for i in range(2)))
+
+    assert len(asyncio.run(two())) == 2
+
+
+def test_gymnasium_itself():
+    env = GymEnvironment(
+        "frozen-lake", lambda: gymnasium.make("FrozenLake-v1", is_slippery=False),
+        instructions="Reach 15.", action=lambda text: WAYS.index(text.split()[-1]),
+    )  # fmt: skip
+    path = [said(f"I go {way}") for way in ("down", "down", "right", "right", "down", "right")]
+    seen, reward = play(env, env.task(0, 0), *path)
+    assert [o.messages[0]["content"] for o in seen[1:-1]] == ["4", "8", "9", "10", "14"]
+    assert seen[-1].done and reward.value == 1.0
+    assert play(env, env.task(0, 0), said("I go down"), said("right"))[1].value == 0.0
