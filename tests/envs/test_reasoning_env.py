@@ -8,10 +8,21 @@ from episodes import assert_pure, play, said
 from glm5.envs import EnvironmentFailure, ReasoningGym, SingleTurn
 from glm5.errors import InputError
 
-QUICK = (
-    "basic_arithmetic binary_matrix boxnet chain_sum game_of_life gsm_symbolic n_queens number_sorting pool_matrix "
-    "prime_factorization propositional_logic spiral_matrix syllogism"
-).split()
+QUICK = [
+    "basic_arithmetic",
+    "binary_matrix",
+    "boxnet",
+    "chain_sum",
+    "game_of_life",
+    "gsm_symbolic",
+    "n_queens",
+    "number_sorting",
+    "pool_matrix",
+    "prime_factorization",
+    "propositional_logic",
+    "spiral_matrix",
+    "syllogism",
+]
 OWN_ANSWER_IS_NOT_SHOWN = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 
 
