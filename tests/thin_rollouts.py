@@ -28,9 +28,9 @@ def scheduler(config, **source):
     return Scheduler(config, one_environment(**source))
 
 
-def fold(config, tasks, events):
+def fold(config, tasks, events, kind=SchedulerState):
     """What the journal alone says."""
-    state = SchedulerState(config, tasks)
+    state = kind(config, tasks)
     for event in events:
         state.apply(event)
     return state
