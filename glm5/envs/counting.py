@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import exp
 
 from glm5.envs.protocol import Message, Reward, Task
-from glm5.scoring import Grade
+from glm5.scoring import Grade, Outcome
 
 SIGMA = 1.07
 
@@ -44,5 +44,5 @@ class Counting:
         right = next((i for i, pair in enumerate(zip(said, wanted, strict=False)) if pair[0] != pair[1]), None)
         right = min(len(said), len(wanted)) if right is None else right
         value = right / max(len(said), len(wanted))
-        outcome = "correct" if value == 1 else "incorrect" if said else "not_attempted"
+        outcome: Outcome = "correct" if value == 1 else "incorrect" if said else "not_attempted"
         return Reward(value, Grade(outcome, f"{right} of {len(wanted)} numbers, {len(said)} said"))
