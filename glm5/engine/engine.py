@@ -2,7 +2,8 @@
 
 One thread of its own runs step after step while there is work (`core.py`) and ends when there has been none for a
 moment. Callers only queue requests and read tokens, so a slow or vanished reader holds nobody up. How a request flows,
-what strict mode promises and how much memory is taken: docs/engine.md.
+what strict mode promises and how much memory is taken: docs/engine.md. A caller that needs a clock of its own makes the
+engine without the thread and calls `step`.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class Engine:
     `storage` is the cache's format, by default that of the weights; `memory_bytes` or `num_blocks` its size, by default
     a share of the free memory. `strict` (fp32): tokens and log-probabilities depend on nothing but the request and the
     weights, to the bit. `num_speculative_tokens`: guesses of the MTP module to verify in each step, where that pays
-    (`speculative.py`); they change no token. Raises `InputError` for requests that cannot run, before any work starts,
-    and `CheckpointError` when the model gives logits that are not finite.
+    (`speculative.py`); they change no token. `threaded=False`: nothing runs until `step`. Raises `InputError` for
+    requests that cannot run, before any work starts, and `CheckpointError` when the model gives logits that are not
+    finite.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Engine:
         enable_prefix_caching: bool = True,
         num_speculative_tokens: int = 0,
         version: int = 0,
+        threaded: bool = True,
     ) -> None:
         if isinstance(model, str | Path):
             directory = Path(model)
@@ -85,6 +88,7 @@ class Engine:
         check_whole("max_num_batched_tokens", max_num_batched_tokens, 1)
         check_whole("block_size", block_size, 1)
         self.strict = strict
+        self.threaded = threaded
         self.eos_ids = frozenset(self.config.eos_token_ids or (tokenizer.eos_ids if tokenizer else ()))
         if max(self.eos_ids, default=0) >= self.config.vocab_size:
             raise InputError(
@@ -143,6 +147,8 @@ class Engine:
         requests = [self._request(ids, p, buffered=None) for ids, p in zip(prompts, each, strict=True)]
         self._submit(requests)
         try:
+            while not self.threaded and not all(request.mailbox.finished for request in requests):
+                self.step()
             for request in requests:
                 request.mailbox.wait(for_end=True)
                 request.mailbox.raise_error()
@@ -178,12 +184,23 @@ class Engine:
         seed, has got elsewhere or earlier; it goes on after them as if it had not stopped.
         """
         check_queueing(session_id, priority, deadline)
+        buffered = BUFFERED_TOKENS if self.threaded else 1
         request = self._request(
-            prompt_ids, params or SamplingParams(), buffered=BUFFERED_TOKENS, session_id=session_id, priority=priority,
+            prompt_ids, params or SamplingParams(), buffered=buffered, session_id=session_id, priority=priority,
             deadline=deadline, said=said,
         )  # fmt: skip
         self._submit([request])
         return TokenStream(request, self._abort)
+
+    def step(self) -> bool:
+        """One step of an engine that has no thread (`threaded=False`); False if nothing could run.
+
+        A request goes on only when its last token was read, so `while engine.step(): pass` gives each running sequence
+        exactly one token, however its prompt is cut and whatever is cached.
+        """
+        if self.threaded:
+            raise RuntimeError("This engine steps by itself; make it with threaded=False to step it.")
+        return self._step()
 
     def stats(self) -> EngineStats:
         """Counters of what runs now and of everything since the engine was made."""
@@ -197,6 +214,8 @@ class Engine:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        if not self.threaded:
+            self._end_all()
         if self._grammars is not None:
             self._grammars.close()
 
@@ -263,7 +282,7 @@ class Engine:
             if self._closed:
                 raise InputError("This engine is closed; make a new one.")
             self._arrived += requests
-            if self._thread is None:
+            if self._thread is None and self.threaded:
                 self._thread = threading.Thread(target=self._run, name="glm5-engine", daemon=True)
                 # A thread inside the model must not meet the end of the interpreter.
                 atexit.register(self.close)
@@ -286,16 +305,20 @@ class Engine:
         """The engine's thread: steps while there is work, waits for more, and ends when none comes."""
         busy = False
         while self._wait(busy):
-            with self._step_lock:
-                with self._changed:
-                    arrived, self._arrived = self._arrived, []
-                for request in arrived:
-                    self._core.add(request)
-                try:
-                    busy = self._core.step(time.monotonic())
-                except BaseException as error:  # a mistake of the engine itself: nobody may wait for it
-                    self._core.fail(error)
-                    busy = False
+            busy = self._step()
+
+    def _step(self) -> bool:
+        """Takes over what has arrived and runs one step."""
+        with self._step_lock:
+            with self._changed:
+                arrived, self._arrived = self._arrived, []
+            for request in arrived:
+                self._core.add(request)
+            try:
+                return self._core.step(time.monotonic())
+            except BaseException as error:  # a mistake of the engine itself: nobody may wait for it
+                self._core.fail(error)
+                return False
 
     def _wait(self, busy: bool) -> bool:
         """Waits until there is something to do; False ends the thread."""
@@ -312,11 +335,15 @@ class Engine:
                     elif not self._swaps and not self._woken:  # a request may come between timeout and lock
                         break
             if self._closed:
-                for request in self._arrived:
-                    request.mailbox.finish()
-                for request in list(self._core.requests.values()):
-                    self._core.end(request)
-                self._arrived.clear()
+                self._end_all()
             self._thread = None
             atexit.unregister(self.close)
             return False
+
+    def _end_all(self) -> None:
+        """Of a closed engine that does not run any more."""
+        for request in self._arrived:
+            request.mailbox.finish()
+        for request in list(self._core.requests.values()):
+            self._core.end(request)
+        self._arrived.clear()

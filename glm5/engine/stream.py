@@ -16,6 +16,10 @@ class MailboxReader:
 
     _mailbox: Mailbox
 
+    def poll(self) -> TokenDelta | None:
+        """The next token, or None when there is none yet; raises EOFError at the end. Never waits."""
+        return self._mailbox.take()
+
     # ---- threads ------------------------------------------------------------------------------------------------
     def __iter__(self) -> Self:
         return self
