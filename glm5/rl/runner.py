@@ -33,7 +33,7 @@ T = TypeVar("T")
 OPEN = ""
 """Finish reason of a turn that still runs."""
 Progress = Callable[[Ticket, int, Turn], None]
-"""Told of a turn by its number and what it is so far: now and then while it runs, and once when it ended."""
+"""Told of a turn by its number and what it is so far: at its first token, now and then, and once when it ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +251,8 @@ class _Player:
                 logprobs.append(delta.logprob)
                 versions.append(delta.version)
                 finish_reason = delta.finish_reason or OPEN
-                if self.progress is not None and (finish_reason or len(ids) % self.config.report_every == 0):
+                due = finish_reason or len(ids) == 1 or len(ids) % self.config.report_every == 0
+                if self.progress is not None and due:
                     self.progress(self.ticket, number, so_far(finish_reason))
         finally:
             stream.close()

@@ -39,6 +39,8 @@ OPERATIONAL = frozenset(
         "keep_checkpoints",
         "on_spike",
         "parallel",
+        "patience",
+        "report_every",
         "save_in_background",
         "spike_factor",
         "watch",

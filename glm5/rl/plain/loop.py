@@ -67,6 +67,8 @@ class RLConfig:
     clip_norm: float = 1.0
     attention: Literal["sparse", "dense"] = "sparse"
     """For sampling and learning alike."""
+    strict: bool = False
+    """Whether the engine is strict: then what is sampled depends on no batch, and so can be compared to the bit."""
     rows: int = 64
     """Samples per forward pass of the trainer."""
     max_attempts: int = 3
@@ -106,7 +108,7 @@ def train_policy(
     first = run.load_checkpoint(model, optimizers)
     run.rewind(first)
     queue = TaskQueue.after(run.read("metrics"))
-    engine = Engine(copy.deepcopy(model), tokenizer, attention=config.attention, version=first)
+    engine = Engine(copy.deepcopy(model), tokenizer, attention=config.attention, strict=config.strict, version=first)
     sampler = Sampler(
         engine,
         env,

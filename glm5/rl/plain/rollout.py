@@ -1,18 +1,18 @@
 """Rollouts: tasks to prompts, prompts to sampled groups, answers to rewards.
 
-The random numbers of a sample follow from (run seed, task, attempt, sample, position), so a rollout that is
-repeated under the same weights is the same rollout.
+The random numbers of a sample follow from (run seed, environment, task, attempt, sample, position), as those of the
+orchestrator do, so a rollout that is repeated under the same weights is the same rollout.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from glm5.engine import CompletionOutput, Engine, SamplingParams
 from glm5.envs import EnvironmentFailure, Questions, Task
 from glm5.errors import InputError
+from glm5.rl import records
 from glm5.rl.plain.records import Group, Sample
 from glm5.text import Tokenizer, parse_assistant
 
@@ -50,22 +50,20 @@ class Sampler:
         ]
         params = [
             SamplingParams(
-                n=self.group_size,
                 temperature=1.0,
                 max_tokens=self.max_tokens,
-                seed=sampling_seed(self.seed, ticket.task_index, ticket.attempt),
+                seed=records.Ticket(self.env.name, ticket.task_index, ticket.attempt, sample).seed(self.seed),
             )
             for ticket in tickets
+            for sample in range(self.group_size)
         ]
-        outputs = self.engine.generate(prompts, params)
-        return [
-            Group(
-                ticket.task_index,
-                ticket.attempt,
-                tuple(self._scored(task, tuple(o.prompt_token_ids), c) for c in o.outputs),
-            )
-            for ticket, task, o in zip(tickets, tasks, outputs, strict=True)
-        ]
+        outputs = self.engine.generate([prompt for prompt in prompts for _ in range(self.group_size)], params)
+        groups = []
+        for number, (ticket, task) in enumerate(zip(tickets, tasks, strict=True)):
+            own = outputs[number * self.group_size : (number + 1) * self.group_size]
+            samples = tuple(self._scored(task, tuple(o.prompt_token_ids), o.outputs[0]) for o in own)
+            groups.append(Group(ticket.task_index, ticket.attempt, samples))
+        return groups
 
     def _scored(self, task: Task, prompt_ids: tuple[int, ...], completion: CompletionOutput) -> Sample:
         message = parse_assistant(completion.text, thinking=self.thinking)
@@ -76,9 +74,3 @@ class Sampler:
         return Sample(
             task, prompt_ids, completion, reward, "truncated" if completion.finish_reason == "length" else "ok"
         )
-
-
-def sampling_seed(seed: int, task_index: int, attempt: int) -> int:
-    """The request seed of one attempt at one task: 63 bits of a hash of the three."""
-    digest = hashlib.sha256(f"{seed}/{task_index}/{attempt}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

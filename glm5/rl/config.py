@@ -1,0 +1,38 @@
+"""The settings of a run. The environments themselves are passed beside them, as objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from glm5.errors import ConfigError
+from glm5.rl.admission import SchedulerConfig
+from glm5.rl.learner import LearnerConfig
+from glm5.rl.runner import RolloutConfig
+from glm5.train.checks import check_counts, check_numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLRunConfig:
+    """One run of the orchestrator (`train_rl`), or of the deterministic mode (`train_in_lockstep`)."""
+
+    parent: Path
+    """The run or model directory to start from; its tokenizer is used."""
+    steps: int = 20
+    """Batches to learn from."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    """Among them the mode: sync, one-step-off or async."""
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    learning_ticks: int = 8
+    """In deterministic mode: tokens that every rollout gets while a batch is learnt from."""
+    patience: float = 600.0
+    """Seconds without a token, a finished rollout or a step, after which the run stops and says what it waits for."""
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps", "learning_ticks", "checkpoint_every", "keep_checkpoints")
+        check_numbers(self, "patience", above=0)
+        if self.rollout.max_episode_tokens is not None and self.rollout.max_episode_tokens <= 2:
+            raise ConfigError("rollout.max_episode_tokens leaves no room for a prompt and an answer; raise it.")

@@ -1,0 +1,128 @@
+"""The scheduler's events and the tokens of unfinished rollouts in the journal, and the way back.
+
+What one call of the scheduler brought about is one line, so a crash never splits it; the line is written before
+anything is done about it. Tokens of rollouts that still run are written as they are reported, each once. A line holds
+the tick at which it was written; without a logical clock that is always 0.
+
+| kind | what the line holds |
+|---|---|
+| events | `events` of the scheduler, a finished rollout as `codec.py` writes it |
+| progress | `pieces`: of a rollout's turn, the tokens since its last piece |
+| tick | the same for all rollouts: the tick is over |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from glm5.rl.codec import rollout_from_json, rollout_to_json, ticket_from_json, ticket_to_json
+from glm5.rl.events import EVENTS, Cancelled, Event, Finished
+from glm5.rl.journal import Journal, Record
+from glm5.rl.records import Ticket, Turn
+from glm5.rl.runner import OPEN
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of a turn since the last piece of it; the first one also holds the prompt and replaces what was there."""
+
+    ticket: Ticket
+    number: int
+    """Of the turn."""
+    first: int
+    """Of the tokens, counted in the turn."""
+    turn: Turn
+    """Only these tokens; the prompt is empty unless `first` is 0."""
+
+
+class Unfinished:
+    """What is known of rollouts that run: by id, their turns so far, the last of which may be open."""
+
+    def __init__(self) -> None:
+        self.turns: dict[str, list[Turn]] = {}
+
+    def add(self, piece: Piece) -> None:
+        """A piece from the journal, or from `news`."""
+        turns = self.turns.setdefault(piece.ticket.id, [])
+        before = turns[piece.number] if piece.first else Turn(piece.turn.prompt_ids, (), (), (), OPEN)
+        turns[piece.number :] = [
+            Turn(
+                before.prompt_ids,
+                before.output_ids[: piece.first] + piece.turn.output_ids,
+                before.logprobs[: piece.first] + piece.turn.logprobs,
+                before.versions[: piece.first] + piece.turn.versions,
+                piece.turn.finish_reason,
+            )
+        ]
+
+    def news(self, ticket: Ticket, number: int, turn: Turn) -> Piece:
+        """What a report (`runner.Progress`) adds to what is known."""
+        known = self.turns.get(ticket.id, [])
+        first = len(known[number].output_ids) if number < len(known) else 0
+        if first and turn.output_ids[:first] != known[number].output_ids:
+            first = 0  # the rollout began anew
+        prompt = () if first else turn.prompt_ids
+        parts = (turn.output_ids[first:], turn.logprobs[first:], turn.versions[first:])
+        return Piece(ticket, number, first, Turn(prompt, *parts, turn.finish_reason))
+
+    def forget(self, events: Iterable[Event]) -> None:
+        """Drops those that finished or were called off."""
+        for event in events:
+            if isinstance(event, Finished):
+                self.turns.pop(event.rollout.id, None)
+            elif isinstance(event, Cancelled):
+                self.turns.pop(event.ticket.id, None)
+
+
+def write_events(journal: Journal, events: Sequence[Event], tick: int) -> None:
+    """One line for what one call of the scheduler brought about."""
+    if events:
+        journal.append({"kind": "events", "tick": tick, "events": [_event_to_json(event) for event in events]})
+
+
+def write_pieces(journal: Journal, kind: str, pieces: Sequence[Piece], tick: int) -> None:
+    """One line, `progress` or `tick`."""
+    journal.append({"kind": kind, "tick": tick, "pieces": [_piece_to_json(piece) for piece in pieces]})
+
+
+def events_of(record: Record) -> list[Event]:
+    """Of a line with events; none of another."""
+    return [_event_from_json(value) for value in record.get("events", ())]
+
+
+def pieces_of(record: Record) -> list[Piece]:
+    """Of a line with tokens; none of another."""
+    return [_piece_from_json(value) for value in record.get("pieces", ())]
+
+
+def _event_to_json(event: Event) -> Any:
+    if isinstance(event, Finished):
+        return {"kind": event.kind, "rollout": rollout_to_json(event.rollout)}
+    return EVENTS.dump_python(event, mode="json")
+
+
+def _event_from_json(value: Any) -> Event:
+    if value["kind"] == "finished":
+        return Finished(rollout_from_json(value["rollout"]))
+    return EVENTS.validate_python(value)
+
+
+def _piece_to_json(piece: Piece) -> Any:
+    turn = piece.turn
+    value = {
+        "ticket": ticket_to_json(piece.ticket),
+        "turn": piece.number,
+        "first": piece.first,
+        "output": turn.output_ids,
+        "logprobs": turn.logprobs,
+        "versions": turn.versions,
+        "finish": turn.finish_reason,
+    }
+    return value if piece.first else {**value, "prompt": turn.prompt_ids}
+
+
+def _piece_from_json(value: Any) -> Piece:
+    parts = (tuple(value.get("prompt", ())), tuple(value["output"]), tuple(value["logprobs"]), tuple(value["versions"]))
+    return Piece(ticket_from_json(value["ticket"]), value["turn"], value["first"], Turn(*parts, value["finish"]))

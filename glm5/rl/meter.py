@@ -1,0 +1,126 @@
+"""Where the time goes: tokens as they come, and the time in which nobody samples or nobody learns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from glm5.engine import SamplingParams, TokenDelta
+from glm5.engine.outputs import PromptLogprob
+from glm5.serve.generation import Source, TokenSource
+from glm5.text import Tokenizer
+
+
+class BusyTime:
+    """Seconds in which at least one of something was open."""
+
+    def __init__(self) -> None:
+        self.open = 0
+        self._total, self._since = 0.0, 0.0
+
+    def begin(self) -> None:
+        """One more is open."""
+        if self.open == 0:
+            self._since = time.perf_counter()
+        self.open += 1
+
+    def end(self) -> None:
+        """One less."""
+        self.open -= 1
+        if self.open == 0:
+            self._total += time.perf_counter() - self._since
+
+    @property
+    def seconds(self) -> float:
+        """Until now."""
+        return self._total + (time.perf_counter() - self._since if self.open else 0.0)
+
+
+class Meter:
+    """A source of tokens that counts what another one gives."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.sampling, self.learning = BusyTime(), BusyTime()
+        self.tokens = 0
+        self.moved_at = time.monotonic()
+        """When something was seen to move."""
+        self._begun = self._last = time.perf_counter()
+        self._before = (0.0, 0.0, 0)
+
+    def moved(self) -> None:
+        """Something other than a token moved."""
+        self.moved_at = time.monotonic()
+
+    def lap(self) -> dict[str, Any]:
+        """Shares and speed since the last lap."""
+        now, values = time.perf_counter(), (self.sampling.seconds, self.learning.seconds, self.tokens)
+        seconds = max(now - self._last, 1e-9)
+        sampling, learning, tokens = (new - old for new, old in zip(values, self._before, strict=True))
+        self._last, self._before = now, values
+        return {
+            "seconds": round(seconds, 4),
+            "learning_seconds": round(learning, 4),
+            "sampler_idle": round(max(0.0, 1 - sampling / seconds), 4),
+            "trainer_idle": round(max(0.0, 1 - learning / seconds), 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "requests": self.sampling.open,
+        }
+
+    # ---- a source of tokens ---------------------------------------------------------------------------------------
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of the source."""
+        return self.source.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Of the source."""
+        return self.source.max_model_len
+
+    @property
+    def version(self) -> int:
+        """Of the source."""
+        return self.source.version
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        session_id: str | None,
+        priority: int,
+        deadline: float | None,
+    ) -> TokenSource:
+        """The source's, counted."""
+        stream = self.source.stream(prompt_ids, params, session_id=session_id, priority=priority, deadline=deadline)
+        return _Counted(self, stream)
+
+
+class _Counted:
+    """One request."""
+
+    def __init__(self, meter: Meter, stream: TokenSource) -> None:
+        self._meter, self._stream = meter, stream
+
+    @property
+    def cached_tokens(self) -> int:
+        return self._stream.cached_tokens
+
+    @property
+    def prompt_logprobs(self) -> Sequence[PromptLogprob] | None:
+        return self._stream.prompt_logprobs
+
+    def close(self) -> None:
+        self._stream.close()
+
+    async def __aiter__(self) -> AsyncIterator[TokenDelta]:
+        self._meter.sampling.begin()
+        try:
+            async for delta in self._stream:
+                self._meter.tokens += 1
+                self._meter.moved()
+                yield delta
+        finally:
+            self._meter.sampling.end()

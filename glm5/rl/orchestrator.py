@@ -1,0 +1,286 @@
+"""The run loop: rollouts are played, the scheduler decides, the learner learns in a thread, engines take new weights.
+
+    environments --episodes--> runner --Rollout--> scheduler --Batch--> learner --weights--> fleet
+
+Everything that is decided is in the journal before it is done (`session.py`), so a run that was killed at any moment
+goes on without loss. One coroutine owns all state; the others play rollouts or wait for the learner's thread, and tell
+it through a queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from glm5.checkpoint import load_model, save_model
+from glm5.engine import Engine
+from glm5.envs import Environment, Task
+from glm5.errors import RunError
+from glm5.model import GLM5
+from glm5.rl.config import RLRunConfig
+from glm5.rl.fleet import Fleet, InProcessFleet
+from glm5.rl.meter import Meter
+from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
+from glm5.rl.report import write_rl_report
+from glm5.rl.runner import play
+from glm5.rl.session import Session
+from glm5.rl.tasks import TaskSource
+from glm5.text import Tokenizer
+from glm5.train import RunDirectory, RunInterrupted
+from glm5.train.progress import interrupts, progress_bar
+from glm5.train.run_directory import directory_sha256, model_of
+
+MakeFleet = Callable[[GLM5, Tokenizer, int], Fleet]
+"""Engines for a model, whose weights it copies, and a version."""
+GLANCE = 0.2
+"""Seconds between two looks at the clock and at Ctrl-C."""
+
+
+def train_rl(
+    config: RLRunConfig,
+    environments: Sequence[Environment],
+    run_directory: Path,
+    *,
+    sources: Sequence[TaskSource] | None = None,
+    make_fleet: MakeFleet | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> RunDirectory:
+    """Trains the parent's model on the environments; gives the finished run. With `resume`, goes on where it stopped.
+
+    sources: how each environment takes part (share, concurrency, curriculum). make_fleet: where the engines are; by
+    default one in this process. Ctrl-C finishes the running step, saves and raises `RunInterrupted`; after a crash or
+    kill nothing that was finished is sampled again.
+    """
+    parent = model_of(config.parent)
+    tokenizer = Tokenizer.from_pretrained(parent)
+    run = start_run(config, environments, run_directory, resume=resume)
+    if run.finished:
+        return run
+    with run.exclusive():
+        session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources)
+        make = make_fleet or one_engine(config)
+        fleet = make(session.learner.model, tokenizer, session.learner.version)
+        first = session.learner.version
+        with progress_bar("rl", first, config.steps, console) as show, interrupts() as stopped:
+            asyncio.run(Orchestrator(session, fleet, show).run(stopped))
+        finish_run(session, tokenizer)
+    return run
+
+
+def start_run(
+    config: RLRunConfig, environments: Sequence[Environment], run_directory: Path, *, resume: bool
+) -> RunDirectory:
+    """The run's directory."""
+    return RunDirectory.start(
+        run_directory,
+        stage="rl",
+        config=config,
+        inputs={"environments": ", ".join(environment.name for environment in environments)},
+        parent=directory_sha256(model_of(config.parent)),
+        resume=resume,
+    )
+
+
+def finish_run(session: Session, tokenizer: Tokenizer) -> None:
+    """The report and, last of all, the model."""
+    session.journal.close()
+    write_rl_report(session.run.path)
+    save_model(session.learner.model.eval(), session.run.model_directory, tokenizer)
+
+
+def one_engine(config: RLRunConfig) -> MakeFleet:
+    """A fleet of one engine in this process."""
+
+    def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
+        attention = config.learner.attention
+        return InProcessFleet([Engine(copy.deepcopy(model), tokenizer, attention=attention, version=version)])
+
+    return make
+
+
+class Orchestrator:
+    """One run, from where its session stands to its last step."""
+
+    def __init__(self, session: Session, fleet: Fleet, show: Callable[[int, str, float], None]) -> None:
+        self.session, self.fleet, self.show = session, fleet, show
+        self.config = session.config
+        self.meter = Meter(fleet)
+        self.playing: dict[str, asyncio.Task[None]] = {}
+        self._learning: asyncio.Task[None] | None = None
+        self._unpublished: tuple[int, dict[str, Tensor]] | None = None
+        """Weights that the engines may not take yet."""
+        self._news: asyncio.Queue[Rollout | Metrics | BaseException] = asyncio.Queue()
+
+    async def run(self, stopped: Callable[[], bool]) -> None:
+        """Raises `RunInterrupted` after Ctrl-C, and RunError when nothing moves any more."""
+        session = self.session
+        try:
+            await self.fleet.start()
+            if session.learner.version > session.scheduler.version:  # the fleet was made with these
+                self._cancel(session.published(session.learner.version))
+            for ticket in session.under_way():
+                self._begin(ticket)
+            while session.learner.version < self.config.steps:
+                stop = stopped()
+                if stop and self._learning is None:
+                    self._interrupted()
+                await self._advance(sampling=not stop)
+                await self._take_news()
+            await asyncio.to_thread(session.checkpoint)
+        finally:
+            await self._end()
+
+    async def _advance(self, *, sampling: bool) -> None:
+        """Everything that can be done now is begun."""
+        session = self.session
+        await self._publish_if_allowed()
+        if self._learning is None and sampling:
+            if session.batch is None:
+                _, cancelled = session.next_batch()
+                self._cancel(cancelled)
+            if session.batch is not None:
+                self._learning = asyncio.create_task(self._learn(session.batch))
+        for ticket in session.admit() if sampling else ():
+            self._begin(ticket)
+
+    async def _take_news(self) -> None:
+        """Waits for something to happen, and deals with all that has."""
+        try:
+            async with asyncio.timeout(GLANCE):
+                news = [await self._news.get()]
+        except TimeoutError:
+            self._check_patience()
+            return
+        self.meter.moved()
+        while not self._news.empty():
+            news.append(self._news.get_nowait())
+        for item in news:
+            if isinstance(item, BaseException):
+                raise item
+            if isinstance(item, Rollout):
+                self.playing.pop(item.id, None)
+                self._cancel(self.session.finished([item]))
+            else:
+                await self._learnt(item)
+
+    # ---- rollouts -------------------------------------------------------------------------------------------------
+    def _begin(self, ticket: Ticket) -> None:
+        self.playing[ticket.id] = asyncio.create_task(self._play(ticket))
+
+    async def _play(self, ticket: Ticket) -> None:
+        """One rollout, from what is known of it on; its end is news."""
+        news: Rollout | BaseException
+        try:
+            news = await play(
+                ticket,
+                self.session.environments[ticket.environment],
+                self.meter,
+                self.config.rollout,
+                progress=self._progress,
+                resume_from=self.session.unfinished.turns.get(ticket.id, ()),
+            )
+        except asyncio.CancelledError:
+            news = aborted(ticket)
+        except BaseException as error:
+            news = error
+        self._news.put_nowait(news)
+
+    def _progress(self, ticket: Ticket, number: int, turn: Turn) -> None:
+        piece = self.session.report(ticket, number, turn)
+        self.session.write_pieces("progress", [piece])
+        if number == piece.first == 0:
+            self.session.began(ticket, turn.versions[0])
+
+    def _cancel(self, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            if ticket.id in self.playing:
+                self.playing[ticket.id].cancel()
+
+    # ---- learning -------------------------------------------------------------------------------------------------
+    async def _learn(self, batch: Batch) -> None:
+        self.meter.learning.begin()
+        try:
+            self._news.put_nowait(await asyncio.to_thread(self.session.learner.step, batch))
+        except BaseException as error:
+            self._news.put_nowait(error)
+        finally:
+            self.meter.learning.end()
+
+    async def _learnt(self, values: Metrics) -> None:
+        """A step is done: metrics, weights to the engines, a checkpoint now and then."""
+        session, self._learning = self.session, None
+        metrics = session.learnt(values)
+        version = session.learner.version
+        self._unpublished = (version, session.learner.weights())
+        if version < self.config.steps:
+            await self._publish_if_allowed()
+            if self._unpublished is not None:  # the next step changes the tensors
+                self._unpublished = (version, {n: t.detach().clone() for n, t in self._unpublished[1].items()})
+        lap = self.meter.lap()
+        ready = sum(bool(group.weights) for group in session.scheduler.groups.values())
+        session.run.append("speed", {"step": metrics["step"], **lap, "running": len(self.playing), "queue": ready})
+        self.show(version, f"reward {metrics['reward']:.3f}", lap["tokens_per_second"])
+        if version % self.config.checkpoint_every == 0 and version < self.config.steps:
+            await asyncio.to_thread(session.checkpoint)
+
+    async def _publish_if_allowed(self) -> None:
+        """Gives the engines the newest weights; in sync and one-step-off mode only between two samplings."""
+        if self._unpublished is None or not self.session.scheduler.swappable:
+            return
+        version, weights = self._unpublished
+        if version - self.session.scheduler.version >= self.config.scheduler.publish_every:
+            await self.fleet.publish(version, weights)
+            self._unpublished = None
+            self._cancel(self.session.published(version))
+
+    # ---- ends -----------------------------------------------------------------------------------------------------
+    def _interrupted(self) -> None:
+        """Saves and says so."""
+        self.session.checkpoint()
+        raise RunInterrupted(
+            f"Stopped after step {self.session.learner.version} of {self.config.steps} of rl; all is saved in "
+            f"{self.session.run.path}. Run the same command with --resume to go on."
+        )
+
+    def _check_patience(self) -> None:
+        """A run in which nothing moves says what it waits for."""
+        waited = time.monotonic() - self.meter.moved_at
+        if waited < self.config.patience:
+            return
+        if self._learning is not None:
+            self.show(self.session.learner.version, f"the learner has been at work for {waited:.0f} s", 0.0)
+            return
+        self.session.journal.commit()
+        asking = self.meter.sampling.open
+        states = ", ".join(
+            f"engine {s.name} is {'up' if s.up else 'down'} at version {s.version}" for s in self.fleet.stats().engines
+        )
+        raise RunError(
+            f"Nothing has moved for {waited:.0f} s: {asking} rollouts wait for tokens, "
+            f"{len(self.playing) - asking} are in their environments, the learner is idle, {states}. Mend what hangs "
+            "and resume the run, or give it more patience."
+        )
+
+    async def _end(self) -> None:
+        """Ends what runs; nothing of it is news any more."""
+        tasks = [*self.playing.values(), *([self._learning] if self._learning else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.fleet.close()
+        self.session.journal.commit()
+
+
+def aborted(ticket: Ticket) -> Rollout:
+    """What comes back of a rollout that was called off."""
+    task: Any = Task(f"{ticket.environment}/{ticket.task_index}", (), "", "")
+    return Rollout(ticket, task, (), "aborted", None, failure="it was called off")

@@ -1,0 +1,209 @@
+"""What both loops share: learner, scheduler, journal and run directory of one run, brought back to where they were.
+
+The journal is the truth. To go on, the learner takes its newest checkpoint, the events of the journal are applied to a
+new scheduler, and the batches that came after the checkpoint are learnt from again, which gives the same weights to the
+bit. What was finished is not sampled again; what was under way goes on from the tokens that the journal holds of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from glm5.envs import Environment
+from glm5.errors import ConfigError, RunError, did_you_mean
+from glm5.model import GLM5
+from glm5.rl.config import RLRunConfig
+from glm5.rl.event_log import Piece, Unfinished, events_of, pieces_of, write_events, write_pieces
+from glm5.rl.events import BatchMade, Cancelled, Event, Finished, Published, Started
+from glm5.rl.journal import Journal, Record, read_journal
+from glm5.rl.learner import Learner
+from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
+from glm5.rl.scheduler import Scheduler
+from glm5.rl.tasks import TaskSource, TaskStream
+from glm5.rl.window import Window
+from glm5.train import RunDirectory
+
+JOURNAL = "journal"
+
+
+class Session:
+    """One run in this process. Not thread-safe; `learn` alone may run in another thread."""
+
+    def __init__(
+        self,
+        config: RLRunConfig,
+        environments: Sequence[Environment],
+        run: RunDirectory,
+        model: GLM5,
+        sources: Sequence[TaskSource] | None = None,
+    ) -> None:
+        """model: the parent's; it becomes that of the learner's newest version. Trains where the journal is ahead."""
+        self.config, self.run, self.path = config, run, run.path / JOURNAL
+        self.environments = {environment.name: environment for environment in environments}
+        self.learner = Learner(model, config.learner)
+        first = self.learner.load(run)
+        run.rewind(first)
+        self.scheduler = Scheduler(config.scheduler, task_stream(environments, sources, config.rollout.seed))
+        self.unfinished = Unfinished()
+        self.tick = 0
+        """Of the logical clock; what was written at a later one belongs to a tick that is not over."""
+        self.started_at: dict[str, int] = {}
+        """Tick at which a running rollout was started, by id."""
+        self.batch: Batch | None = None
+        """Handed out and not learnt from."""
+        self.batch_tick = 0
+        self._window, self._figures = Window(), dict[str, Any]()
+        for record in read_journal(self.path):
+            self._replay(record)
+        if self.scheduler.step < first:
+            raise RunError(
+                f"{self.path} ends before batch {first - 1}, which the newest checkpoint has learnt from; restore the "
+                "file, or start a new run."
+            )
+        self.journal = Journal(self.path)
+
+    # ---- coming back ----------------------------------------------------------------------------------------------
+    def _replay(self, record: Record) -> None:
+        """A line of the journal."""
+        if record["kind"] == "tick":
+            self.tick = record["tick"]
+        for piece in pieces_of(record):
+            self.unfinished.add(piece)
+        for event in events_of(record):
+            if isinstance(event, BatchMade):
+                batch = self._batch_of(event)
+                self.scheduler.apply(event)
+                self._handed_out(batch, record["tick"])
+            else:
+                self.scheduler.apply(event)
+                self._noted([event], record["tick"])
+
+    def _batch_of(self, event: BatchMade) -> Batch:
+        """The batch itself; its rollouts are still in the scheduler's groups."""
+        groups = []
+        for selection in event.selections:
+            rollouts = self.scheduler.groups[selection.ticket.id].rollouts
+            groups.append(selection.group({rollout.id: rollout for rollout in rollouts.values()}))
+        return Batch(event.step, event.step, tuple(groups))
+
+    def under_way(self) -> list[Ticket]:
+        """Rollouts to play again from what is known of them, when the session has come back."""
+        tickets = self.scheduler.restarted() if self.journal.count else []
+        self._written()
+        return tickets
+
+    # ---- the scheduler, with its journal --------------------------------------------------------------------------
+    def admit(self) -> list[Ticket]:
+        """The rollouts to start now."""
+        tickets = self.scheduler.admit()
+        self._written()
+        return tickets
+
+    def began(self, ticket: Ticket, version: int) -> None:
+        """The first token of a rollout was made by these weights."""
+        self.scheduler.began(ticket, version)
+        self._written()
+
+    def finished(self, rollouts: Sequence[Rollout]) -> list[Ticket]:
+        """Rollouts came back, in this order; gives those that are called off therefore."""
+        cancelled: list[Ticket] = []
+        for rollout in rollouts:
+            self.scheduler.finished(rollout)
+            cancelled += self._written()
+        return cancelled
+
+    def next_batch(self) -> tuple[Batch | None, list[Ticket]]:
+        """What to learn from next, if there is enough and nothing waits to be learnt; and who is called off."""
+        if self.batch is not None:
+            return None, []
+        batch = self.scheduler.next_batch()
+        cancelled = self._written()
+        if batch is not None:
+            self.journal.commit()
+            self._handed_out(batch, self.tick)
+        return batch, cancelled
+
+    def published(self, version: int) -> list[Ticket]:
+        """The engines hold these weights; gives the rollouts that are called off therefore."""
+        self.scheduler.published(version)
+        cancelled = self._written()
+        self.journal.commit()
+        return cancelled
+
+    def report(self, ticket: Ticket, number: int, turn: Turn) -> Piece:
+        """What a progress report adds to what is known."""
+        piece = self.unfinished.news(ticket, number, turn)
+        self.unfinished.add(piece)
+        return piece
+
+    def write_pieces(self, kind: str, pieces: Sequence[Piece]) -> None:
+        """To the journal."""
+        write_pieces(self.journal, kind, pieces, self.tick)
+
+    def _written(self) -> list[Ticket]:
+        """Writes what the scheduler's last call brought about; gives the rollouts that it called off."""
+        events = self.scheduler.take_events()
+        write_events(self.journal, events, self.tick)
+        self._noted(events, self.tick)
+        return [event.ticket for event in events if isinstance(event, Cancelled)]
+
+    def _noted(self, events: Sequence[Event], tick: int) -> None:
+        """What is kept beside the scheduler's own state, alike for events that happen and for those of the journal."""
+        self.unfinished.forget(events)
+        for event in events:
+            if isinstance(event, Started):
+                self.started_at[event.ticket.id] = tick
+            elif isinstance(event, Finished):
+                self._window.add(event.rollout)
+                self.started_at.pop(event.rollout.id, None)
+            elif isinstance(event, Published):
+                while self.learner.version < event.version:
+                    self.learn()
+
+    def _handed_out(self, batch: Batch, tick: int) -> None:
+        """A batch was made: if the one before was not learnt from again yet, it is now."""
+        if self.batch is not None:
+            self.learn()
+        figures = self._window.close(batch, self.scheduler.accounts)
+        if batch.step >= self.learner.version:
+            self.batch, self.batch_tick, self._figures = batch, tick, figures
+
+    # ---- learning -------------------------------------------------------------------------------------------------
+    def learn(self) -> Metrics:
+        """Learns from the batch that was handed out; gives its line of metrics."""
+        if self.batch is None:
+            raise RunError(
+                f"{self.path} holds version {self.learner.version + 1} without the batch that made it; restore the "
+                "file, or start a new run."
+            )
+        return self.learnt(self.learner.step(self.batch))
+
+    def learnt(self, values: Metrics) -> Metrics:
+        """The learner has learnt from the batch: writes the line of metrics."""
+        assert self.batch is not None
+        named = {f"trained_{name}" if name in ("reward", "surprise") else name: v for name, v in values.items()}
+        named["mean_staleness"] = named.pop("staleness")
+        metrics = {"step": self.batch.step, **named, **self._figures}
+        self.run.append("metrics", metrics)
+        self.batch = None
+        return metrics
+
+    def checkpoint(self) -> None:
+        """Saves the learner; the journal behind it is on the disk first."""
+        self.journal.commit()
+        self.learner.save(self.run, keep=self.config.keep_checkpoints)
+
+
+def task_stream(environments: Sequence[Environment], sources: Sequence[TaskSource] | None, seed: int) -> TaskStream:
+    """The tasks of a run: `sources` say how each environment takes part, by default with its own rules, all alike."""
+    names = [environment.name for environment in environments]
+    if sources is None:
+        sources = [TaskSource.of(environment) for environment in environments]
+    for source in sources:
+        if source.environment not in names:
+            raise ConfigError(
+                f"A task source names {source.environment!r}, which is no environment of the run."
+                + did_you_mean(source.environment, names)
+            )
+    return TaskStream(sources, seed)

@@ -1,0 +1,64 @@
+"""What came back between two batches, in numbers. They follow from the journal, so a resumed run has the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from glm5.rl.accounts import Accounts
+from glm5.rl.records import Batch, Rollout
+
+
+class Window:
+    """Collects the rollouts since the last batch; `close` gives their figures when the next one is made."""
+
+    def __init__(self) -> None:
+        self._rollouts: list[Rollout] = []
+        self._settled: Counter[str] = Counter()
+
+    def add(self, rollout: Rollout) -> None:
+        """One came back, whatever became of it."""
+        self._rollouts.append(rollout)
+
+    def close(self, batch: Batch, accounts: Accounts) -> dict[str, Any]:
+        """Means over the rollouts that came back, fates of the samples settled meanwhile, ages of what is learnt.
+
+        `staleness`: tokens of the batch by the versions between the weights that sampled them and those that learn.
+        """
+        rollouts = sorted(self._rollouts, key=lambda rollout: rollout.ticket)
+        self._rollouts = []
+        rewards = [rollout.reward.value for rollout in rollouts if rollout.reward is not None]
+        turns = [turn for rollout in rollouts for turn in rollout.turns]
+        logprobs = [x for turn in turns for x in turn.logprobs]
+        outcomes = Counter(rollout.outcome for rollout in rollouts)
+        ages = Counter(batch.version - version for rollout in batch.rollouts for version in rollout.versions)
+        return {
+            "reward": sum(rewards) / len(rewards) if rewards else 0.0,
+            "scored": len(rewards),
+            "truncated": outcomes["truncated"] / len(rollouts) if rollouts else 0.0,
+            "outcomes": dict(sorted(outcomes.items())),
+            "tokens": len(logprobs),
+            "turns": len(turns) / len(rollouts) if rollouts else 0.0,
+            "surprise": -sum(logprobs) / len(logprobs) if logprobs else 0.0,
+            **self._fates(accounts),
+            "staleness": {str(age): count for age, count in sorted(ages.items())},
+        }
+
+    def _fates(self, accounts: Accounts) -> dict[str, Any]:
+        """Of the samples that were settled since the last batch; they add up to `sampled`."""
+        settled: Counter[str] = Counter()
+        for entry, count in accounts.settled.items():
+            settled[f"{entry.fate}: {entry.reason}"] += count
+        since = settled - self._settled
+        self._settled = settled
+        parts = {
+            fate: {name.split(": ", 1)[1]: count for name, count in sorted(since.items()) if name.startswith(fate)}
+            for fate in ("trained", "requeued", "dropped")
+        }
+        return {
+            "sampled": since.total(),
+            "trained": sum(parts["trained"].values()),
+            "requeued": sum(parts["requeued"].values()),
+            "requeued_because": parts["requeued"],
+            "dropped": parts["dropped"],
+        }

@@ -1,0 +1,54 @@
+"""Tokens of unfinished rollouts: each is written once, and all come back."""
+
+from glm5.rl.event_log import Unfinished, events_of, pieces_of, write_events, write_pieces
+from glm5.rl.events import Cancelled, Finished, Started
+from glm5.rl.journal import Journal, read_journal
+from glm5.rl.orchestrator import aborted
+from glm5.rl.records import Ticket, Turn
+
+A, B = Ticket("env", 0), Ticket("env", 0, 0, 1)
+
+
+def turn(count, finish="", first=10, prompt=(1, 2)):
+    ids = tuple(range(first, first + count))
+    return Turn(prompt, ids, tuple(-float(i) for i in ids), (3,) * count, finish)
+
+
+def test_reports_become_pieces_and_come_back(tmp_path):
+    journal, live = Journal(tmp_path / "journal"), Unfinished()
+
+    def report(*arguments):
+        piece = live.news(*arguments)
+        live.add(piece)
+        write_pieces(journal, "progress", [piece], 0)
+        return piece
+
+    assert report(A, 0, turn(2)).turn.output_ids == (10, 11)
+    piece = report(A, 0, turn(5, "stop"))
+    assert (piece.first, piece.turn.output_ids, piece.turn.prompt_ids) == (2, (12, 13, 14), ())
+    report(B, 0, turn(3))
+    longer = (1, 2, 10, 11, 12, 13, 14, 7)
+    report(A, 1, turn(1, prompt=longer))
+    assert live.turns[A.id] == [turn(5, "stop"), turn(1, prompt=longer)]
+    report(B, 0, turn(2, first=50))  # began anew
+    assert live.turns[B.id] == [turn(2, first=50)]
+    report(A, 0, turn(1, first=60))
+    assert live.turns[A.id] == [turn(1, first=60)]
+    journal.close()
+    again = Unfinished()
+    for record in read_journal(tmp_path / "journal"):
+        for piece in pieces_of(record):
+            again.add(piece)
+    assert again.turns == live.turns
+    again.forget([Finished(aborted(A)), Cancelled(B, "stale")])
+    assert again.turns == {}
+
+
+def test_events_of_one_call_are_one_line(tmp_path):
+    journal = Journal(tmp_path / "journal")
+    events = [Started(A, 4), Finished(aborted(A)), Cancelled(B, "stale")]
+    write_events(journal, events, 9)
+    write_events(journal, [], 9)
+    journal.close()
+    [record] = read_journal(tmp_path / "journal")
+    assert record["tick"] == 9 and events_of(record) == events and pieces_of(record) == []
