@@ -1,0 +1,137 @@
+"""The gateway: a server whose sessions are recorded, for agent programs that are to be learnt from unchanged.
+
+A program names its session by the header `X-Session-ID`, or by its base URL: what is asked for below `/s/SESSION` is
+asked for in that session. Beside the APIs of `glm5.serve`, with the same key:
+
+| call | |
+|---|---|
+| `POST /rl/sessions` | opens a session: `session`, `group`, `task`, all of them optional |
+| `GET /rl/sessions/ID` | what is known of it |
+| `POST /rl/sessions/ID/reward` | `value`, `reason`, `final` (default true) |
+| `POST /rl/sessions/ID/abandon` | gives it up: no reward, nothing learnt |
+| `DELETE /rl/sessions/ID` | deletes all that is kept of it |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import Field
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from glm5.rl.gateway.session import Session
+from glm5.rl.gateway.sessions import Sessions
+from glm5.serve import Limits, create_app
+from glm5.serve.fields import RequestBody
+from glm5.serve.generation import Source
+
+BELOW = re.compile(r"/s/([^/]+)(/.*)")
+
+
+class OpenRequest(RequestBody):
+    """The body that opens a session."""
+
+    unread = frozenset()
+    session: str | None = None
+    group: str | None = Field(default=None, min_length=1)
+    """Sessions of one group do the same task: their rewards are compared with each other."""
+    task: str | None = None
+
+
+class RewardRequest(RequestBody):
+    """The body that gives a reward."""
+
+    unread = frozenset()
+    value: float
+    reason: str = ""
+    final: bool = True
+
+
+class AbandonRequest(RequestBody):
+    """The body that gives a session up."""
+
+    unread = frozenset()
+    reason: str = "It was given up by its owner."
+
+
+def create_gateway(
+    source: Source,
+    sessions: Sessions,
+    *,
+    model_name: str = "glm5",
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    hosts: Iterable[str] | None = None,
+) -> FastAPI:
+    """The application of `glm5.serve.create_app`, recording to `sessions`."""
+    app = create_app(source, model_name=model_name, limits=limits, recorder=sessions, api_key=api_key, hosts=hosts)
+    install_sessions(app, sessions)
+    app.add_middleware(SessionPaths)
+    return app
+
+
+def install_sessions(app: FastAPI, sessions: Sessions) -> None:
+    """Adds the calls about sessions."""
+
+    @app.post("/rl/sessions")
+    def open_session(body: OpenRequest) -> dict[str, Any]:
+        return described(sessions.open(body.session, group=body.group, task=body.task))
+
+    @app.get("/rl/sessions")
+    def count() -> dict[str, int]:
+        sessions.expire()
+        return sessions.counts()
+
+    @app.get("/rl/sessions/{name}")
+    def one(name: str) -> dict[str, Any]:
+        return described(sessions.find(name))
+
+    @app.post("/rl/sessions/{name}/reward")
+    def reward(name: str, body: RewardRequest) -> dict[str, Any]:
+        return described(sessions.reward(name, body.value, body.reason, final=body.final))
+
+    @app.post("/rl/sessions/{name}/abandon")
+    def abandon(name: str, body: AbandonRequest) -> dict[str, Any]:
+        sessions.abandon(name, body.reason)
+        return described(sessions.find(name))
+
+    @app.delete("/rl/sessions/{name}")
+    def forget(name: str) -> dict[str, Any]:
+        sessions.forget(name)
+        return {"session": name, "deleted": True}
+
+
+def described(session: Session) -> dict[str, Any]:
+    """A session for its owner. The base URLs are to be put behind the server's own address."""
+    reward = session.reward
+    return {
+        "session": session.id,
+        "group": session.group,
+        "task": session.task,
+        "state": session.state,
+        "reward": None if reward is None else {"value": reward.value, "reason": reward.reason},
+        "turns": len(session.turns),
+        "sampled_tokens": sum(len(recorded.turn.output_ids) for recorded in session.turns),
+        "openai_base_url": f"/s/{session.id}/v1",
+        "anthropic_base_url": f"/s/{session.id}",
+    }
+
+
+class SessionPaths:
+    """ASGI layer: `/s/SESSION/REST` becomes `/REST` with the header `X-Session-ID: SESSION`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Rewrites one request."""
+        found = BELOW.fullmatch(scope["path"]) if scope["type"] == "http" else None
+        if found:
+            session, path = found.groups()
+            headers = [(name, value) for name, value in scope["headers"] if name != b"x-session-id"]
+            headers.append((b"x-session-id", session.encode("utf-8", "replace")))
+            scope = {**scope, "path": path, "raw_path": path.encode("utf-8", "replace"), "headers": headers}
+        await self.app(scope, receive, send)

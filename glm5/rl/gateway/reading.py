@@ -1,0 +1,75 @@
+"""From closed sessions to groups of rollouts, in the order in which the sessions were closed.
+
+Sessions that name one group are compared with each other, `group_size` at a time. Sessions of real use name none; they
+are put together in the order of their closing, so that their common mean is the baseline: an estimate of what the
+model is worth to its users at that time, with more noise than a task's own.
+
+Places in groups are numbered by the order of closing, so the same directory always gives the same tickets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from glm5.errors import InputError
+from glm5.rl.gateway.session import ENVIRONMENT
+from glm5.rl.gateway.sessions import read_session
+from glm5.rl.records import Rollout, Ticket
+
+UNGROUPED = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OtherWeights:
+    """A session whose versions count from other weights than those that are trained: its tokens have no age here."""
+
+    session_id: str
+    weights: str
+
+
+@dataclass
+class FinishedSessions:
+    """The closed sessions of a directory, as a stream that grows."""
+
+    directory: Path
+    group_size: int
+    weights: str | None = None
+    """Only sessions of these are learnt from; None: of any."""
+    others: list[OtherWeights] = field(default_factory=list)
+    """Those that were left out."""
+
+    def __post_init__(self) -> None:
+        if not (self.directory / "finished").is_dir():
+            raise InputError(
+                f"There are no recorded sessions in {self.directory}; record some with glm5 serve --record DIR."
+            )
+        self._seen: set[str] = set()
+        self._waiting: dict[str, list[Rollout]] = {}
+        self._numbers: dict[str, int] = {}
+        self._attempts: dict[str, int] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Sessions whose group is not complete."""
+        return sum(map(len, self._waiting.values()))
+
+    def poll(self) -> Iterator[list[Rollout]]:
+        """The groups that have become complete since the last call."""
+        for path in sorted((self.directory / "finished").glob("*.jsonl")):
+            if path.name in self._seen:
+                continue
+            self._seen.add(path.name)
+            session = read_session(path)
+            if self.weights is not None and session.weights != self.weights:
+                self.others.append(OtherWeights(session.id, session.weights))
+                continue
+            group = session.group or UNGROUPED
+            number = self._numbers.setdefault(group, len(self._numbers))
+            members = self._waiting.setdefault(group, [])
+            ticket = Ticket(ENVIRONMENT, number, self._attempts.setdefault(group, 0), len(members))
+            members.append(session.rollout(ticket))
+            if len(members) == self.group_size:
+                self._attempts[group] += 1
+                yield self._waiting.pop(group)

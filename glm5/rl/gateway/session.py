@@ -1,0 +1,161 @@
+"""One session: an outside agent's episode, as the fold of the events in its record file.
+
+| event | when |
+|---|---|
+| opened | the first request, or a call that opens the session with its group and task |
+| turn | an answer ended: new prompt tokens, sampled tokens with log-probabilities and versions, the messages |
+| reward | somebody says what the episode was worth |
+| closed | the last event: the reward is final, the session was given up, or nothing happened for too long |
+
+Which turns are learnt from: those that were sampled from the model's own distribution and were not broken off. An
+answer that its client left, or the server gave up, influenced nothing that can be known, and tokens that a grammar, a
+temperature or a penalty chose are not the policy's. Such turns are recorded; in the prompts of others they are context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Literal
+
+from glm5.engine import SamplingParams
+from glm5.envs import Reward, Task
+from glm5.rl.gateway.answers import Answers, Message
+from glm5.rl.journal import Record
+from glm5.rl.records import Outcome, Rollout, Ticket, Turn
+from glm5.rl.tree import EpisodeTree
+from glm5.scoring import Grade
+from glm5.text import Written
+
+ENVIRONMENT = "gateway"
+"""What stands where a rollout names its environment."""
+State = Literal["open", "finished", "aborted"]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedTurn:
+    """A turn with what was said around it."""
+
+    turn: Turn
+    learnt: bool
+    """Whether its tokens count in a loss."""
+    messages: tuple[Message, ...] = ()
+    """The conversation that was answered; none for raw tokens."""
+    answer: Message | None = None
+
+
+class Session:
+    """What is known of a session; `apply` is the only thing that changes it."""
+
+    def __init__(self, session_id: str) -> None:
+        self.id = session_id
+        self.group: str | None = None
+        self.task: str | None = None
+        self.weights = ""
+        """Which weights the versions count from."""
+        self.turns: list[RecordedTurn] = []
+        self.reward: Reward | None = None
+        self.state: State = "open"
+        self.reason = ""
+        """Why it was closed."""
+        self.opened_at = self.touched_at = 0.0
+        """By the wall clock, in seconds."""
+        self.answers = Answers()
+        self.tokens = 0
+        """All that were recorded: sampled ones, and those of prompts that were not there before."""
+        self._all = EpisodeTree()
+
+    def apply(self, event: Record) -> None:
+        """Takes the next event."""
+        self.touched_at = event["time"]
+        match event["kind"]:
+            case "opened":
+                self.group, self.task, self.weights = event["group"], event["task"], event["weights"]
+                self.opened_at = event["time"]
+            case "turn":
+                self._add(event)
+            case "reward":
+                self.reward = _reward(event["value"], event["reason"])
+            case "closed":
+                self.state, self.reason = event["state"], event["reason"]
+
+    # ---- turns --------------------------------------------------------------------------------------------------
+    def turn_event(
+        self, turn: Turn, *, learnt: bool, messages: Sequence[Message] = (), answer: Message | None = None,
+        splice: bool = False,
+    ) -> Record:  # fmt: skip
+        """The event of a new turn. What an earlier turn holds already is not written again.
+
+        splice: whether the answer may stand in later prompts as it was sampled.
+        """
+        follows = self._all.extended_by(turn.prompt_ids)
+        earlier = None if follows is None else self.turns[follows]
+        tokens = 0 if earlier is None else len(earlier.turn.prompt_ids) + len(earlier.turn.output_ids)
+        kept = 0 if earlier is None else _same(earlier.messages, messages)
+        return {
+            "kind": "turn", "follows": follows, "prompt": turn.prompt_ids[tokens:], "output": turn.output_ids,
+            "logprobs": turn.logprobs, "versions": [[v, len(list(run))] for v, run in groupby(turn.versions)],
+            "finish": turn.finish_reason, "seconds": round(turn.seconds, 4), "cached": turn.cached_tokens,
+            "learnt": learnt, "kept": kept, "messages": list(messages[kept:]), "answer": answer, "splice": splice,
+        }  # fmt: skip
+
+    def _add(self, event: Record) -> None:
+        earlier = None if event["follows"] is None else self.turns[event["follows"]]
+        before = () if earlier is None else earlier.turn.prompt_ids + earlier.turn.output_ids
+        turn = Turn(
+            prompt_ids=(*before, *event["prompt"]),
+            output_ids=tuple(event["output"]),
+            logprobs=tuple(event["logprobs"]),
+            versions=tuple(v for v, count in event["versions"] for _ in range(count)),
+            finish_reason=event["finish"],
+            seconds=event["seconds"],
+            cached_tokens=event["cached"],
+        )
+        kept = () if earlier is None else earlier.messages[: event["kept"]]
+        recorded = RecordedTurn(turn, event["learnt"], (*kept, *event["messages"]), event["answer"])
+        self.turns.append(recorded)
+        self._all.add(turn)
+        self.tokens += len(event["prompt"]) + len(turn.output_ids)
+        if event["splice"] and recorded.answer is not None:
+            self.answers.add(recorded.messages, recorded.answer, Written(turn.prompt_ids[-1], turn.output_ids))
+
+    # ---- what is learnt from --------------------------------------------------------------------------------------
+    def rollout(self, ticket: Ticket) -> Rollout:
+        """The closed session under the ticket of a place in a group. Without a reward it is aborted, never 0."""
+        turns = tuple(recorded.turn for recorded in self.turns if recorded.learnt)
+        last = next((recorded for recorded in reversed(self.turns) if recorded.learnt), None)
+        cut = last is not None and last.turn.finish_reason == "length"
+        ended: Outcome = "truncated" if cut else "ok"
+        said = () if last is None else (*last.messages, *([last.answer] if last.answer else []))
+        first = self.turns[0].messages if self.turns else ()
+        return Rollout(
+            ticket=ticket,
+            task=Task(self.task or self.group or self.id, first, "", ENVIRONMENT),
+            trajectories=EpisodeTree(turns).trajectories(),
+            outcome="aborted" if self.reward is None else ended,
+            reward=self.reward,
+            messages=said,
+            turns=turns,
+            failure="" if self.reward is not None else self.reason,
+            seconds=self.touched_at - self.opened_at,
+        )
+
+
+def own_distribution(params: SamplingParams) -> bool:
+    """Whether tokens are drawn from the model itself: temperature 1, nothing cut off, added or forced."""
+    plain = replace(
+        params, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
+        frequency_penalty=0.0, logit_bias=None, min_tokens=0, structured_outputs=None,
+    )  # fmt: skip
+    return plain == (params if params.top_k >= 0 else replace(params, top_k=0))
+
+
+def _reward(value: float, reason: str) -> Reward:
+    return Reward(value, Grade("correct" if value > 0 else "incorrect", reason))
+
+
+def _same(earlier: Sequence[Message], messages: Sequence[Message]) -> int:
+    """Leading messages that both have."""
+    pairs = zip(earlier, messages, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(earlier), len(messages)))

@@ -1,0 +1,317 @@
+"""All sessions of a gateway: open ones in memory and on disk, finished ones on disk only.
+
+    DIRECTORY/open/SESSION.jsonl                 # grows by one line for each event
+    DIRECTORY/finished/00000012-SESSION.jsonl    # moved here when it is closed; numbered in the order of closing
+
+Each file is a journal (`glm5.rl.journal`): a line is with the system before its answer is with the client, so a killed
+server loses nothing, and a restarted one goes on with its open sessions. One file is all that is kept of a session:
+whoever deletes it has deleted the session.
+
+Whoever learns reads the second folder (`glm5.rl.gateway.reading`), in this process or in another one, now or later.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from glm5.errors import RunError
+from glm5.rl.gateway.answers import Message
+from glm5.rl.gateway.session import Session, State, own_distribution
+from glm5.rl.journal import Journal, Record, read_journal
+from glm5.rl.records import Turn
+from glm5.serve import ApiError, Generation
+from glm5.serve.generation import Sample
+from glm5.text import Written
+from glm5.train.checks import check_counts, check_numbers
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""Of sessions, which name files."""
+HOUR = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionLimits:
+    """What one gateway keeps."""
+
+    max_open: int = 1024
+    """Open sessions; a request that would open one more is answered with 429."""
+    max_tokens: int = 2_000_000
+    """Recorded tokens of one session; past them it takes no more requests."""
+    idle_hours: float = 7 * 24.0
+    """A session of which nothing was heard for so long is closed."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "max_open", "max_tokens")
+        check_numbers(self, "idle_hours", above=0)
+
+
+@dataclass(frozen=True)
+class OpenSession:
+    """A session and the file that it is written to."""
+
+    session: Session
+    journal: Journal
+
+
+class Sessions:
+    """Also the server's `Recorder`. Methods may be called from any thread; refusals are `ApiError`s."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        weights: str = "",
+        limits: SessionLimits | None = None,
+        own_sampling: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """weights: which weights the versions count from. own_sampling: the source is an `OwnDistribution`.
+
+        Raises RunError for a directory that another process records to, and for a damaged file.
+        """
+        self.directory, self.weights, self.limits = directory, weights, limits or SessionLimits()
+        self.own_sampling, self.clock = own_sampling, clock
+        for folder in (self.opened, self.finished):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._held = _hold(directory)
+        self._lock = threading.RLock()
+        self._closed = {path.stem.partition("-")[2]: path for path in sorted(self.finished.glob("*.jsonl"))}
+        self._count = max((int(path.stem.partition("-")[0]) for path in self._closed.values()), default=-1) + 1
+        self._open: dict[str, OpenSession] = {}
+        for path in sorted(self.opened.glob("*.jsonl")):
+            self._reopen(path)
+        self._swept = self.clock()
+
+    @property
+    def opened(self) -> Path:
+        """Where open sessions are."""
+        return self.directory / "open"
+
+    @property
+    def finished(self) -> Path:
+        """Where closed sessions are."""
+        return self.directory / "finished"
+
+    # ---- the life of a session ------------------------------------------------------------------------------------
+    def open(self, session_id: str | None = None, *, group: str | None = None, task: str | None = None) -> Session:
+        """Opens a session, by a name of its own if none is given. Opening it again in the same way changes nothing."""
+        name = f"s-{secrets.token_hex(12)}" if session_id is None else session_id
+        with self._lock:
+            self.expire()
+            if name in self._open:
+                session = self._open[name].session
+                if (group, task) != (session.group, session.task):
+                    raise ApiError(409, f"The session {name!r} is open already, with another group or task.")
+                return session
+            self._check_new(name)
+            session, journal = Session(name), Journal(self.opened / f"{name}.jsonl")
+            self._open[name] = OpenSession(session, journal)
+            self._write(name, {"kind": "opened", "group": group, "task": task, "weights": self.weights})
+            return session
+
+    def reward(self, session_id: str, value: float, reason: str = "", *, final: bool = True) -> Session:
+        """Says what the episode was worth. A reward that is not final may be replaced; a final one closes the session.
+
+        The same final reward once more is taken as heard already; another one is refused.
+        """
+        if not math.isfinite(value):
+            raise ApiError(400, f"The reward is {value}; it must be a finite number.")
+        with self._lock:
+            if session_id not in self._open:
+                session = self.find(session_id)
+                known = session.reward
+                if session.state == "aborted" or known is None:
+                    raise ApiError(409, f"The session {session_id!r} was given up: {session.reason}")
+                if (known.value, known.reason) != (value, reason):
+                    raise ApiError(409, f"The session {session_id!r} has its final reward already: {known.value}.")
+                return session
+            session = self._open[session_id].session
+            self._write(session_id, {"kind": "reward", "value": value, "reason": reason, "final": final}, commit=True)
+            if final:
+                self._close(session_id, "finished", "The reward is final.")
+            return session
+
+    def abandon(self, session_id: str, reason: str) -> None:
+        """Gives a session up: it has no reward, and is not learnt from."""
+        with self._lock:
+            if session_id in self._open:
+                self._close(session_id, "aborted", reason)
+            elif self.find(session_id).state != "aborted":
+                raise ApiError(409, f"The session {session_id!r} is finished and cannot be given up.")
+
+    def forget(self, session_id: str) -> None:
+        """Deletes all that is known of a session."""
+        with self._lock:
+            self.find(session_id)
+            if session_id in self._open:
+                self._open.pop(session_id).journal.close()
+                os.unlink(self.opened / f"{session_id}.jsonl")
+            else:
+                os.unlink(self._closed.pop(session_id))
+
+    def expire(self) -> None:
+        """Closes sessions of which nothing was heard for too long: with the reward they have, or as given up."""
+        with self._lock:
+            oldest = self.clock() - self.limits.idle_hours * HOUR
+            for name in [n for n, o in self._open.items() if o.session.touched_at < oldest]:
+                rewarded = self._open[name].session.reward is not None
+                reason = f"Nothing was heard of it for {self.limits.idle_hours:g} hours."
+                self._close(name, "finished" if rewarded else "aborted", reason)
+
+    def find(self, session_id: str) -> Session:
+        """An open or closed session; raises `ApiError` (404) for an unknown one."""
+        with self._lock:
+            if session_id in self._open:
+                return self._open[session_id].session
+            path = self._closed.get(session_id)
+        if path is None or not path.exists():
+            raise ApiError(404, f"There is no session {session_id!r} here; it begins with its first request.")
+        return read_session(path)
+
+    def counts(self) -> dict[str, int]:
+        """How many there are."""
+        with self._lock:
+            return {"open": len(self._open), "closed": len(self._closed)}
+
+    def close(self) -> None:
+        """Closes the files; open sessions stay open for the next process."""
+        with self._lock:
+            for entry in self._open.values():
+                entry.journal.close()
+            self._open.clear()
+            self._held.close()
+
+    # ---- what the server calls ------------------------------------------------------------------------------------
+    def begin(self, session_id: str | None) -> None:
+        """A request came: it opens its session if it names a new one. Requests without a session are not recorded."""
+        if session_id is None:
+            return
+        with self._lock:
+            if session_id not in self._open:
+                self.open(session_id)
+            if self._open[session_id].session.tokens >= self.limits.max_tokens:
+                raise ApiError(
+                    400, f"The session {session_id!r} holds {self.limits.max_tokens:,} tokens, which is the limit; "
+                    "reward it and begin another."
+                )  # fmt: skip
+
+    def written(self, session_id: str, messages: Sequence[Message]) -> Mapping[int, Written]:
+        """The answers of this session among the messages."""
+        with self._lock:
+            entry = self._open.get(session_id)
+            return entry.session.answers.written(messages) if entry else {}
+
+    def ended(self, generation: Generation) -> None:
+        """Records each answer. One that comes after its session was closed is not part of it."""
+        with self._lock:
+            entry = self._open.get(generation.session_id or "")
+            if entry is None:
+                return
+            own = self.own_sampling or own_distribution(generation.params)
+            own = own and generation.params.structured_outputs is None
+            for sample in generation.samples:
+                if sample.tokens:
+                    self._write(entry.session.id, self._turn_event(entry.session, generation, sample, own))
+
+    # ---- parts ----------------------------------------------------------------------------------------------------
+    def _turn_event(self, session: Session, generation: Generation, sample: Sample, own: bool) -> Record:
+        last = sample.tokens[-1]
+        turn = Turn(
+            prompt_ids=tuple(sample.prompt_ids),
+            output_ids=tuple(token.token_id for token in sample.tokens),
+            logprobs=tuple(token.logprob for token in sample.tokens),
+            versions=tuple(token.version for token in sample.tokens),
+            finish_reason=sample.finish_reason,
+            seconds=time.time() - generation.created,
+            cached_tokens=generation.cached_tokens,
+        )
+        whole = turn.finish_reason != "abort"
+        answer = sample.parser.finish() if sample.parser else None
+        # The text before a stop string is all that the client knows; the tokens go on to its end.
+        spliced = whole and answer is not None and not isinstance(last.stop_reason, str)
+        return session.turn_event(
+            turn, learnt=own and whole, messages=generation.messages, answer=answer, splice=spliced
+        )
+
+    def _check_new(self, name: str) -> None:
+        if not NAME.fullmatch(name):
+            raise ApiError(
+                400, f"A session is named by up to 128 letters, digits, '.', '_' and '-', not by {name[:40]!r}."
+            )
+        if name in self._closed:
+            raise ApiError(409, f"The session {name!r} is closed; begin another one under a new name.")
+        if len(self._open) >= self.limits.max_open:
+            raise ApiError(
+                429, f"{self.limits.max_open} sessions are open, which is the limit; reward some or give them up."
+            )
+
+    def _write(self, name: str, event: Record, *, commit: bool = False) -> None:
+        """Writes the event, then believes it."""
+        entry = self._open[name]
+        event = {**event, "time": round(self.clock(), 3)}
+        entry.journal.append(event)
+        if commit:
+            entry.journal.commit()
+        entry.session.apply(event)
+
+    def _close(self, name: str, state: State, reason: str) -> None:
+        self._write(name, {"kind": "closed", "state": state, "reason": reason}, commit=True)
+        self._file(name)
+
+    def _file(self, name: str) -> None:
+        """Moves the record of a closed session to the others."""
+        self._open.pop(name).journal.close()
+        path = self.finished / f"{self._count:08d}-{name}.jsonl"
+        os.rename(self.opened / f"{name}.jsonl", path)
+        _sync(self.finished)
+        self._count += 1
+        self._closed[name] = path
+
+    def _reopen(self, path: Path) -> None:
+        """Goes on with a session of an earlier process; one that was closed just before it died is filed now."""
+        name, journal = path.stem, Journal(path)
+        session = read_session(path)
+        self._open[name] = OpenSession(session, journal)
+        if journal.count == 0:  # it died before the first line was whole
+            self._open.pop(name).journal.close()
+            path.unlink()
+        elif session.state != "open":
+            self._file(name)
+
+
+def read_session(path: Path) -> Session:
+    """The session of a record file. Raises RunError for a damaged one."""
+    session = Session(path.stem.partition("-")[2] if path.parent.name == "finished" else path.stem)
+    for event in read_journal(path):
+        session.apply(event)
+    return session
+
+
+def _hold(directory: Path) -> IO[str]:
+    """Makes sure that one process records to the directory."""
+    file = (directory / "lock").open("w")  # held as long as the sessions are
+    if os.name != "posix":
+        return file
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise RunError(f"Another process records to {directory}; give each its own directory.") from None
+    return file
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
