@@ -91,6 +91,7 @@ class Session:
         """Rollouts to play again from what is known of them, when the session has come back."""
         tickets = self.scheduler.restarted() if self.journal.count else []
         self._written()
+        self.note_beginnings()
         return tickets
 
     # ---- the scheduler, with its journal --------------------------------------------------------------------------
@@ -104,6 +105,13 @@ class Session:
         """The first token of a rollout was made by these weights."""
         self.scheduler.began(ticket, version)
         self._written()
+
+    def note_beginnings(self) -> None:
+        """`began` for every running rollout that has a token."""
+        for ticket, _ in list(self.scheduler.running.values()):
+            turns = self.unfinished.turns.get(ticket.id)
+            if turns and turns[0].versions:
+                self.began(ticket, turns[0].versions[0])
 
     def finished(self, rollouts: Sequence[Rollout]) -> list[Ticket]:
         """Rollouts came back, in this order; gives those that are called off therefore."""

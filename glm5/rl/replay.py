@@ -1,0 +1,70 @@
+"""A training step again, from the journal alone: no engine, no environment, the same loss and gradient to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from glm5.checkpoint import load_model
+from glm5.errors import RunError
+from glm5.rl.config import RLRunConfig
+from glm5.rl.event_log import events_of
+from glm5.rl.events import BatchMade, Finished
+from glm5.rl.journal import read_journal
+from glm5.rl.learner import Learner
+from glm5.rl.records import Batch, Metrics, Rollout
+from glm5.rl.session import JOURNAL
+from glm5.train import RunDirectory
+from glm5.train.run_directory import model_of
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayedStep:
+    """A step of a run, learnt from once more."""
+
+    batch: Batch
+    values: Metrics
+    """What the learner said this time."""
+    recorded: Metrics
+    """Its line in the run's metrics; empty if that is gone."""
+
+    @property
+    def same(self) -> bool:
+        """Whether loss and gradient norm are those of the run, to the bit."""
+        return all(self.values.get(name) == self.recorded.get(name) for name in ("loss", "grad_norm"))
+
+
+def batches_of(journal: Path) -> Iterator[Batch]:
+    """Every batch of a journal, in order."""
+    rollouts: dict[str, Rollout] = {}
+    for record in read_journal(journal):
+        for event in events_of(record):
+            if isinstance(event, Finished):
+                rollouts[event.rollout.id] = event.rollout
+            elif isinstance(event, BatchMade):
+                yield Batch(event.step, event.step, tuple(s.group(rollouts) for s in event.selections))
+                for selection in event.selections:
+                    for ticket in selection.tickets:
+                        del rollouts[ticket.id]
+
+
+def replay_step(config: RLRunConfig, run_directory: Path, step: int) -> ReplayedStep:
+    """Learns from the batch of a step again, from the newest checkpoint before it (or from the parent) on.
+
+    config: the run's own. Raises RunError for a step that the journal does not hold.
+    """
+    run = RunDirectory.open(run_directory)
+    model = load_model(model_of(config.parent), dtype=torch.float32)
+    learner = Learner(model, config.learner)
+    learner.version = run.load_checkpoint(learner.module, learner.optimizers, at_most=step)
+    for batch in batches_of(run.path / JOURNAL):
+        if batch.step < learner.version:
+            continue
+        values = learner.step(batch)
+        if batch.step == step:
+            recorded = next((line for line in run.read("metrics") if line["step"] == step), {})
+            return ReplayedStep(batch, values, recorded)
+    raise RunError(f"{run.path / JOURNAL} holds no batch of step {step}; give a step that the run has begun.")

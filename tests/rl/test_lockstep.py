@@ -1,0 +1,104 @@
+"""Deterministic mode: stale tokens and swaps inside sequences occur, and a killed run is the run that was not."""
+
+import dataclasses
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+
+import lockstep_runs
+import pytest
+from scripted import brief_model
+from speaker import speaker_tokenizer
+
+import glm5
+from glm5.errors import ConfigError
+from glm5.rl.event_log import events_of
+from glm5.rl.journal import read_journal
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("parent")
+    glm5.save_model(brief_model(), directory, speaker_tokenizer())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def whole(parent, tmp_path_factory):
+    """A run that nobody interrupts."""
+    return lockstep_runs.run(parent, tmp_path_factory.mktemp("whole") / "run", resume=False)
+
+
+def test_staleness_and_swaps_inside_sequences_occur(whole):
+    lines = whole.read("metrics")
+    assert max(line["max_staleness"] for line in lines) >= 2
+    assert any(len(line["staleness"]) > 2 for line in lines)
+    learnt = [
+        trajectory for _, _, _, trajectories, _ in lockstep_runs.consumed(whole.path) for trajectory in trajectories
+    ]
+    swapped = [t for t in learnt if len({v for v, s in zip(t.versions, t.sampled, strict=True) if s}) > 1]
+    assert len(swapped) > 3
+    finished = [e.rollout for r in read_journal(whole.path / "journal") for e in events_of(r) if e.kind == "finished"]
+    assert any(len(set(turn.versions)) > 1 for rollout in finished for turn in rollout.turns)
+    assert any(len(rollout.turns) == 3 for rollout in finished)
+
+
+def test_the_same_run_again_is_the_same(whole, parent, tmp_path):
+    again = lockstep_runs.run(parent, tmp_path / "run", resume=False)
+    assert lockstep_runs.fingerprint(again.path) == lockstep_runs.fingerprint(whole.path)
+    assert (again.path / "journal").stat().st_size > 1000
+
+
+def test_a_journal_cut_at_any_line_goes_on_to_the_same_end(whole, parent, tmp_path):
+    """As if killed right behind each of some lines, with the checkpoints that were there then."""
+    lines = (whole.path / "journal").read_bytes().splitlines(keepends=True)
+    expected = lockstep_runs.fingerprint(whole.path)
+    for cut in random.Random(0).sample(range(len(lines)), 4):
+        path = tmp_path / f"run-{cut}"
+        shutil.copytree(whole.path, path, ignore=shutil.ignore_patterns("model", "checkpoints", "report.html"))
+        (path / "journal").write_bytes(b"".join(lines[:cut]))
+        assert lockstep_runs.fingerprint(lockstep_runs.run(parent, path, resume=True).path) == expected, f"line {cut}"
+
+
+def killed_run(parent, path, kills, seconds, seed=0):
+    """Starts the run in processes of its own and kills each after a random time, until one comes through."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lockstep_runs"])
+    chance = random.Random(seed)
+    died = 0
+    while True:
+        resume = (path / "run.json").exists()
+        process = context.Process(target=lockstep_runs.run, args=(parent, path, resume))
+        process.start()
+        if died < kills:
+            process.join(chance.uniform(0.0, seconds))
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+                died += 1
+        process.join()
+        if process.exitcode == 0:
+            return died
+        assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.soak)])
+def test_a_run_killed_at_random_moments_is_the_same_run(whole, parent, tmp_path, kills):
+    started = time.perf_counter()
+    lockstep_runs.run(parent, tmp_path / "timed", resume=False)
+    seconds = time.perf_counter() - started
+    expected, died, number = lockstep_runs.fingerprint(whole.path), 0, 0
+    while died < kills:
+        path = tmp_path / f"killed-{number}"
+        died += killed_run(parent, path, min(kills - died, 10), seconds, seed=number)
+        assert lockstep_runs.fingerprint(path) == expected
+        number += 1
+
+
+def test_modes_that_it_cannot_order_are_refused(parent, tmp_path):
+    config = lockstep_runs.config_of(parent)
+    config = dataclasses.replace(config, scheduler=dataclasses.replace(config.scheduler, mode="sync"))
+    with pytest.raises(ConfigError, match="asynchronous"):
+        lockstep_runs.train_in_lockstep(config, [lockstep_runs.chat()], tmp_path / "run")
