@@ -1,0 +1,40 @@
+"""A place for an engine in a supervised fleet, and how often engines have failed there."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from glm5.rl.fleet.config import FleetConfig
+from glm5.rl.fleet.member import Member
+
+FIRST_DELAY, DOUBLINGS = 0.05, 7
+"""Seconds before an engine is started again, and how often they double with each failure after the first."""
+
+
+@dataclass(eq=False)
+class Seat:
+    """Who sits there, if anybody."""
+
+    name: str
+    member: Member | None = None
+    """An engine that is ready."""
+    version: int = -1
+    requests: int = 0
+    restarts: int = 0
+    failures: deque[float] = field(default_factory=deque)
+    """When its engines died or did not come up, within the window."""
+    given_up: str | None = None
+    """Why it stays empty."""
+
+    def failed(self, reason: str, now: float, config: FleetConfig, *, final: bool) -> float | None:
+        """Counts a failure; the seconds until the next try, or None when the seat is given up (at once if `final`)."""
+        self.failures.append(now)
+        while now - self.failures[0] > config.restart_window:
+            self.failures.popleft()
+        if final or len(self.failures) > config.max_restarts:
+            tried = "" if final else f" ({len(self.failures)} times)"
+            self.given_up = f"engine {self.name} failed{tried}: {reason}"
+            return None
+        self.restarts += 1
+        return float(FIRST_DELAY * 2 ** min(len(self.failures) - 1, DOUBLINGS))

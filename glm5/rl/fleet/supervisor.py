@@ -1,0 +1,360 @@
+"""`SupervisedFleet`: engines that may die, behind streams that do not.
+
+Every engine has a seat. Whoever sits there is watched; when it dies, says nothing, or computes nothing while it has
+work, another one is started in its place with the newest weights. Its requests go on elsewhere at once, after the
+tokens that they have (`Engine.stream(said=)`), so their readers see nothing of it: in strict mode not a bit changes.
+
+Limits keep a fault from going round. An engine that fails more than `max_restarts` times within `restart_window` gives
+its seat up, and when no seat is left every stream ends with an error. A request that may have killed its engine (it had
+got no token there) is a suspect: suspects go on one at a time, each after the one before has got a token, and the one
+that is tried when an engine dies is blamed alone. So a request that kills every engine takes no other along; after
+`max_moves` it ends with an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from glm5.engine import SamplingParams, TokenDelta
+from glm5.engine.admission import admit, check_queueing
+from glm5.engine.sequence import fresh_seed
+from glm5.errors import FleetError, GLM5Error
+from glm5.rl.fleet.config import FleetConfig
+from glm5.rl.fleet.job import Delivery, FleetStream, Job
+from glm5.rl.fleet.member import Executor, Facts, Member
+from glm5.rl.fleet.protocol import EngineState, FleetStats
+from glm5.rl.fleet.routing import Router
+from glm5.rl.fleet.seat import Seat
+from glm5.rl.weights.checks import check_publication
+from glm5.text import Tokenizer
+
+log = logging.getLogger("glm5.fleet")
+WATCH_SECONDS = 0.2
+OVERDUE_SECONDS = 2.0
+"""After its deadline an engine ends a request itself; so much later the fleet does."""
+
+
+class SupervisedFleet:
+    """See `glm5.rl.fleet.Fleet`. `size` engines of one executor, all with the same model and this tokenizer."""
+
+    def __init__(
+        self, executor: Executor, size: int, *, tokenizer: Tokenizer | None = None, config: FleetConfig | None = None
+    ) -> None:
+        if size < 1:
+            raise FleetError(f"A fleet has at least one engine; its size is {size}.")
+        self.tokenizer, self.config = tokenizer, config or FleetConfig()
+        self._executor = executor
+        self._seats = [Seat(str(number)) for number in range(size)]
+        self._router = Router()
+        self._jobs: dict[int, Job] = {}
+        self._waiting: list[Job] = []
+        """Jobs without an engine, because none is there at the moment."""
+        self._suspects: deque[Job] = deque()
+        self._tried: Job | None = None
+        """The suspect that was placed last and has got nothing yet."""
+        self._numbers = itertools.count(1)
+        self._dropped: deque[Job] = deque()
+        """Jobs whose streams were lost, perhaps to the garbage collector, which must take no lock."""
+        self._facts: Facts | None = None
+        self._version = self._snapshot = -1
+        """The newest weights that all engines have; the newest that the executor has."""
+        self._moved = 0
+        self._started = self._closed = False
+        self._changed = threading.Condition(threading.RLock())
+        """Guards all of the above."""
+        self._publishing = threading.Lock()
+
+    # ---- the source ---------------------------------------------------------------------------------------------
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and new tokens of one sequence."""
+        return self._known().limits.max_model_len
+
+    @property
+    def version(self) -> int:
+        """The newest weights that every engine has."""
+        return self._version
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        session_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        said: Sequence[TokenDelta] = (),
+    ) -> FleetStream:
+        """As `Engine.stream`. A structure that cannot be used is refused by the first token, all else at once."""
+        params = params or SamplingParams()
+        check_queueing(session_id, priority, deadline)
+        checked = replace(params, structured_outputs=None) if isinstance(params, SamplingParams) else params
+        admit(prompt_ids, checked, self._known().limits, eos_ids=frozenset(), tokenizer=self.tokenizer, grammars=None)
+        seeded = params if params.seed is not None else replace(params, seed=fresh_seed())
+        until = None if deadline is None else time.monotonic() + deadline
+        job = Job(next(self._numbers), tuple(prompt_ids), seeded, session_id, priority, until, list(said))
+        with self._changed:
+            if self._closed:
+                raise FleetError("This fleet is closed; make a new one.")
+            self._jobs[job.number] = job
+            self._place(job)
+        return FleetStream(job, self._abort, self._dropped)
+
+    # ---- life ---------------------------------------------------------------------------------------------------
+    async def start(self) -> None:
+        """Starts every engine; returns when each is ready or given up. Raises `FleetError` when none is ready."""
+        with self._changed:
+            if self._started:
+                raise FleetError("This fleet was started before; make a new one.")
+            self._started = True
+        for seat in self._seats:
+            self._fill(seat)
+        threading.Thread(target=self._watch, name="glm5-fleet", daemon=True).start()
+        await asyncio.to_thread(self._settled)
+
+    async def publish(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
+        """See `Fleet.publish`. The tensors are copied before the first await."""
+        facts = self._known()
+        check_publication(version, state_dict, newest=max(self._snapshot, facts.version), shapes=facts.shapes)
+        self._executor.snapshot(version, state_dict)
+        with self._changed:
+            self._snapshot = version
+        await asyncio.to_thread(self._hand_out, version)
+
+    async def close(self) -> None:
+        """Ends all requests and engines."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            for job in self._jobs.values():
+                job.mailbox.finish()
+            self._jobs.clear()
+            members = [seat.member for seat in self._seats if seat.member is not None]
+            for seat in self._seats:
+                seat.member = None
+            self._changed.notify_all()
+        await asyncio.gather(*(asyncio.to_thread(partial(member.close, kill=False)) for member in members))
+        await asyncio.to_thread(self._executor.close)
+
+    def stats(self) -> FleetStats:
+        """What each engine does."""
+        with self._changed:
+            states = tuple(
+                EngineState(seat.name, seat.member is not None, seat.version, seat.requests, seat.restarts,
+                            None if seat.member is None else seat.member.stats())
+                for seat in self._seats
+            )  # fmt: skip
+            return FleetStats(states, self._moved)
+
+    # ---- what engines say ---------------------------------------------------------------------------------------
+    def delivered(self, member: Member, deliveries: list[Delivery]) -> None:
+        """Tokens for their jobs, unless these have gone elsewhere."""
+        with self._changed:
+            for delivery in deliveries:
+                job = self._jobs.get(delivery.number)
+                if job is not None and job.member is member:
+                    job.take(delivery)
+                    self._acquit(job)
+
+    def ended(self, member: Member, number: int, error: BaseException | None) -> None:
+        """A job's end."""
+        with self._changed:
+            job = self._jobs.get(number)
+            if job is not None and job.member is member:
+                self._finish(job, error)
+
+    def lost(self, member: Member, reason: str) -> None:
+        """Somebody died: the jobs go elsewhere, and the seat is filled again."""
+        with self._changed:
+            seat = next((seat for seat in self._seats if seat.member is member), None)
+            if seat is None or self._closed:
+                return
+            log.warning("engine %s is replaced: %s", seat.name, reason)
+            seat.member = None
+            self._router.ring.remove(seat.name)
+            threading.Thread(target=partial(member.close, kill=True), daemon=True).start()
+            orphans = [job for job in self._jobs.values() if job.member is member]
+            self._failed(seat, reason)
+            self._moved += len(orphans)
+            tried = self._tried if self._tried in orphans else None
+            suspected = [job for job in orphans if job.orphaned(blamed=tried is None or job is tried)]
+            for job in orphans:
+                if job.moves > self.config.max_moves:
+                    self._finish(job, FleetError(f"{job.moves} engines died under one request ({reason}); look at it."))
+                elif job not in suspected:
+                    self._place(job)
+            self._suspects += suspected
+            if tried is not None:
+                self._tried = None
+            self._try_next()
+
+    # ---- jobs (all under the lock) ------------------------------------------------------------------------------
+    def _place(self, job: Job) -> None:
+        """Begins a job on the engine that its session belongs to, or lets it wait for one."""
+        names = {seat.member: seat.name for seat in self._seats if seat.member is not None}
+        if not names:
+            given_up = [seat.given_up for seat in self._seats if seat.given_up is not None]
+            if len(given_up) == len(self._seats):
+                self._finish(job, FleetError(f"No engine is left: {given_up[-1]}"))
+            else:
+                self._waiting.append(job)
+            return
+        loads = dict.fromkeys(names.values(), 0)
+        for other in self._jobs.values():
+            if other.member in names:
+                loads[names[other.member]] += 1
+        name = self._router.choose(job.session_id, loads)
+        seat = self._seats[int(name)]
+        assert seat.member is not None
+        seat.requests += 1
+        job.member = seat.member
+        seat.member.begin(job.order())
+
+    def _try_next(self) -> None:
+        """Places the next suspect when none is being tried."""
+        while self._tried is None and self._suspects:
+            job = self._suspects.popleft()
+            if job.number in self._jobs:
+                self._tried = job
+                self._place(job)
+
+    def _acquit(self, job: Job) -> None:
+        if job is self._tried:
+            self._tried = None
+            self._try_next()
+
+    def _finish(self, job: Job, error: BaseException | None) -> None:
+        self._jobs.pop(job.number, None)
+        job.mailbox.finish(error)
+        self._acquit(job)
+
+    def _abort(self, job: Job) -> None:
+        with self._changed:
+            job.mailbox.abandon()
+            if self._jobs.pop(job.number, None) is not None and job.member is not None:
+                job.member.abort(job.number)
+            self._acquit(job)
+
+    # ---- seats --------------------------------------------------------------------------------------------------
+    def _fill(self, seat: Seat, delay: float = 0.0) -> None:
+        threading.Thread(target=self._launch, args=(seat, delay), name=f"glm5-seat-{seat.name}", daemon=True).start()
+
+    def _launch(self, seat: Seat, delay: float) -> None:
+        """Starts an engine and seats it with the newest weights (in a thread of its own)."""
+        member = None
+        with self._changed:
+            if self._changed.wait_for(lambda: self._closed, delay):
+                return
+        try:
+            member = self._executor.launch(seat.name, self, self.config)
+            has = member.facts.version
+            while not self._seated(seat, member, has):
+                has = member.update(self._snapshot).result(self.config.update_seconds)
+        except Exception as error:
+            if member is not None:
+                member.close(kill=True)
+            final = isinstance(error, GLM5Error) and not isinstance(error, FleetError)
+            timeout = isinstance(error, FutureTimeout)
+            with self._changed:
+                self._failed(seat, "it took no weights in time" if timeout else str(error) or repr(error), final=final)
+
+    def _seated(self, seat: Seat, member: Member, has: int) -> bool:
+        """Seats an engine unless there are newer weights than it has; True also when nobody needs it any more."""
+        with self._changed:
+            if self._closed:
+                threading.Thread(target=partial(member.close, kill=True)).start()
+                return True
+            if has < self._snapshot:
+                return False
+            seat.member, seat.version, self._facts = member, has, self._facts or member.facts
+            self._version = max(self._version, has)
+            self._router.ring.add(seat.name)
+            waiting, self._waiting = self._waiting, []
+            for job in waiting:
+                if job.number in self._jobs:
+                    self._place(job)
+            self._changed.notify_all()
+            return True
+
+    def _failed(self, seat: Seat, reason: str, *, final: bool = False) -> None:
+        """Another engine is started on the seat, or it is given up (under the lock)."""
+        if self._closed:
+            return
+        delay = seat.failed(reason, time.monotonic(), self.config, final=final)
+        if delay is not None:
+            self._fill(seat, delay)
+            return
+        log.error("%s; its seat is given up", seat.given_up)
+        if all(other.given_up for other in self._seats):
+            for job in list(self._jobs.values()):
+                self._finish(job, FleetError(f"No engine is left: {seat.given_up}"))
+        self._changed.notify_all()
+
+    def _settled(self) -> None:
+        """Waits until every seat is taken or given up; each try has its own time limit."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or all(s.member or s.given_up for s in self._seats))
+            reasons = [seat.given_up for seat in self._seats if seat.given_up]
+            if len(reasons) == len(self._seats):
+                raise FleetError(f"No engine could be started: {reasons[-1]}")
+
+    def _known(self) -> Facts:
+        if self._facts is None:
+            raise FleetError("The fleet has not been started, or no engine came up; await its start() first.")
+        return self._facts
+
+    # ---- weights ------------------------------------------------------------------------------------------------
+    def _hand_out(self, version: int) -> None:
+        """Every engine that lives takes the newest snapshot; one that does not is replaced."""
+        with self._publishing:
+            with self._changed:
+                if all(seat.given_up for seat in self._seats):
+                    raise FleetError(f"No engine is left: {self._seats[-1].given_up}")
+                asked = [(s, s.member, s.member.update(version)) for s in self._seats if s.member is not None]
+            until, refused = time.monotonic() + self.config.update_seconds, ""
+            for seat, member, future in asked:
+                try:
+                    has = future.result(max(until - time.monotonic(), 0.0))
+                except Exception as error:
+                    refused = str(error) or f"no answer within {self.config.update_seconds:g} s"
+                    self.lost(member, f"it did not take weights version {version}: {refused}")
+                else:
+                    with self._changed:
+                        seat.version = has if seat.member is member else seat.version
+            with self._changed:
+                if asked and all(seat.member is not member for seat, member, _ in asked):
+                    raise FleetError(f"No engine took weights version {version}: {refused}")
+                self._version = max(self._version, version)
+
+    # ---- the watch ----------------------------------------------------------------------------------------------
+    def _watch(self) -> None:
+        """Looks after engines and deadlines until the fleet is closed (in a thread of its own)."""
+        while True:
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closed, WATCH_SECONDS):
+                    return
+                while self._dropped:
+                    self._abort(self._dropped.popleft())
+                now = time.monotonic()
+                for job in list(self._jobs.values()):
+                    if job.until is not None and now > job.until + OVERDUE_SECONDS * (job.member is not None):
+                        if job.member is not None:
+                            job.member.abort(job.number)
+                        self._finish(job, None)
+                members = [seat.member for seat in self._seats if seat.member is not None]
+            for member in members:
+                reason = member.trouble()
+                if reason is not None:
+                    self.lost(member, reason)

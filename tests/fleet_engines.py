@@ -1,0 +1,94 @@
+"""Engines that a fleet builds in other processes; functions at module level, so that they can be sent there."""
+
+import asyncio
+import os
+import signal
+import time
+
+import torch
+from speaker import speaker_model, speaker_tokenizer
+
+from glm5.engine import Engine, SamplingParams
+from glm5.errors import CheckpointError
+
+PROMPTS = [[7, 9, 11 + i, 3] for i in range(6)]
+
+
+def strict_engine(seed=0):
+    """A small engine whose tokens are the same wherever it runs."""
+    return Engine(speaker_model(seed), speaker_tokenizer(), strict=True, num_blocks=64)
+
+
+def slow_engine():
+    """The same, at about a hundred steps a second, so that there is time to kill it."""
+    engine = strict_engine()
+    run = engine._core.runner.run
+    engine._core.runner.run = lambda chunks: (time.sleep(0.01), run(chunks))[1]
+    return engine
+
+
+def stuck_engine():
+    """Never ends its first step when the prompt has token 300 in it."""
+    engine = strict_engine()
+    run = engine._core.runner.run
+
+    def step(chunks):
+        while any(300 in chunk.token_ids for chunk in chunks):
+            time.sleep(0.05)
+        return run(chunks)
+
+    engine._core.runner.run = step
+    return engine
+
+
+def poisoned_engine():
+    """Dies of a prompt that has token 300 in it."""
+    engine = strict_engine()
+    run = engine._core.runner.run
+
+    def step(chunks):
+        if any(300 in chunk.token_ids for chunk in chunks):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(chunks)
+
+    engine._core.runner.run = step
+    return engine
+
+
+def refusing_engine():
+    """Cannot be built."""
+    raise CheckpointError("There is no model at /nowhere; give a model directory.")
+
+
+def dying_engine():
+    """Dies while it loads."""
+    os._exit(3)
+
+
+def threads_of_engine():
+    """Tells its number of threads as its version."""
+    return Engine(speaker_model(), speaker_tokenizer(), num_blocks=64, version=torch.get_num_threads())
+
+
+def params_of(i, **changes):
+    """Sampled, logged, with a seed of its own."""
+    return SamplingParams(**{"max_tokens": 60, "seed": 100 + i, "ignore_eos": True, **changes})
+
+
+async def play(source, *, count=len(PROMPTS), **changes):
+    """The tokens of some requests at once, each as (id, log-probability, version, text)."""
+
+    async def one(i):
+        stream = source.stream(PROMPTS[i], params_of(i, **changes), session_id=f"s{i}", priority=0, deadline=None)
+        return [(d.token_id, d.logprob, d.version, d.text) async for d in stream]
+
+    return await asyncio.wait_for(asyncio.gather(*(one(i) for i in range(count))), 120)
+
+
+def undisturbed(**changes):
+    """What an engine alone gives."""
+    engine = strict_engine()
+    try:
+        return asyncio.run(play(engine, **changes))
+    finally:
+        engine.close()

@@ -1,0 +1,238 @@
+"""Engines in processes: the same tokens, deaths that nobody sees, and limits on what goes round."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import fleet_engines
+import pytest
+from fleet_engines import PROMPTS, params_of, play, undisturbed
+from speaker import speaker_model, speaker_tokenizer
+
+from glm5.engine import StructuredOutputs
+from glm5.errors import ConfigError, FleetError, InputError, WeightsError
+from glm5.rl.fleet import FleetConfig, ProcessExecutor, SupervisedFleet
+
+QUICK = FleetConfig(start_seconds=120, silence_seconds=2, stuck_seconds=2, update_seconds=60, max_restarts=3)
+
+
+def fleet_of(build, size, config=QUICK, **options):
+    return SupervisedFleet(ProcessExecutor(build, **options), size, tokenizer=speaker_tokenizer(), config=config)
+
+
+def pids(fleet):
+    """Of the engines that are up."""
+    return [seat.member.process_id for seat in fleet._seats if seat.member is not None]
+
+
+async def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def running(fleet):
+    """A fleet that runs for the time of a `with` block."""
+    try:
+        await fleet.start()
+        yield fleet
+    finally:
+        await fleet.close()
+
+
+def test_tokens_weights_and_refusals():
+    wanted = undisturbed()
+
+    async def story():
+        fleet = fleet_of(fleet_engines.strict_engine, 2)
+        with pytest.raises(FleetError, match="has not been started"):
+            fleet.stream(PROMPTS[0])
+        async with running(fleet):
+            assert await play(fleet) == wanted
+            assert min(state.requests for state in fleet.stats().engines) >= 1 and fleet.max_model_len == 512
+            with pytest.raises(InputError, match="context limit is 512"):
+                fleet.stream([1] * 600)
+            with pytest.raises(InputError, match="deadline"):
+                fleet.stream([1], deadline=-1.0)
+            bad = fleet.stream([1], params_of(0, structured_outputs=StructuredOutputs(regex="(")))
+            with pytest.raises(InputError):
+                await anext(bad)
+
+            new = speaker_model(seed=1)
+            await fleet.publish(4, new.state_dict())
+            alone = fleet_engines.strict_engine()
+            alone.update_weights(4, new.state_dict())
+            assert fleet.version == 4 and await play(fleet) == await play(alone)
+            alone.close()
+            with pytest.raises(WeightsError, match="version 4 came after version 4"):
+                await fleet.publish(4, new.state_dict())
+            spoilt = {name: tensor * float("nan") for name, tensor in new.state_dict().items()}
+            with pytest.raises(InputError, match="NaN or infinity"):
+                await fleet.publish(5, spoilt)
+            with pytest.raises(InputError, match=r"lack 'lm_head.weight'"):
+                await fleet.publish(5, {n: t for n, t in new.state_dict().items() if n != "lm_head.weight"})
+            assert [state.version for state in fleet.stats().engines] == [4, 4]
+
+            short = fleet.stream(PROMPTS[0], params_of(0, max_tokens=None), deadline=0.2)
+            assert len([delta async for delta in short]) > 0 and short.finish_reasons == ("abort",)
+            left = fleet.stream(PROMPTS[0], params_of(0, max_tokens=None))
+            await anext(left)
+            left.close()
+            assert [delta async for delta in left] == []
+            del short, left
+            await until(lambda: not fleet._jobs and all(s.engine.running == 0 for s in fleet.stats().engines))
+        with pytest.raises(FleetError, match="closed"):
+            fleet.stream(PROMPTS[0])
+        with pytest.raises(FleetError, match="started before"):
+            await fleet.start()
+
+    asyncio.run(story())
+
+
+def test_an_engine_killed_in_the_middle_of_a_token_changes_no_bit():
+    """Two kills and a stop signal; weights come in between. The tokens are those of an undisturbed engine."""
+    wanted = undisturbed(n=2, stop=["zzz"])
+    new = speaker_model(seed=1)
+
+    async def story():
+        async with running(fleet_of(fleet_engines.slow_engine, 2)) as fleet:
+            work = asyncio.create_task(play(fleet, n=2, stop=["zzz"]))
+            await until(lambda: sum(len(job.said) for job in fleet._jobs.values()) > 60)
+            os.kill(pids(fleet)[0], signal.SIGKILL)
+            await until(lambda: fleet._moved and sum(len(job.said) for job in fleet._jobs.values()) > 150)
+            first = await asyncio.wait_for(work, 120)
+            assert [sorted(tokens) for tokens in first] == [sorted(tokens) for tokens in wanted]
+            await until(lambda: len(pids(fleet)) == 2)
+
+            # The one that was started anew has the newest weights, also when they came while it was starting.
+            os.kill(pids(fleet)[1], signal.SIGKILL)
+            await until(lambda: len(pids(fleet)) == 1)
+            await fleet.publish(7, new.state_dict())
+            await until(lambda: len(pids(fleet)) == 2)
+            assert [state.version for state in fleet.stats().engines] == [7, 7]
+
+            # One that is stopped says nothing for two seconds, and is replaced.
+            alone = fleet_engines.strict_engine()
+            alone.update_weights(7, new.state_dict())
+            work = asyncio.create_task(play(fleet))
+            await until(lambda: sum(len(job.said) for job in fleet._jobs.values()) > 30)
+            stopped = pids(fleet)[0]
+            os.kill(stopped, signal.SIGSTOP)
+            assert await asyncio.wait_for(work, 120) == await play(alone)
+            alone.close()
+            assert fleet.stats().moved >= 2 and sum(state.restarts for state in fleet.stats().engines) == 3
+            await until(lambda: not Path(f"/proc/{stopped}").exists() or stopped not in pids(fleet))
+
+    asyncio.run(story())
+
+
+def test_an_engine_that_computes_nothing_is_replaced_and_poison_stops():
+    async def stuck():
+        async with running(fleet_of(fleet_engines.stuck_engine, 1, replace(QUICK, max_moves=0))) as f:
+            with pytest.raises(FleetError, match=r"1 engines died under one request \(no step for"):
+                await anext(f.stream([1, 300], params_of(0)))
+            assert len(await play(f, count=1)) == 1
+
+    async def poisoned():
+        config = replace(QUICK, max_moves=1, max_restarts=9)
+        async with running(fleet_of(fleet_engines.poisoned_engine, 2, config)) as fleet:
+            beside = asyncio.create_task(play(fleet))
+            await until(lambda: sum(len(job.said) for job in fleet._jobs.values()) > 10)
+            poison = fleet.stream([1, 300], params_of(0))
+            with pytest.raises(FleetError, match=r"2 engines died under one request \(its process has ended"):
+                await asyncio.wait_for(anext(poison), 60)
+            assert await beside == undisturbed_later
+
+    undisturbed_later = undisturbed()
+    asyncio.run(stuck())
+    asyncio.run(poisoned())
+
+
+def test_when_no_engine_is_left_every_stream_ends_with_an_error():
+    async def story():
+        config = replace(QUICK, max_restarts=0)
+        async with running(fleet_of(fleet_engines.slow_engine, 2, config)) as fleet:
+            streams = [fleet.stream(PROMPTS[i], params_of(i, max_tokens=400)) for i in range(4)]
+            await anext(streams[0])
+            for pid in pids(fleet):
+                os.kill(pid, signal.SIGKILL)
+            for stream in streams:
+                with pytest.raises(FleetError, match=r"No engine is left: engine \d failed"):
+                    await asyncio.wait_for(_all(stream), 30)
+            with pytest.raises(FleetError, match="No engine is left"):
+                await anext(fleet.stream(PROMPTS[0]))
+            with pytest.raises(FleetError, match="No engine is left"):
+                await fleet.publish(3, speaker_model().state_dict())
+
+    asyncio.run(story())
+
+
+async def _all(stream):
+    return [delta async for delta in stream]
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (fleet_engines.refusing_engine, "No engine could be started: engine 0 failed: There is no model at /nowhere"),
+        (fleet_engines.dying_engine, r"engine 0 failed \(2 times\): its process has ended"),
+    ],
+)
+def test_engines_that_do_not_start(build, sentence):
+    async def story():
+        async with running(fleet_of(build, 1, FleetConfig(max_restarts=1))):
+            raise AssertionError
+
+    with pytest.raises(FleetError, match=sentence):
+        asyncio.run(story())
+
+
+ORPHANS = """
+import asyncio, sys, fleet_engines
+from speaker import speaker_model, speaker_tokenizer
+from glm5.rl.fleet import ProcessExecutor, SupervisedFleet
+
+async def main():
+    fleet = SupervisedFleet(ProcessExecutor(fleet_engines.threads_of_engine), 2, tokenizer=speaker_tokenizer())
+    await fleet.start()
+    await fleet.publish(9, speaker_model().state_dict())
+    names = [publisher.name for publisher in fleet._executor._publishers.values()]
+    versions = [seat.member.facts.version for seat in fleet._seats]
+    print(*(seat.member.process_id for seat in fleet._seats), *versions, *names, flush=True)
+    await asyncio.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_kill_of_the_parent_leaves_no_process_and_no_memory(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ORPHANS)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=env) as parent:
+        first, second, *threads, name = parent.stdout.readline().split()
+        assert threads == ["1", "1"]  # an engine computes with one thread
+        assert Path(f"/dev/shm/{name}").exists() or not Path("/dev/shm").exists()
+        parent.kill()
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in (first, second)) or Path(f"/dev/shm/{name}").exists():
+        assert time.monotonic() < end, "engines or their memory outlived the parent"
+        time.sleep(0.05)
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(FleetError, match="size is 0"):
+        fleet_of(fleet_engines.strict_engine, 0)
+    with pytest.raises(ConfigError, match="silence_seconds is 0"):
+        FleetConfig(silence_seconds=0)
+    with pytest.raises(InputError, match="at least one thread"):
+        ProcessExecutor(fleet_engines.strict_engine, threads=0)
