@@ -1,6 +1,10 @@
 """Deterministic runs for the tests, in functions that a process of its own can be told to call."""
 
 import hashlib
+import multiprocessing
+import os
+import random
+import signal
 from pathlib import Path
 
 import torch
@@ -15,6 +19,7 @@ from glm5.rl.event_log import events_of
 from glm5.rl.journal import read_journal
 from glm5.rl.learner import LearnerConfig
 from glm5.rl.lockstep import train_in_lockstep
+from glm5.rl.orchestrator import train_rl
 from glm5.rl.runner import RolloutConfig
 
 
@@ -44,6 +49,34 @@ def run(parent: Path, path: Path, resume: bool, steps: int = 5):
     """The run, from wherever it is."""
     torch.set_num_threads(1)
     return train_in_lockstep(config_of(parent, steps), [chat()], path, resume=resume)
+
+
+def run_freely(parent: Path, path: Path, resume: bool):
+    """The same in real time: an engine and a learner in threads of their own."""
+    torch.set_num_threads(1)
+    return train_rl(config_of(parent, steps=5), [chat()], path, resume=resume)
+
+
+def killed(target, parent: Path, path: Path, kills: int, seconds: float, seed: int = 0) -> int:
+    """Calls `target` in processes of its own and kills each after a random time, until one comes through.
+
+    Gives the number of those that were killed, at most `kills`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lockstep_runs"])
+    chance, died = random.Random(seed), 0
+    while True:
+        process = context.Process(target=target, args=(parent, path, (path / "run.json").exists()))
+        process.start()
+        if died < kills:
+            process.join(chance.uniform(0.0, seconds))
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+                died += 1
+        process.join()
+        if process.exitcode == 0:
+            return died
+        assert process.exitcode == -signal.SIGKILL
 
 
 def consumed(path: Path) -> list:

@@ -1,11 +1,8 @@
 """Deterministic mode: stale tokens and swaps inside sequences occur, and a killed run is the run that was not."""
 
 import dataclasses
-import multiprocessing
-import os
 import random
 import shutil
-import signal
 import time
 
 import lockstep_runs
@@ -63,27 +60,6 @@ def test_a_journal_cut_at_any_line_goes_on_to_the_same_end(whole, parent, tmp_pa
         assert lockstep_runs.fingerprint(lockstep_runs.run(parent, path, resume=True).path) == expected, f"line {cut}"
 
 
-def killed_run(parent, path, kills, seconds, seed=0):
-    """Starts the run in processes of its own and kills each after a random time, until one comes through."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lockstep_runs"])
-    chance = random.Random(seed)
-    died = 0
-    while True:
-        resume = (path / "run.json").exists()
-        process = context.Process(target=lockstep_runs.run, args=(parent, path, resume))
-        process.start()
-        if died < kills:
-            process.join(chance.uniform(0.0, seconds))
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
-                died += 1
-        process.join()
-        if process.exitcode == 0:
-            return died
-        assert process.exitcode == -signal.SIGKILL
-
-
 @pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.soak)])
 def test_a_run_killed_at_random_moments_is_the_same_run(whole, parent, tmp_path, kills):
     started = time.perf_counter()
@@ -92,7 +68,7 @@ def test_a_run_killed_at_random_moments_is_the_same_run(whole, parent, tmp_path,
     expected, died, number = lockstep_runs.fingerprint(whole.path), 0, 0
     while died < kills:
         path = tmp_path / f"killed-{number}"
-        died += killed_run(parent, path, min(kills - died, 10), seconds, seed=number)
+        died += lockstep_runs.killed(lockstep_runs.run, parent, path, min(kills - died, 10), seconds, seed=number)
         assert lockstep_runs.fingerprint(path) == expected
         number += 1
 
