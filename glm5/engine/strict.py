@@ -18,21 +18,40 @@ from glm5.engine.sampler import token_logprobs
 from glm5.errors import InputError
 from glm5.model import GLM5
 
+BLOCK = 64
 STEP = 512
 """Tokens whose logits are held at once."""
 
 
 def strict_logprobs(model: GLM5, token_ids: Sequence[int], *, attention: str = "sparse") -> Tensor:
     """Log-probability of every token but the first given those before it, fp32 [T - 1]; without gradients."""
-    ids = list(token_ids)
-    if len(ids) < 2:
-        raise InputError(f"A sequence of {len(ids)} token(s) has no log-probabilities; give at least two.")
-    cache = PagedCache(model.config, num_blocks=-(-len(ids) // 64), block_size=64)
-    runner, table = Runner(model, cache, attention=attention, strict=True), list(range(cache.num_blocks))
-    found: list[float] = []
-    for start in range(0, len(ids) - 1, STEP):
-        part = ids[start : min(start + STEP, len(ids) - 1)]
-        [logits_TV] = runner.run([Chunk(part, start, table, len(part))])
-        following = ids[start + 1 : start + 1 + len(part)]
-        found += [token_logprobs(row_V, token, None)[0] for row_V, token in zip(logits_TV, following, strict=True)]
-    return torch.tensor(found)
+    return packed_strict_logprobs(model, [token_ids], attention=attention)[0]
+
+
+def packed_strict_logprobs(
+    model: GLM5, sequences: Sequence[Sequence[int]], *, attention: str = "sparse"
+) -> list[Tensor]:
+    """The same of several sequences at once, side by side in every step; to the bit as if each were alone."""
+    inputs = [list(ids[:-1]) for ids in sequences]
+    for ids in sequences:
+        if len(ids) < 2:
+            raise InputError(f"A sequence of {len(ids)} token(s) has no log-probabilities; give at least two.")
+    blocks = [-(-len(ids) // BLOCK) for ids in inputs]
+    cache = PagedCache(model.config, num_blocks=sum(blocks), block_size=BLOCK)
+    runner = Runner(model, cache, attention=attention, strict=True)
+    tables = [list(range(sum(blocks[:i]), sum(blocks[: i + 1]))) for i in range(len(blocks))]
+    found: list[list[float]] = [[] for _ in sequences]
+    while True:
+        share, chunks, whose = STEP, [], []
+        for i, ids in enumerate(inputs):
+            part = ids[len(found[i]) : len(found[i]) + share]
+            if part:
+                share -= len(part)
+                chunks.append(Chunk(part, len(found[i]), tables[i], len(part)))
+                whose.append(i)
+        if not chunks:
+            return [torch.tensor(values) for values in found]
+        for i, logits_TV in zip(whose, runner.run(chunks), strict=True):
+            start = len(found[i]) + 1
+            targets = sequences[i][start : start + len(logits_TV)]
+            found[i] += [token_logprobs(row_V, token, None)[0] for row_V, token in zip(logits_TV, targets, strict=True)]

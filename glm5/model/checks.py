@@ -71,7 +71,10 @@ def check_replay(config: ModelConfig, replay: Replay, spans: Spans) -> None:
                     f"[{spans.lo_BT.shape[0]}, {spans.lo_BT.shape[1]}, K], as `collect` returned it."
                 )
     for layer, experts_BTK in replay.experts.items():
-        if bool((experts_BTK < 0).any()) or int(experts_BTK.max()) >= config.n_routed_experts:
+        free_BTK = experts_BTK == -1
+        if not torch.equal(free_BTK.any(-1), free_BTK.all(-1)):
+            raise InputError(f"replay.experts[{layer}] has -1 beside an expert; give a token all, or -1 only.")
+        if int(experts_BTK.min()) < -1 or int(experts_BTK.max()) >= config.n_routed_experts:
             raise InputError(f"replay.experts[{layer}] names an expert outside 0 to {config.n_routed_experts - 1}.")
     for layer, at_BTK in replay.positions.items():
         seen = (at_BTK >= spans.lo_BT[..., None]) & (at_BTK < spans.hi_BT[..., None])

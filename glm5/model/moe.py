@@ -48,12 +48,18 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x_ND: Tensor, replayed_NK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Chosen experts [N, K], their weights [N, K] and all scores [N, E]; weights and scores in fp32."""
+        """Chosen experts [N, K], their weights [N, K] and all scores [N, E]; weights and scores in fp32.
+
+        A token of which -1 was recorded chooses freely.
+        """
         c = self.config
         wide = self.e_score_correction_bias.dtype
         with full_precision(x_ND):
             scores_NE = F.linear(x_ND.to(wide), self.weight.to(wide)).sigmoid()
-        chosen_NK = self._choose(scores_NE) if replayed_NK is None else replayed_NK
+        if replayed_NK is None:
+            chosen_NK = self._choose(scores_NE)
+        else:
+            chosen_NK = torch.where(replayed_NK < 0, self._choose(scores_NE), replayed_NK)
         weights_NK = scores_NE.gather(1, chosen_NK)
         if c.norm_topk_prob:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)

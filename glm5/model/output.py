@@ -28,7 +28,7 @@ class Replay:
     """Recorded choices that a forward pass uses instead of its own; layers that are not named choose freely."""
 
     experts: dict[int, Tensor] = field(default_factory=dict)
-    """layer -> [B, T, K] int64; their weights are computed anew from the router's scores."""
+    """layer -> [B, T, K] int64, -1 for a token that chooses freely; the weights are computed anew from the scores."""
     positions: dict[int, Tensor] = field(default_factory=dict)
     """full-indexer layer -> [B, T, K] int64, padded with -1; the layers that share it follow."""
 
