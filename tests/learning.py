@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from speaker import speaker_model, speaker_tokenizer
+from speaker import VOCABULARY, speaker_model, speaker_tokenizer
+from tiny import tiny_model
 
 from glm5.engine import Engine, SamplingParams
 from glm5.envs import Reward, Task
@@ -50,3 +51,10 @@ def engine_batch(rewards=((1.0, 0.0, 0.0, 1.0), (0.0, 1.0, 0.0, 0.0)), *, versio
         ]
         groups.append(Group(tuple(map(Lesson, rollouts))))
     return Batch(version, version, tuple(groups))
+
+
+def drafting_model(seed: int = 0):
+    """A speaker with one MTP module."""
+    return tiny_model(
+        seed, vocab_size=VOCABULARY, max_position_embeddings=512, eos_token_id=speaker_tokenizer().eos_ids,
+    )  # fmt: skip

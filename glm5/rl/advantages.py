@@ -11,10 +11,11 @@ trajectories, counts once, and a rollout that stands for several in a repaired g
 | reinforce++ | (R - mean) / std of the batch | arXiv 2501.03262 |
 | reinforce++-baseline | (R - mean of the group) / std of that over the batch | the same, for groups |
 | reward | R | Williams 1992 |
+| gae | of each token, by a critic (`critic.py`); here 0 | arXiv 1506.02438 |
 | none | 0; what remains is distillation or a penalty | |
 
 A group whose rewards are all equal has advantages of 0 in the kinds that look at the group alone. Token-level
-advantages (critic, distillation, a KL penalty) are elsewhere: they need the model.
+advantages (critic, distillation, a KL penalty) need the model and are added elsewhere.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from typing import Literal
 
 from glm5.rl.records import Group
 
-Advantages = Literal["grpo", "dr-grpo", "rloo", "reinforce++", "reinforce++-baseline", "reward", "none"]
+Advantages = Literal["grpo", "dr-grpo", "rloo", "reinforce++", "reinforce++-baseline", "reward", "gae", "none"]
 KINDS: tuple[Advantages, ...] = (
-    "grpo", "dr-grpo", "rloo", "reinforce++", "reinforce++-baseline", "reward", "none",
+    "grpo", "dr-grpo", "rloo", "reinforce++", "reinforce++-baseline", "reward", "gae", "none",
 )  # fmt: skip
 EPSILON = 1e-6
 
@@ -51,7 +52,7 @@ def rollout_advantages(groups: Sequence[Group], kind: Advantages) -> list[list[f
     """The advantage of every lesson, group by group."""
     rewards = [_lesson_rewards(group) for group in groups]
     weights = [[lesson.weight for lesson in group.lessons] for group in groups]
-    if kind == "none":
+    if kind in ("gae", "none"):
         return [[0.0] * len(values) for values in rewards]
     if kind == "reward":
         return rewards

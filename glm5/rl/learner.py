@@ -5,82 +5,72 @@ same weights to the bit whenever they are learnt from again. Micro-batches of ro
 batch (`packing.py`); with one update per batch and the loss of reasoning RL the step is that of `plain/update.py`.
 
 What learns: everything but the indexers, whose choice of tokens must not drift from what the engine chose (GLM-5
-report, section 3.2), and the router's correction biases.
+report, section 3.2), and the router's correction biases; or adapters alone.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from glm5.errors import InputError, RunError
+from glm5.errors import ConfigError, InputError, RunError
 from glm5.model import GLM5
-from glm5.optim import OptimizerConfig, build_optimizers, clip_gradients
-from glm5.rl.advantages import KINDS, Advantages
-from glm5.rl.loss import PolicyTokens
-from glm5.rl.losses import DDIS, AnyLoss
-from glm5.rl.packing import Example, Judged, Normalisation, Rows, examples_of, judged, micro_batches
+from glm5.optim import build_optimizers, clip_gradients
+from glm5.rl.adapters import adapt, adapter_tensors, without_adapters
+from glm5.rl.critic import ValueHead, estimates
+from glm5.rl.distillation import teacher_logprobs
+from glm5.rl.forward import PerExample, fixed_logprobs
+from glm5.rl.learner_config import LearnerConfig
+from glm5.rl.objective import Given, drafts, objective, totals_of
+from glm5.rl.packing import Example, Judged, examples_of, judged, micro_batches
 from glm5.rl.records import Batch, Metrics
 from glm5.train import RunDirectory
-from glm5.train.checks import check_choice, check_counts, check_numbers
 from glm5.train.guards import LOWER_RATE
+from glm5.train.loop import BatchSource
+from glm5.train.losses import language_loss
 
-
-@dataclass(frozen=True, kw_only=True)
-class LearnerConfig:
-    """How a batch is learnt from."""
-
-    loss: AnyLoss = field(default_factory=DDIS)
-    """DDIS for asynchronous runs; IcePop is that of the report's synchronous reasoning RL."""
-    advantages: Advantages = "grpo"
-    normalisation: Normalisation = "sequence-mean"
-    fixed_length: int = 1024
-    """Of the normalisation of that name: tokens that a full answer has."""
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(name="adamw", lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
-    )
-    clip_norm: float = 1.0
-    attention: Literal["sparse", "dense"] = "sparse"
-    """As the engine's."""
-    rows: int = 64
-    """Rows per forward pass."""
-    row_tokens: int | None = None
-    """Pack trajectories into rows of so many tokens; None: one trajectory a row, padded to the longest."""
-    updates: int = 1
-    """Optimiser steps per batch, each on its share of the rollouts."""
-    reset_optimizer: bool = False
-    """Forget the optimiser's moments after every batch, when the engines take the new weights (GLM-5 report, 4.1.2)."""
-    on_trouble: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop with the batch's number, or leave the update out and say so."""
-
-    def __post_init__(self) -> None:
-        check_counts(self, "fixed_length", "rows", "updates")
-        if self.row_tokens is not None:
-            check_counts(self, "row_tokens")
-        check_numbers(self, "clip_norm", above=0)
-        check_choice(self, "advantages", *KINDS)
-        check_choice(self, "normalisation", "sequence-mean", "token-mean", "fixed-length")
-        check_choice(self, "attention", "sparse", "dense")
-        check_choice(self, "on_trouble", "stop", "skip")
+__all__ = ["Learner", "LearnerConfig"]
 
 
 class Learner:
-    """Trains `model` in place. `version` counts the batches that were learnt from."""
+    """Trains `model` in place. `version` counts the batches that were learnt from.
 
-    def __init__(self, model: GLM5, config: LearnerConfig, *, version: int = 0) -> None:
-        self.model = model
-        self.config = config
-        self.version = version
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".indexer." not in name and not name.startswith("mtp."))
+    reference: what the KL term holds the policy to; by default the model as it is given. teachers: by the name of the
+    environment. replay: batches of earlier stages, number `version * updates + i` for update i of a batch.
+    """
+
+    def __init__(
+        self,
+        model: GLM5,
+        config: LearnerConfig,
+        *,
+        version: int = 0,
+        reference: GLM5 | None = None,
+        teachers: Mapping[str, GLM5] | None = None,
+        replay: BatchSource | None = None,
+    ) -> None:
+        self.model, self.config, self.version = model, config, version
+        self.reference, self.teachers, self.replay = reference, dict(teachers or {}), replay
+        if (config.distillation is not None) != bool(self.teachers):
+            raise ConfigError("Distillation needs both its setting and teachers; give both or neither.")
+        if config.kl is not None and reference is None and config.lora is None:
+            self.reference = copy.deepcopy(model)
+        if config.lora is not None:
+            adapt(model, config.lora)
+        else:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(learns(name, model, config))
+        self.head: ValueHead | None = None
         self.optimizers = build_optimizers(model, model.config, config.optimizer)
+        if config.advantages == "gae":
+            self.head = ValueHead(model.config.hidden_size)
+            self.optimizers.append(torch.optim.AdamW(self.head.parameters(), lr=config.critic.lr, weight_decay=0.0))
 
     # ---- learning -------------------------------------------------------------------------------------------------
     def step(self, batch: Batch) -> Metrics:
@@ -92,69 +82,99 @@ class Learner:
         if batch.version != self.version:
             raise InputError(f"The batch is of version {batch.version} and the learner at version {self.version}.")
         config = self.config
-        metrics: defaultdict[str, float] = defaultdict(float)
+        sums: defaultdict[str, float] = defaultdict(float)
         parts = [
             examples_of(part, config.normalisation, fixed_length=config.fixed_length, version=batch.version)
             for part in _parts(judged(batch, config.advantages), config.updates)
             if part
         ]
-        before = self._logprobs_before(parts) if len(parts) > 1 else None
-        for part in parts:
-            for name, value in self._update(part, before).items():
-                metrics[name] += value / len(parts)
+        given = self._given(list(itertools.chain(*parts)), several=len(parts) > 1)
+        taken = 0
+        for number, part in enumerate(parts):
+            values = self._update(part, given, number)
+            taken += values is not None
+            for name, value in (values or {}).items():
+                sums[name] += value
+        means = {name: value / taken for name, value in sums.items()}
         self.version += 1
         if config.reset_optimizer:
             self.reset_optimizer()
-        return {**metrics, **batch_metrics(batch)}
+        return {**means, "updates": taken, "skipped_updates": len(parts) - taken, **batch_metrics(batch)}
 
     def reset_optimizer(self) -> None:
         """Forgets the moments: the next update is as if it were the first."""
         for optimizer in self.optimizers:
             optimizer.state.clear()
 
-    def _logprobs_before(self, parts: Sequence[Sequence[Example]]) -> dict[int, Tensor]:
-        """Log-probabilities of every example under the weights before the batch, by the identity of its trajectory."""
-        found = {}
-        with torch.no_grad():
-            for part in parts:
-                for rows in micro_batches(part, self.config.rows, self.config.row_tokens):
-                    pieces = self._logprobs(rows).split(rows.lengths)
-                    found.update({id(e.trajectory): p for e, p in zip(rows.examples, pieces, strict=True)})
-        return found
+    def _given(self, examples: Sequence[Example], *, several: bool) -> Given:
+        """What other policies say of the batch, and the critic."""
+        config = self.config
+        if not examples:
+            return Given()
+        return Given(
+            old=fixed_logprobs(self.model, examples, config.passes) if several else None,
+            reference=self._reference_logprobs(examples) if config.kl is not None else None,
+            teacher=teacher_logprobs(self.teachers, examples, config.passes) if self.teachers else None,
+            critic=None if self.head is None else estimates(
+                self.head, self.model, examples, config.passes, config.critic
+            ),
+        )  # fmt: skip
 
-    def _update(self, examples: Sequence[Example], before: dict[int, Tensor] | None) -> dict[str, float]:
-        """One optimiser step."""
-        values = self.backward(examples, before)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        values["grad_norm"] = clip_gradients(parameters, self.config.clip_norm)
+    def _reference_logprobs(self, examples: Sequence[Example]) -> PerExample:
+        if self.reference is not None:
+            return fixed_logprobs(self.reference, examples, self.config.passes)
+        with without_adapters(self.model):
+            return fixed_logprobs(self.model, examples, self.config.passes)
+
+    def _update(self, examples: Sequence[Example], given: Given, number: int) -> dict[str, float] | None:
+        """One optimiser step, and what it met; None when it was left out."""
+        values = self.backward(examples, given)
+        if self.replay is not None and self.config.replay_weight:
+            batch = self.replay.batch(self.version * self.config.updates + number)
+            replayed = language_loss(self.model, batch, attention=self.config.attention).total
+            (self.config.replay_weight * replayed).backward()
+            values["replay"] = replayed.item()
+        values |= self._clip()
         healthy = self._healthy(values)
         for optimizer in self.optimizers:
             if healthy:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return values if healthy else {"skipped_updates": 1.0}
+        return values if healthy else None
 
-    def backward(self, examples: Sequence[Example], before: dict[int, Tensor] | None) -> dict[str, float]:
-        """Adds the gradient of one update to the parameters; gives loss and diagnostics.
-
-        before: the old policy's log-probabilities (see `_logprobs_before`); None: it is this very forward pass.
-        """
+    def backward(self, examples: Sequence[Example], given: Given) -> dict[str, float]:
+        """Adds the gradient of one update to the parameters; gives loss and diagnostics."""
+        config, totals = self.config, totals_of(self.model, examples)
+        drafters = [p for p in self.model.mtp.parameters() if p.requires_grad]
         sums: defaultdict[str, float] = defaultdict(float)
-        for rows in micro_batches(examples, self.config.rows, self.config.row_tokens):
-            logprobs_N = self._logprobs(rows)
-            old_N = logprobs_N.detach()
-            if before is not None:
-                old_N = torch.cat([before[id(example.trajectory)] for example in rows.examples])
-            tokens = policy_tokens(rows, logprobs_N, old_N)
-            result = self.config.loss(tokens)
-            result.total.backward()
-            sums["loss"] += result.total.item()
-            for name, value in {**result.diagnostics, **common_diagnostics(tokens)}.items():
+        for rows in micro_batches(examples, config.passes.rows, config.passes.row_tokens):
+            found = objective(self.model, self.head, rows, config, given, totals)
+            found.policy.backward(retain_graph=found.draft is not None)
+            if found.draft is not None:
+                found.draft.backward(inputs=drafters)
+            if found.value is not None:
+                found.value.backward()
+            sums["loss"] += found.policy.item()
+            for name, value in found.diagnostics.items():
                 sums[name] += value.item()
         return dict(sums)
 
+    def _clip(self) -> dict[str, float]:
+        """Clips the gradients part by part, so that none scales another's step; gives their norms before."""
+        parts: dict[str, list[nn.Parameter]] = {"grad_norm": []}
+        for name, parameter in self._parameters():
+            if parameter.grad is not None:
+                parts.setdefault(_norm_of(name), []).append(parameter)
+        return {name: clip_gradients(some, self.config.clip_norm) for name, some in parts.items()}
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.model.named_parameters()
+        if self.head is not None:
+            yield from self.head.named_parameters(prefix="critic")
+
     def _healthy(self, values: dict[str, float]) -> bool:
-        trouble = next((f"{n} is {values[n]}" for n in ("loss", "grad_norm") if not math.isfinite(values[n])), None)
+        watched = {name: value for name, value in values.items() if name == "loss" or name.endswith("grad_norm")}
+        trouble = next((f"{name} is {value}" for name, value in watched.items() if not math.isfinite(value)), None)
         if trouble is None or self.config.on_trouble == "skip":
             return trouble is None
         raise RunError(
@@ -162,21 +182,18 @@ class Learner:
             f"{LOWER_RATE}, or set on_trouble='skip' to leave such updates out."
         )
 
-    def _logprobs(self, rows: Rows) -> Tensor:
-        """Log-probability [N] of every sampled token."""
-        logits_BTV = self.model(rows.ids_BT, None, rows.segments_BT, attention=self.config.attention).logits
-        logits_NV = logits_BTV[rows.rows_N, rows.columns_N].float()
-        return logits_NV.log_softmax(-1).gather(-1, rows.targets_N[:, None])[:, 0]
-
     # ---- what leaves, and what stays ------------------------------------------------------------------------------
     def weights(self) -> dict[str, Tensor]:
-        """The weights of `version`, the model's own tensors: a publisher copies them before the next step."""
-        return dict(self.model.state_dict())
+        """The weights of `version`, or of its adapters where only they learn: the model's own tensors.
+
+        A publisher copies them before the next step. For an engine without adapters: `adapters.merged_weights`.
+        """
+        return dict(self.model.state_dict()) if self.config.lora is None else adapter_tensors(self.model)
 
     @property
     def module(self) -> nn.Module:
         """All that a checkpoint holds beside the optimisers."""
-        return self.model
+        return self.model if self.head is None else nn.ModuleDict({"policy": self.model, "critic": self.head})
 
     def save(self, run: RunDirectory, *, keep: int = 2, wait: bool = True) -> None:
         """A checkpoint under the number of the version."""
@@ -188,28 +205,11 @@ class Learner:
         return self.version
 
 
-def policy_tokens(rows: Rows, logprobs_N: Tensor, old_N: Tensor) -> PolicyTokens:
-    """What a loss reads, of one micro-batch."""
-    examples, lengths = rows.examples, torch.tensor(rows.lengths)
-    return PolicyTokens(
-        logprobs_N=logprobs_N,
-        old_logprobs_N=old_N,
-        sampled_logprobs_N=torch.tensor([e.trajectory.logprobs[i] for e in examples for i in e.sampled]),
-        advantages_N=rows.per_token([e.advantage for e in examples]),
-        weights_N=rows.per_token([e.weight for e in examples]),
-        sequences_N=torch.arange(len(examples)).repeat_interleave(lengths),
-        ages_N=torch.tensor([age for e in examples for age in e.ages]),
-    )
-
-
-def common_diagnostics(tokens: PolicyTokens) -> dict[str, Tensor]:
-    """Weighted means that mean the same for every loss: `mismatch` |log old - log sampled|, `surprise` -log p."""
-    mismatch_N = (tokens.old_logprobs_N - tokens.sampled_logprobs_N).abs()
-    return {
-        "mismatch": (mismatch_N * tokens.weights_N).sum(),
-        "surprise": -(tokens.logprobs_N.detach() * tokens.weights_N).sum(),
-        "ratio": ((tokens.logprobs_N.detach() - tokens.sampled_logprobs_N).exp() * tokens.weights_N).sum(),
-    }
+def learns(name: str, model: GLM5, config: LearnerConfig) -> bool:
+    """Whether the parameter of that name is trained, without adapters."""
+    if ".indexer." in name:
+        return config.indexer_weight > 0 and not name.startswith("mtp.")
+    return not name.startswith("mtp.") or drafts(model, config)
 
 
 def batch_metrics(batch: Batch) -> Metrics:
@@ -224,6 +224,14 @@ def batch_metrics(batch: Batch) -> Metrics:
         "staleness": sum(ages) / len(ages) if ages else 0.0,
         "max_staleness": max(ages, default=0),
     }
+
+
+def _norm_of(name: str) -> str:
+    """The metric that a parameter's gradient counts in."""
+    if ".indexer." in name:
+        return "indexer_grad_norm"
+    part = name.split(".", 1)[0]
+    return f"{part}_grad_norm" if part in ("mtp", "critic") else "grad_norm"
 
 
 def _parts(lessons: list[Judged], updates: int) -> list[list[Judged]]:

@@ -120,6 +120,8 @@ class Rows:
     targets_N: Tensor
     lengths: tuple[int, ...]
     """Sampled tokens of each example."""
+    experts_BTLK: Tensor | None
+    """int64, of every sparse layer the experts that the sampler chose, -1 where that is not known."""
 
     def per_token(self, values: Sequence[float]) -> Tensor:
         """One value of each example [N], float32."""
@@ -176,7 +178,20 @@ def _rows(
     ]
     rows_N, columns_N, targets_N = torch.tensor(where).unbind(1)
     lengths = tuple(len(e.sampled) for e in examples)
-    return Rows(tuple(examples), ids_BT, segments_BT, rows_N, columns_N, targets_N, lengths)
+    experts_BTLK = _experts(examples, ids_BT, places)
+    return Rows(tuple(examples), ids_BT, segments_BT, rows_N, columns_N, targets_N, lengths, experts_BTLK)
+
+
+def _experts(examples: Sequence[Example], ids_BT: Tensor, places: Sequence[tuple[int, int]]) -> Tensor | None:
+    known = next((chosen for e in examples for chosen in e.trajectory.experts if chosen), None)
+    if known is None:
+        return None
+    experts_BTLK = torch.full((*ids_BT.shape, len(known), len(known[0])), -1)
+    for example, (row, start) in zip(examples, places, strict=True):
+        for i, chosen in enumerate(example.trajectory.experts[:-1]):
+            if chosen:
+                experts_BTLK[row, start + i] = torch.tensor(chosen)
+    return experts_BTLK
 
 
 def _first_fit(examples: Sequence[Example], most: int) -> list[list[Example]]:

@@ -87,9 +87,13 @@ class Trajectory:
     sampled: tuple[bool, ...]
     logprobs: tuple[float, ...]
     versions: tuple[int, ...]
+    experts: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    """What the sampler's routers chose: per token and sparse layer the experts, or nothing for a token of which it is
+    not known (the last one, which was never an input, is one). Empty where nobody recorded them."""
 
     def __post_init__(self) -> None:
-        lengths = {len(self.token_ids), len(self.sampled), len(self.logprobs), len(self.versions)}
+        parts = (self.token_ids, self.sampled, self.logprobs, self.versions, *([self.experts] if self.experts else []))
+        lengths = {len(part) for part in parts}
         if len(lengths) != 1:
             raise ValueError(f"the parts of a trajectory have different lengths: {sorted(lengths)}")
         if self.sampled and self.sampled[0]:

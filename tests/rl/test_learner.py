@@ -14,6 +14,7 @@ from glm5.optim import build_optimizers
 from glm5.rl.advantages import group_advantages
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.losses import DDIS, IcePop
+from glm5.rl.objective import Given
 from glm5.rl.packing import examples_of, judged
 from glm5.rl.plain.records import Sample
 from glm5.rl.plain.update import Lesson as PlainLesson
@@ -41,7 +42,7 @@ def gradients(learner, batch):
     examples = examples_of(
         judged(batch, learner.config.advantages), learner.config.normalisation, fixed_length=16, version=batch.version
     )
-    learner.backward(examples, None)
+    learner.backward(examples, Given())
     found = {n: p.grad.clone() for n, p in learner.model.named_parameters() if p.grad is not None}
     learner.model.zero_grad(set_to_none=True)
     return found

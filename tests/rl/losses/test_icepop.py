@@ -18,6 +18,8 @@ def one_token(theta_V, action, *, old, sampled, advantage, weight, loss):
         sampled_logprobs_N=torch.tensor([sampled], dtype=torch.float64),
         advantages_N=torch.tensor([advantage], dtype=torch.float64),
         weights_N=torch.tensor([weight], dtype=torch.float64),
+        sequences_N=torch.zeros(1, dtype=torch.int64),
+        ages_N=torch.zeros(1, dtype=torch.int64),
     )
     result = loss(tokens)
     result.total.backward()
@@ -49,7 +51,8 @@ def test_gradient_equals_the_closed_form(ratio, rho, advantage):
 
 @pytest.mark.parametrize(("rho", "masked"), [(2.0, 0), (0.5, 0), (2.001, 1), (0.499, 1)])
 def test_the_bounds_of_the_mask_are_inclusive(rho, masked):
-    tokens = PolicyTokens(*(torch.tensor([x], dtype=torch.float64) for x in (0.0, math.log(rho), 0.0, 1.0, 1.0)))
+    values = (torch.tensor([x], dtype=torch.float64) for x in (0.0, math.log(rho), 0.0, 1.0, 1.0))
+    tokens = PolicyTokens(*values, *torch.zeros(2, 1, dtype=torch.int64))
     assert IcePop()(tokens).diagnostics["masked"].item() == masked
 
 

@@ -1,0 +1,75 @@
+"""One model over the rows of a micro-batch: the logits that predict its sampled tokens, and their log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from glm5.errors import InputError
+from glm5.model import GLM5, ModelOutput, Replay
+from glm5.rl.packing import Example, Rows, micro_batches
+
+PerExample = dict[int, Tensor]
+"""Values of the sampled tokens [n] of each example, by the identity of its trajectory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How examples are cut into forward passes."""
+
+    attention: Literal["sparse", "dense"]
+    rows: int
+    row_tokens: int | None
+
+
+def run(model: GLM5, rows: Rows, attention: str, collect: frozenset[str] | set[str] = frozenset()) -> ModelOutput:
+    """The forward pass, with the experts that the sampler chose where the rows carry them."""
+    replay = None if rows.experts_BTLK is None else _replay(model, rows.experts_BTLK)
+    output: ModelOutput = model(
+        rows.ids_BT, None, rows.segments_BT, attention=attention, collect=collect, replay=replay
+    )
+    return output
+
+
+def _replay(model: GLM5, experts_BTLK: Tensor) -> Replay:
+    sparse = [layer for layer, kind in enumerate(model.config.mlp_layer_types) if kind == "sparse"]
+    if experts_BTLK.shape[2] != len(sparse):
+        raise InputError(
+            f"The rollouts carry experts of {experts_BTLK.shape[2]} layers, and the model has {len(sparse)} sparse."
+        )
+    return Replay(experts=dict(zip(sparse, experts_BTLK.unbind(2), strict=True)))
+
+
+def sampled_logits(output: ModelOutput, rows: Rows) -> Tensor:
+    """Float32 [N, V]: what each sampled token was drawn from."""
+    return output.logits[rows.rows_N, rows.columns_N].float()
+
+
+def chosen(log_softmax_NV: Tensor, rows: Rows) -> Tensor:
+    """Of each sampled token [N]."""
+    return log_softmax_NV.gather(-1, rows.targets_N[:, None])[:, 0]
+
+
+@torch.no_grad()
+def fixed_logprobs(model: GLM5, examples: Sequence[Example], passes: Passes) -> PerExample:
+    """Log-probabilities under `model`, without a gradient."""
+    found: PerExample = {}
+    for rows in micro_batches(examples, passes.rows, passes.row_tokens):
+        logits_NV = sampled_logits(run(model, rows, passes.attention), rows)
+        found |= by_example(rows, chosen(logits_NV.log_softmax(-1), rows))
+    return found
+
+
+def by_example(rows: Rows, values_N: Tensor) -> PerExample:
+    """Values of the tokens of a micro-batch, example by example."""
+    pieces = values_N.split(rows.lengths)
+    return {id(e.trajectory): piece for e, piece in zip(rows.examples, pieces, strict=True)}
+
+
+def gathered(values: PerExample, rows: Rows) -> Tensor:
+    """And back: [N]."""
+    return torch.cat([values[id(e.trajectory)] for e in rows.examples])

@@ -1,0 +1,88 @@
+"""All settings of the learner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from glm5.errors import ConfigError
+from glm5.optim import OptimizerConfig
+from glm5.rl.adapters import LoRA
+from glm5.rl.advantages import KINDS, Advantages
+from glm5.rl.critic import Critic
+from glm5.rl.distillation import Distillation
+from glm5.rl.drafting import Drafting
+from glm5.rl.forward import Passes
+from glm5.rl.losses import DDIS, AnyLoss
+from glm5.rl.packing import Normalisation
+from glm5.rl.reference import KL
+from glm5.train.checks import check_choice, check_counts, check_numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    """How a batch is learnt from."""
+
+    loss: AnyLoss = field(default_factory=DDIS)
+    """DDIS for asynchronous runs; IcePop is that of the report's synchronous reasoning RL."""
+    advantages: Advantages = "grpo"
+    normalisation: Normalisation = "sequence-mean"
+    fixed_length: int = 1024
+    """Of the normalisation of that name: tokens that a full answer has."""
+    critic: Critic = field(default_factory=Critic)
+    """Of the advantages "gae"."""
+    distillation: Distillation | None = None
+    """From the learner's teachers; with the advantages "none", nothing else."""
+    kl: KL | None = None
+    """To the model that the learner was given, or to its `reference`."""
+    entropy: float = 0.0
+    """Coefficient of a bonus on the entropy of every sampled token's distribution."""
+
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(name="adamw", lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
+    )
+    clip_norm: float = 1.0
+    """Of the policy's gradient; those of MTP, indexers and value head are clipped apart, by the same."""
+    updates: int = 1
+    """Optimiser steps per batch, each on its share of the rollouts."""
+    reset_optimizer: bool = False
+    """Forget the optimiser's moments after every batch, when the engines take the new weights (GLM-5 report, 3.3)."""
+    on_trouble: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop with the batch's number, or leave the update out and say so."""
+
+    attention: Literal["sparse", "dense"] = "sparse"
+    """As the engine's."""
+    rows: int = 64
+    """Rows per forward pass."""
+    row_tokens: int | None = None
+    """Pack trajectories into rows of so many tokens; None: one trajectory a row, padded to the longest."""
+
+    lora: LoRA | None = None
+    """Train adapters; everything else, MTP and indexers too, is then frozen."""
+    mtp: Drafting = "detached"
+    mtp_weight: float = 0.3
+    """On the loss of the draft modules, GLM-4.5's."""
+    indexer_weight: float = 0.0
+    """On the KL loss of the indexers; at 0 they are frozen, as in the report."""
+    replay_weight: float = 1.0
+    """On the language loss of the learner's `replay` of earlier stages, where it has one."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "fixed_length", "rows", "updates")
+        if self.row_tokens is not None:
+            check_counts(self, "row_tokens")
+        check_numbers(self, "clip_norm", above=0)
+        check_numbers(self, "entropy", "mtp_weight", "indexer_weight", "replay_weight")
+        check_choice(self, "advantages", *KINDS)
+        check_choice(self, "normalisation", "sequence-mean", "token-mean", "fixed-length")
+        check_choice(self, "attention", "sparse", "dense")
+        check_choice(self, "on_trouble", "stop", "skip")
+        check_choice(self, "mtp", "detached", "joint", "frozen")
+        if self.lora is not None and self.indexer_weight:
+            raise ConfigError("indexer_weight needs whole weights to train; leave it at 0 with LoRA.")
+
+    @property
+    def passes(self) -> Passes:
+        """How examples are cut. The loss of the indexers must not see padding, so rows then carry segments."""
+        one_a_row = 1 if self.indexer_weight else None
+        return Passes(attention=self.attention, rows=self.rows, row_tokens=self.row_tokens or one_a_row)
