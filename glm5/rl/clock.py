@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -17,6 +18,11 @@ class VirtualClock(Generic[T]):
         """Seconds since the start."""
         self._due: list[tuple[float, int, T]] = []
         self._numbers = itertools.count()
+
+    @property
+    def due(self) -> float:
+        """When the next thing happens; infinite when nothing is planned."""
+        return self._due[0][0] if self._due else math.inf
 
     def after(self, seconds: float, what: T) -> None:
         """Plans something so many seconds from now."""

@@ -69,9 +69,10 @@ class Scheduler(SchedulerState):
     def admit(self) -> list[Ticket]:
         """The rollouts to start now."""
         admitted: list[Ticket] = []
-        running = Counter(ticket.environment for ticket in self._holding_places())
+        limits = {name: source.max_running for name, source in self.tasks.sources.items()}
+        limited = any(limit is not None for limit in limits.values())
+        running = Counter(ticket.environment for ticket in self._holding_places()) if limited else Counter[str]()
         while len(self.running) + len(self.cancelled) < self.max_running:
-            limits = {name: source.max_running for name, source in self.tasks.sources.items()}
             free = [name for name, limit in limits.items() if limit is None or running[name] < limit]
             ticket = self._next_ticket(free)
             if ticket is None:
@@ -99,6 +100,8 @@ class Scheduler(SchedulerState):
 
     def next_batch(self) -> Batch | None:
         """What step `self.step` learns from, when there is enough; every call that gives a batch counts as a step."""
+        if self._choose() is None:
+            return None
         self._sweep()
         chosen = self._choose()
         if chosen is None:
@@ -156,12 +159,14 @@ class Scheduler(SchedulerState):
     def _choose(self) -> list[OpenGroup] | None:
         """The groups of the next batch. async: the oldest first. Otherwise: in the order in which they were begun."""
         accepted = [group for group in self.groups.values() if group.weights]
-        wanted = self.config.groups_per_batch
+        wanted, begun = self.config.groups_per_batch, self.begun - self.begun_before
+        if self.config.mode != "async" and not self.config.refill:
+            return accepted if begun == wanted and len(accepted) == len(self.groups) else None
+        if len(accepted) < wanted:
+            return None
         if self.config.mode == "async":
             accepted.sort(key=lambda group: -group.age(self.step))
-        if self.config.mode == "async" or self.config.refill:
-            return accepted[:wanted] if len(accepted) >= wanted else None
-        return accepted if self.begun - self.begun_before == wanted and len(accepted) == len(self.groups) else None
+        return accepted[:wanted]
 
     def _sweep(self) -> None:
         """Takes out every sample that the next batch could not hold, and calls off those that run in vain."""
@@ -169,8 +174,8 @@ class Scheduler(SchedulerState):
         for group in list(self.groups.values()):
             found: list[Event] = [
                 Outdated(sibling(group.ticket, sample))
-                for sample in group.valid
-                if group.oldest.get(sample, self.step) < oldest_allowed
+                for sample, oldest in sorted(group.oldest.items())
+                if oldest < oldest_allowed and sample not in group.missing
             ]
             for ticket in self._running_of(group):
                 version = self.running[ticket.id][1]
@@ -214,8 +219,8 @@ class Scheduler(SchedulerState):
         return self.tasks.sources[group.ticket.environment]
 
     def _running_of(self, group: OpenGroup) -> list[Ticket]:
-        tickets = [sibling(group.ticket, sample) for sample in range(group.started) if sample not in group.rollouts]
-        return [ticket for ticket in tickets if ticket.id in self.running]
+        samples = (s for s in range(group.started) if s not in group.rollouts and s not in group.missing)
+        return [sibling(group.ticket, sample) for sample in samples]
 
     def _holding_places(self) -> Iterator[Ticket]:
         yield from (ticket for ticket, _ in self.running.values())

@@ -1,0 +1,28 @@
+"""A run in virtual time: the scheduler is the real one, engines, environments and trainer are numbers.
+
+    print(comparison(sweep(SimulationConfig(), max_staleness=(1, 2, 4))))
+
+Predicts, before anything is paid for, how many steps an hour a run makes, how long trainer and sampler wait for each
+other (the bubble), how old the samples are that are learnt from, and what is thrown away. An engine shares its speed
+equally among the sequences that it makes; new weights are taken between two tokens. The random numbers of a rollout
+belong to its ticket, so that two settings are compared on the same tasks.
+
+Left out: prompts (part of the engine's measured speed), the engine's cache and preemption, engines that differ.
+"""
+
+from glm5.rl.simulation.config import Simulation, SimulationConfig
+from glm5.rl.simulation.machine import simulate, sweep
+from glm5.rl.simulation.report import comparison, write_page
+from glm5.rl.simulation.workload import (
+    AssumedWorkload,
+    EngineSpeed,
+    LongTail,
+    Measured,
+    MeasuredWorkload,
+    rollout_record,
+)
+
+__all__ = [
+    "AssumedWorkload", "EngineSpeed", "LongTail", "Measured", "MeasuredWorkload", "Simulation", "SimulationConfig",
+    "comparison", "rollout_record", "simulate", "sweep", "write_page",
+]  # fmt: skip

@@ -1,0 +1,185 @@
+"""The simulator against runs whose times are known in closed form."""
+
+import json
+import math
+from dataclasses import replace
+from random import Random
+
+import pytest
+from thin_rollouts import rollout
+
+from glm5.errors import InputError
+from glm5.rl.admission import SchedulerConfig
+from glm5.rl.concurrency import ConcurrencyConfig
+from glm5.rl.records import Ticket
+from glm5.rl.simulation import (
+    AssumedWorkload,
+    EngineSpeed,
+    LongTail,
+    Measured,
+    SimulationConfig,
+    comparison,
+    rollout_record,
+    simulate,
+    sweep,
+    write_page,
+)
+from glm5.rl.tasks import TaskSource
+
+
+def fixed(value):
+    return LongTail(value, value)
+
+
+def config(mode="sync", *, tokens=100, tools=0.0, turns=1, **changes):
+    """2 groups of 4 of equal length, all learnt from; 8 sequences make 80 tokens per second, so 100 take 10 s."""
+    scheduler = SchedulerConfig(mode=mode, groups_per_batch=2, group_size=4, max_running=8, max_staleness=4)
+    workload = AssumedWorkload(tokens=fixed(tokens), tool_seconds=fixed(tools), turns=turns)
+    keep = TaskSource(environment="tasks", uniform_groups="keep")
+    defaults = {
+        "scheduler": scheduler, "sources": (keep,), "workloads": {"tasks": workload}, "batches": 20, "warmup": 4,
+        "engine": EngineSpeed(points=((8, 80.0), (16, 80.0))), "train_seconds": 4.0, "publish_seconds": 1.0,
+    }  # fmt: skip
+    return SimulationConfig(**(defaults | changes))
+
+
+def seconds_per_step(simulation):
+    return 3600 / simulation.steps_per_hour
+
+
+def test_sync_takes_the_sum():
+    it = simulate(config())
+    assert seconds_per_step(it) == pytest.approx(10 + 4 + 1)
+    assert it.trainer_idle == pytest.approx(10 / 15) and it.sampler_idle == pytest.approx(5 / 15)
+    assert it.tokens_per_second == pytest.approx(800 / 15) and it.wasted == 0
+    assert set(it.staleness) == {0} and it.sampler_use == pytest.approx(10 / 15)
+
+
+def test_one_step_off_takes_the_longer_of_the_two():
+    assert seconds_per_step(simulate(config("one-step-off"))) == pytest.approx(10 + 1)
+    it = simulate(config("one-step-off", train_seconds=30.0))
+    assert seconds_per_step(it) == pytest.approx(30 + 1) and set(it.staleness) == {1}
+
+
+def test_async_is_as_fast_as_the_slower_part():
+    assert seconds_per_step(simulate(config("async"))) == pytest.approx(10)
+    slow_trainer = simulate(config("async", train_seconds=30.0))
+    assert seconds_per_step(slow_trainer) == pytest.approx(31) and slow_trainer.trainer_idle == pytest.approx(0)
+    assert max(slow_trainer.staleness) <= 4
+
+
+def test_tools_leave_the_engine_to_others():
+    # A rollout takes 30 s, of which the tools have 20; the engine could make 8 of them in 10 s.
+    sync = simulate(config(tokens=50, tools=10.0, turns=2))
+    assert seconds_per_step(sync) == pytest.approx(2 * (5 + 10) + 5)
+    wide = replace(config("async", tokens=50, tools=10.0, turns=2), scheduler=SchedulerConfig(
+        groups_per_batch=2, group_size=4, max_running=64, max_staleness=8))  # fmt: skip
+    it = simulate(wide)
+    assert it.sampler_use == pytest.approx(1, abs=0.02)
+    assert seconds_per_step(it) == pytest.approx(10, rel=0.1), "800 tokens at 80 tokens per second"
+
+
+def test_nothing_is_gained_from_overlap_on_one_device_that_both_need():
+    shared = config("async", shared=0.5, publish_seconds=0.0)
+    assert seconds_per_step(simulate(shared)) == pytest.approx(10 + 4, rel=0.02)
+
+
+def test_engines_stand_still_for_new_weights():
+    it = simulate(config("async", swap_seconds=1.0))
+    assert seconds_per_step(it) == pytest.approx(10 + 1, rel=0.02)
+    assert it.sampler_idle == pytest.approx(1 / 11, rel=0.05)
+
+
+def test_sequences_wait_for_a_place_in_the_engine():
+    it = simulate(config(engine=EngineSpeed(points=((1, 20.0),), places=1)))
+    assert seconds_per_step(it) == pytest.approx(8 * 5 + 5)
+    two = simulate(config(engine=EngineSpeed(points=((1, 20.0),), places=1, engines=2)))
+    assert seconds_per_step(two) == pytest.approx(4 * 5 + 5)
+
+
+def test_the_longer_the_tail_the_more_async_gains_and_no_sample_breaks_the_bound():
+    gains = []
+    for p99 in (100, 3000):
+        workload = AssumedWorkload(tokens=LongTail(100, p99), failing=0.05)
+        long = config(workloads={"tasks": workload}, sources=(TaskSource(environment="tasks"),), batches=25)
+        engine = EngineSpeed(points=((1, 10.0), (32, 160.0)))
+        scheduler = replace(long.scheduler, max_running=8)
+        rates = {it.mode: it for it in sweep(replace(long, engine=engine, scheduler=scheduler), max_staleness=(4,))}
+        gains.append(rates["async"].rollouts_per_second / rates["sync"].rollouts_per_second)
+        assert all(max(it.staleness) <= it.max_staleness for it in rates.values())
+        assert rates["async"].wasted > 0 and rates["async"].accounts["dropped"]
+    assert gains[1] > 1.5 * gains[0] > 1.5
+
+
+def test_a_simulation_is_a_function_of_its_settings(tmp_path):
+    workload = {"tasks": AssumedWorkload(tokens=LongTail(50, 900), tool_seconds=LongTail(1, 9), failing=0.1, turns=3)}
+    one = config("async", workloads=workload, sources=(TaskSource(environment="tasks"),))
+    first, again, other = simulate(one), simulate(one), simulate(replace(one, seed=1))
+    assert first == again and first.seconds != other.seconds
+    values = json.loads(json.dumps(first.to_dict()))
+    assert values["staleness"] == {str(age): n for age, n in sorted(first.staleness.items())}
+    table = comparison([first, other]).splitlines()
+    assert len(table) == 3 and len({len(line) for line in table}) == 1
+    write_page(sweep(one, max_staleness=(1, 4)), tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count("<svg") == 5  # one of all, and one of each of the four
+
+
+def test_what_was_measured_is_predicted():
+    """Records of an imaginary run give back the workload that they were made of."""
+    truth = AssumedWorkload(tokens=LongTail(100, 900), tool_seconds=LongTail(2, 20), turns=2, failing=0.1)
+    records = [{"kind": "train", "seconds": 2 + 0.001 * n, "tokens": n} for n in (500, 700, 1300)]
+    records += [{"kind": "publish", "seconds": 0.5}, {"kind": "publish", "seconds": 1.5}, {"kind": "something else"}]
+    records += [
+        {"kind": "engine", "running": n, "tokens_per_second": s} for n, s in ((1, 10.0), (8, 60), (8, 80), (8, 90))
+    ]
+    for group in range(300):
+        for sample in range(4):
+            play = truth.play(Random(group), Random(f"{group}/{sample}"), sample)
+            records.append({
+                "kind": "rollout", "environment": "e", "group": str(group), "turn_tokens": list(play.tokens),
+                "tool_seconds": sum(play.tool_seconds), "outcome": play.outcome,
+                "reward": play.reward if play.outcome == "ok" else None})  # fmt: skip
+    measured = Measured.from_records(records)
+    assert measured.train_seconds == pytest.approx(2) and measured.train_seconds_per_token == pytest.approx(0.001)
+    assert measured.publish_seconds == 1.0 and measured.counts["rollout"] == 1200
+    assert measured.engine.points == ((1, 10.0), (8, 80.0))
+
+    base = SimulationConfig(scheduler=SchedulerConfig(groups_per_batch=4, group_size=4), batches=60, warmup=10)
+    predicted = simulate(base.as_measured(measured))
+    known = simulate(replace(base, workloads={"tasks": truth}, engine=measured.engine, train_seconds=2.0,
+                             train_seconds_per_token=0.001, publish_seconds=1.0))  # fmt: skip
+    assert predicted.steps_per_hour == pytest.approx(known.steps_per_hour, rel=0.15)
+    assert predicted.wasted == pytest.approx(known.wasted, abs=0.1)
+
+
+def test_the_record_of_a_rollout():
+    record = rollout_record(rollout(Ticket("e", 3, 1, 2), (4, 5), reward=0.5))
+    assert record["group"] == "e/3/1/0" and record["turn_tokens"] == [2] and record["reward"] == 0.5
+    Measured.from_records([record, {"kind": "train", "seconds": 1.0, "tokens": 2}])
+    failed = rollout_record(rollout(Ticket("e", 3), (), outcome="env_failure"))
+    assert failed["reward"] is None
+    with pytest.raises(InputError, match="no train"):
+        Measured.from_records([failed])
+
+
+def test_concurrency_is_adapted_in_virtual_time():
+    workload = {"tasks": AssumedWorkload(tokens=fixed(100), tool_seconds=fixed(60.0))}
+    scheduler = SchedulerConfig(groups_per_batch=2, group_size=4, max_running=8, max_staleness=6)
+    still = config("async", workloads=workload, scheduler=scheduler, batches=40)
+    adapted = simulate(replace(still, concurrency=ConcurrencyConfig(least=8, most=256)))
+    assert adapted.max_running > 16
+    assert adapted.steps_per_hour > 2 * simulate(still).steps_per_hour
+
+
+def test_settings_that_cannot_be():
+    assert LongTail(3.0, 3.0).draw(Random(0)) == 3.0
+    draws = sorted(LongTail(10, 100).draw(Random(i)) for i in range(4000))
+    assert draws[2000] == pytest.approx(10, rel=0.1) and draws[3960] == pytest.approx(100, rel=0.35)
+    for wrong in ({"warmup": 20}, {"swap_seconds": 2.0}, {"workloads": {}}, {"shared": 1.5}):
+        with pytest.raises(InputError):
+            config(**wrong)
+    with pytest.raises(InputError, match="long tail"):
+        LongTail(2, 1)
+    with pytest.raises(InputError, match="rise"):
+        EngineSpeed(points=((8, 1.0), (1, 2.0)))
+    assert math.isclose(EngineSpeed(points=((2, 10.0), (4, 30.0))).tokens_per_second(3), 20.0)
