@@ -129,7 +129,8 @@ class Orchestrator:
                 self._cancel(session.published(session.learner.version))
             for ticket in session.under_way():
                 self._begin(ticket)
-            while session.learner.version < self.config.steps:
+            # The learner counts a step before its news of it is read.
+            while session.learner.version < self.config.steps or self._learning is not None:
                 stop = stopped()
                 if stop and self._learning is None:
                     self._interrupted()

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import time
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import events_of
 from glm5.rl.fleet import InProcessFleet
 from glm5.rl.journal import read_journal
-from glm5.rl.learner import LearnerConfig
+from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.losses import IcePop
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.plain.loop import RLConfig, train_policy
@@ -211,3 +212,16 @@ def test_it_learns_asynchronously(parent, tmp_path):
     run = train_rl(config, [SingleTurn(Letters())], tmp_path / "run")
     rewards = [line["reward"] for line in run.read("metrics")]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+
+
+def test_the_last_step_is_recorded_however_late_its_news_is(parent, tmp_path, monkeypatch):
+    step = Learner.step
+
+    def slow(self, batch):
+        values = step(self, batch)
+        time.sleep(0.5)  # the version has moved; the loop looks at it several times before it hears of the step
+        return values
+
+    monkeypatch.setattr(Learner, "step", slow)
+    run = train_rl(config_of(parent, steps=2), [SingleTurn(Letters())], tmp_path / "run")
+    assert [line["step"] for line in run.read("metrics")] == [0, 1]
