@@ -50,6 +50,13 @@ def train(arguments: Sequence[str]) -> int:
     return run(arguments)
 
 
+def rl(arguments: Sequence[str]) -> int:
+    """Reinforcement learning, asynchronous or not, from environments, agents or recorded use"""
+    from glm5.cli.rl import run
+
+    return run(arguments)
+
+
 def evaluate(arguments: Sequence[str]) -> int:
     """Score a model on an environment"""
     from glm5.cli.eval import EvalOptions, run
@@ -90,6 +97,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "data": data,
     "train": train,
+    "rl": rl,
     "eval": evaluate,
     "serve": serve,
     "chat": chat,

@@ -1,0 +1,137 @@
+"""`glm5 rl`: reinforcement learning from environments, from agents behind a gateway, from recorded use.
+
+    glm5 rl --parent runs/sft --env sums --env gym:chain_sum:max_terms=3@2 --out runs/rl     # asynchronous, DDIS
+    glm5 rl --parent runs/sft --env sums --out runs/sync --scheduler.mode sync --learner.loss icepop
+    glm5 rl --parent runs/sft --env sums --out runs/rl --resume
+    glm5 rl --parent runs/sft --env sums --out runs/rl --replay-step 17           # that step again, without engines
+    glm5 rl --parent runs/sft --env sums --out runs/exact --deterministic         # every run and resume the same bits
+
+Environments by name: `glm5.cli.rl_environments`. An environment of your own is passed in Python (`glm5.rl.train_rl`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from glm5.cli.rl_environments import Named, named_environment
+from glm5.cli.rl_flags import REGISTRY
+from glm5.cli.threads import use_threads
+from glm5.errors import InputError
+from glm5.rl.config import RLRunConfig
+from glm5.rl.lockstep import train_in_lockstep
+from glm5.rl.orchestrator import train_rl
+from glm5.rl.replay import ReplayedStep, replay_step
+from glm5.rl.tasks import TaskSource
+from glm5.train import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOptions:
+    """What to do, beside the settings of the run."""
+
+    env: tuple[str, ...] = ()
+    """Environments: sums, arithmetic, gym:TASK, calculator, lookup, facts, openenv:URL; @2 for twice the share."""
+    out: Path
+    """The run directory."""
+    world: Path | None = None
+    """The world that facts and lookup ask about."""
+    resume: bool = False
+    """Go on where the run stopped."""
+    deterministic: bool = False
+    """Order everything by a clock that counts tokens, with the strict engine: a run, however often it was killed and
+    resumed, gives the same weights to the bit. Slower."""
+    replay_step: int | None = None
+    """Instead of going on, learn from this step's batch again, from the journal alone, and compare."""
+    threads: int | None = None
+    """Processor threads; all cores when left out."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Reinforcement learning: rollouts of a model are scored by environments, and it learns from them."""
+
+    config: Annotated[RLRunConfig, tyro.conf.arg(name="")]
+    run: Annotated[RLOptions, tyro.conf.arg(name="")]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parses the flags and trains."""
+    flags = tyro.cli(Flags, prog="glm5 rl", args=list(arguments), registry=REGISTRY)
+    options = flags.run
+    use_threads(options.threads)
+    environments = [named_environment(text, options.world) for text in options.env]
+    if not environments:
+        raise InputError("There is nothing to learn from: give at least one --env, such as --env sums.")
+    console = Console(stderr=options.json)
+    if options.replay_step is not None:
+        return print_replay(replay_step(flags.config, options.out, options.replay_step), console, options.json)
+    train = train_in_lockstep if options.deterministic else train_rl
+    done = train(
+        flags.config,
+        [named.environment for named in environments],
+        options.out,
+        sources=sources_of(environments),
+        resume=options.resume,
+        console=console,
+    )
+    summarise(done, console, as_json=options.json)
+    return 0
+
+
+def print_replay(replayed: ReplayedStep, console: Console, as_json: bool) -> int:
+    """The numbers of a step then and now; 1 when they differ."""
+    names = ("loss", "grad_norm")
+    pairs = {name: [replayed.recorded.get(name), replayed.values.get(name)] for name in names}
+    if as_json:
+        print(json.dumps({"step": replayed.batch.step, "same": replayed.same, "then_and_now": pairs}))
+    else:
+        for rollout in replayed.batch.rollouts:
+            reward = "none" if rollout.reward is None else f"{rollout.reward.value:g}"
+            console.print(f"{rollout.id}: reward {reward}, {rollout.num_sampled} tokens", markup=False, soft_wrap=True)
+        for name, (then, now) in pairs.items():
+            console.print(f"{name}: {then} then, {now} now", markup=False)
+        console.print(
+            "the same to the bit" if replayed.same else "NOT the same: the code or the machine is another one"
+        )
+    return 0 if replayed.same else 1
+
+
+def sources_of(environments: Sequence[Named]) -> list[TaskSource]:
+    """How each environment takes part."""
+    return [TaskSource.of(named.environment, weight=named.weight) for named in environments]
+
+
+def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
+    """Rewards at the beginning and at the end, and where the report is."""
+    metrics = run.read("metrics")
+    fifth = max(1, len(metrics) // 5)
+    result: dict[str, Any] = {
+        "run": str(run.path),
+        "steps": len(metrics),
+        "reward_first_fifth": mean([line["reward"] for line in metrics[:fifth]]),
+        "reward_last_fifth": mean([line["reward"] for line in metrics[-fifth:]]),
+        "max_staleness": max((line.get("max_staleness", 0) for line in metrics), default=0),
+    }
+    if as_json:
+        print(json.dumps(result))
+        return
+    console.print(
+        f"rl: {run.path}, {result['steps']} steps, reward {result['reward_first_fifth']:.3f} in the first fifth, "
+        f"{result['reward_last_fifth']:.3f} in the last; no token was older than {result['max_staleness']} versions",
+        soft_wrap=True,
+    )
+    console.print(f"report: {run.path / 'report.html'}", soft_wrap=True)
+
+
+def mean(values: Sequence[float]) -> float:
+    """0 for none."""
+    return sum(values) / len(values) if values else 0.0

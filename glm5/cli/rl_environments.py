@@ -1,0 +1,101 @@
+"""Environments by name, for the command line: `KIND[:TASK][:setting=value,...][@WEIGHT]`.
+
+    sums                               arithmetic:largest=50,operations=+-
+    gym:chain_sum:max_terms=3@2        any task of reasoning-gym with its settings; twice the share of the others
+    calculator        lookup        facts            the last two ask about a world: --world DIR (of `glm5 data world`)
+    openenv:http://127.0.0.1:8001      an environment server
+
+Python callers pass objects instead; an environment of your own needs no name (docs/environments.md).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glm5.data.world import World
+from glm5.data.world_text import open_world
+from glm5.envs import (
+    Arithmetic,
+    Environment,
+    Facts,
+    OpenEnv,
+    ReasoningGym,
+    SingleTurn,
+    Sums,
+    calculator_environment,
+    facts_environment,
+    lookup_environment,
+)
+from glm5.errors import InputError, did_you_mean
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Named:
+    """An environment as it was asked for."""
+
+    environment: Environment
+    weight: float
+
+
+def named_environment(text: str, world: Path | None = None) -> Named:
+    """The environment of a name; raises InputError that says what is wrong with it."""
+    spec, _, weight = text.rpartition("@") if _is_weight(text.rpartition("@")[2]) and "@" in text else (text, "", "1")
+    kind, _, rest = spec.partition(":")
+    if kind not in KINDS:
+        raise InputError(f"There is no environment {kind!r}.{did_you_mean(kind, KINDS)}")
+    if float(weight) <= 0:
+        raise InputError(f"The weight of {spec} is {weight}; it must be more than 0.")
+    try:
+        return Named(KINDS[kind](rest, world), float(weight))
+    except TypeError as error:
+        raise InputError(f"{spec}: {error}") from None
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def settings(text: str) -> dict[str, Any]:
+    """`a=1,b=x` as a dictionary; values are JSON where they can be, else text."""
+    found: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"{part!r} is no setting; write name=value, with commas between.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _gym(rest: str, world: Path | None) -> Environment:
+    task, _, given = rest.partition(":")
+    return SingleTurn(ReasoningGym(task, settings(given)))
+
+
+def _world(kind: str, world: Path | None) -> World:
+    if world is None:
+        raise InputError(f"{kind} asks about a world: give --world DIR, a directory of `glm5 data world`.")
+    return open_world(world)
+
+
+KINDS: dict[str, Callable[[str, Path | None], Environment]] = {
+    "sums": lambda rest, world: SingleTurn(Sums(split="train", **settings(rest))),
+    "arithmetic": lambda rest, world: SingleTurn(Arithmetic(split="train", **settings(rest))),
+    "gym": _gym,
+    "calculator": lambda rest, world: calculator_environment(**settings(rest)),
+    "lookup": lambda rest, world: lookup_environment(_world("lookup", world), **settings(rest)),
+    "facts": lambda rest, world: facts_environment(Facts(_world("facts", world), **settings(rest))),
+    "openenv": lambda rest, world: OpenEnv(f"openenv/{rest}", rest),
+}

@@ -1,0 +1,78 @@
+"""`glm5 rl`: environments and losses by name, a run, its resume, a step again, and what is refused."""
+
+import json
+
+import pytest
+from speaker import speaker_model, speaker_tokenizer
+
+import glm5
+from glm5.cli.main import main
+from glm5.cli.rl_environments import named_environment, settings
+from glm5.cli.rl_flags import loss, written
+from glm5.errors import InputError
+from glm5.rl.losses import DDIS, IcePop
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("parent")
+    glm5.save_model(speaker_model(), directory, speaker_tokenizer())
+    return directory
+
+
+def flags(parent, out, *more):
+    return [
+        "rl", "--parent", str(parent), "--env", "sums@2", "arithmetic:largest=5", "--out", str(out), "--steps", "2",
+        "--rollout.max-tokens", "4", "--scheduler.groups-per-batch", "2", "--scheduler.group-size", "2",
+        "--threads", "1", "--json", *more,
+    ]  # fmt: skip
+
+
+def test_an_environment_is_named_with_its_settings_and_its_share():
+    named = named_environment("gym:chain_sum:max_terms=3,min_terms=2@0.5")
+    assert named.weight == 0.5 and "max_terms=3" in named.environment.name
+    assert named_environment("sums").weight == 1.0
+    assert settings("a=1,b=x,c=0.5") == {"a": 1, "b": "x", "c": 0.5}
+    assert named_environment("openenv:http://127.0.0.1:8001").environment.name.endswith("8001")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sumz", "sums"),
+        ("gym:chain_sun", "chain_sum"),
+        ("sums@-1", "more than 0"),
+        ("arithmetic:largest", "name=value"),
+        ("arithmetic:biggest=3", "biggest"),
+        ("facts", "--world"),
+        ("openenv:nowhere", "address"),
+    ],
+)
+def test_a_bad_name_is_refused_in_a_sentence(text, says):
+    with pytest.raises(InputError, match=says):
+        named_environment(text)
+
+
+def test_a_loss_is_named_with_its_settings():
+    assert loss("ddis") == DDIS() and loss("IcePop:beta=3") == IcePop(beta=3)
+    assert written(IcePop(beta=3.0)) == ["icepop:beta=3.0"] and loss(*written(DDIS(epsilon_low=0.2))).epsilon_low == 0.2
+    for text, says in (("ddos", "ddis"), ("ddis:epsilon=1", "epsilon_"), ("icepop:beta=0", "beta")):
+        with pytest.raises(ValueError, match=says):
+            loss(text)
+
+
+def test_a_run_its_resume_and_a_step_again(parent, tmp_path, capsys):
+    assert main(flags(parent, tmp_path / "run")) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 2 and result["run"] == str(tmp_path / "run")
+    assert main(flags(parent, tmp_path / "run")) == 1
+    assert "resume" in capsys.readouterr().err
+    assert main(flags(parent, tmp_path / "run", "--resume")) == 0
+    capsys.readouterr()
+    assert main(flags(parent, tmp_path / "run", "--replay-step", "1")) == 0
+    assert json.loads(capsys.readouterr().out)["same"] is True
+
+
+def test_nothing_to_learn_from_is_refused(parent, tmp_path, capsys):
+    assert main(["rl", "--parent", str(parent), "--out", str(tmp_path / "none")]) == 1
+    assert "--env" in capsys.readouterr().err
