@@ -1,0 +1,191 @@
+"""Does learning survive old samples? Synchronous training, DDIS and naive PPO at the same staleness, three tasks.
+
+    python -m benchmarks.rl_staleness --out docs/results/rl_staleness.md        # 45 runs; an hour of one core
+    python -m benchmarks.rl_staleness --quick                                   # does it run
+
+A small replica of AReaL's table (arXiv 2505.24298, blog v0.3, table 3). Every arm starts from the same warmed `nano`
+(`benchmarks.rl_tasks`) and learns from the same number of batches of the same size at the same rate:
+
+- `sync`: sampled from exactly the weights that learn (IcePop, the report's synchronous objective);
+- `ddis`: asynchronous with at most `--staleness` versions, GLM-5's direct double-sided importance sampling;
+- `naive`: the same with PPO's clip around the sampler's policy, no correction.
+
+In the asynchronous arms the sampler is always ahead, so nearly every batch is as old as the bound allows: the mean and
+the largest age are printed. The judged number is the mean sampled reward of the last fifth of the steps on fresh
+training questions. `ddis` reaches `sync` when its mean lies within one standard deviation of sync's seeds, or above.
+Finished runs stay below --work and are not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks.measure import machine
+from benchmarks.rl_tasks import TASKS, environment, warmed
+from glm5.envs import SingleTurn
+from glm5.files import write_json
+from glm5.optim import OptimizerConfig
+from glm5.rl.admission import Mode, SchedulerConfig
+from glm5.rl.config import RLRunConfig
+from glm5.rl.learner import LearnerConfig
+from glm5.rl.losses import DDIS, PPO, AnyLoss, IcePop
+from glm5.rl.orchestrator import train_rl
+from glm5.rl.runner import RolloutConfig
+
+ARMS: dict[str, tuple[Mode, AnyLoss]] = {
+    "sync": ("sync", IcePop()),
+    "ddis": ("async", DDIS()),
+    "naive": ("async", PPO(against="sampler")),
+}
+
+
+@dataclass
+class Options:
+    """Options of the study."""
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    arms: tuple[str, ...] = tuple(ARMS)
+    seeds: int = 5
+    steps: int = 60
+    staleness: int = 8
+    prompts: int = 8
+    group_size: int = 8
+    rate: float = 3e-4
+    threads: int = 1
+    quick: bool = False
+    """Two steps of one seed: a check that all of it runs."""
+    work: Path = Path("runs/rl_staleness")
+    out: Path | None = None
+    """Write the table and the curves there as Markdown."""
+
+
+def config_of(arm: str, parent: Path, seed: int, options: Options) -> RLRunConfig:
+    """One run."""
+    mode, loss = ARMS[arm]
+    return RLRunConfig(
+        parent=parent,
+        steps=options.steps,
+        rollout=RolloutConfig(seed=seed, max_tokens=8),
+        scheduler=SchedulerConfig(
+            mode=mode, groups_per_batch=options.prompts, group_size=options.group_size, refill=True,
+            max_staleness=options.staleness, max_running=4 * options.prompts * options.group_size,
+        ),
+        learner=LearnerConfig(
+            loss=loss,
+            optimizer=OptimizerConfig(name="adamw", lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0),
+        ),
+        checkpoint_every=options.steps,
+    )  # fmt: skip
+
+
+def done(task: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
+    """The result of a run: found, or made."""
+    path = options.work / f"{task}-{arm}-{seed}-{options.steps}-{options.staleness}-{options.rate:g}"
+    file = path.with_suffix(path.suffix + ".json")
+    if not file.exists():
+        parent = warmed(TASKS[task], options.work)
+        config = config_of(arm, parent, seed, options)
+        run = train_rl(config, [SingleTurn(environment(TASKS[task]))], path, resume=(path / "run.json").exists())
+        lines = run.read("metrics")
+        fifth = max(1, len(lines) // 5)
+        write_json(
+            file,
+            {
+                "rewards": [line["reward"] for line in lines],
+                "last": statistics.fmean(line["reward"] for line in lines[-fifth:]),
+                "first": statistics.fmean(line["reward"] for line in lines[:fifth]),
+                "age": statistics.fmean(line["staleness"] for line in lines),
+                "oldest": max(line["max_staleness"] for line in lines),
+            },
+        )
+        shutil.rmtree(path)  # a run holds its journal and its models
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.3f} ± {deviation:.3f}"
+
+
+def verdict(task: dict[str, list[dict[str, Any]]]) -> str:
+    """Whether DDIS reaches synchronous training, and naive PPO does worse than DDIS."""
+    if not {"sync", "ddis", "naive"} <= task.keys():
+        return ""
+    last = {arm: [run["last"] for run in runs] for arm, runs in task.items()}
+    mean = {arm: statistics.fmean(values) for arm, values in last.items()}
+    room = statistics.stdev(last["sync"]) if len(last["sync"]) > 1 else 0.0
+    reached = "met" if mean["ddis"] >= mean["sync"] - room else "MISSED"
+    worse = "worse" if mean["naive"] < mean["ddis"] else "NOT worse"
+    return f"ddis reaches sync: {reached}; naive is {worse} than ddis"
+
+
+def curves(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """Mean reward over the seeds in tenths of the run."""
+    rows = ["| task, arm | " + " | ".join(f"{10 * i}%" for i in range(1, 11)) + " |", "|---" * 11 + "|"]
+    for task, arms in results.items():
+        for arm, runs in arms.items():
+            cells = []
+            for part in range(10):
+                values = [
+                    value
+                    for run in runs
+                    for value in run["rewards"][
+                        len(run["rewards"]) * part // 10 : len(run["rewards"]) * (part + 1) // 10
+                    ]
+                ]
+                cells.append(f"{statistics.fmean(values):.3f}" if values else "")
+            rows.append(f"| {task}, {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def main(options: Options) -> None:
+    """Seeds are the outer loop, so an interrupted study still compares all arms."""
+    if options.quick:
+        options = dataclasses.replace(options, seeds=1, steps=2, prompts=2, group_size=4)
+    torch.set_num_threads(options.threads)
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {t: {a: [] for a in options.arms} for t in options.tasks}
+    for seed in range(options.seeds):
+        for task in options.tasks:
+            for arm in options.arms:
+                results[task][arm].append(done(task, arm, seed, options))
+                last = results[task][arm][-1]
+                print(f"{task} {arm} seed {seed}: {last['first']:.3f} -> {last['last']:.3f}, age {last['age']:.1f}",
+                      flush=True)  # fmt: skip
+    rows = ["| task | arm | reward, first fifth | reward, last fifth | mean age | oldest |", "|---" * 6 + "|"]
+    for task, arms in results.items():
+        for arm, runs in arms.items():
+            first, last, age = (spread([run[key] for run in runs]) for key in ("first", "last", "age"))
+            rows.append(f"| {task} | {arm} | {first} | {last} | {age} | {max(run['oldest'] for run in runs)} |")
+    verdicts = "\n".join(f"- {task}: {verdict(arms)}" for task, arms in results.items())
+    here = machine()
+    text = "\n\n".join(
+        [
+            "# Learning from old samples",
+            f"`python -m benchmarks.rl_staleness --seeds {options.seeds} --steps {options.steps} --staleness "
+            f"{options.staleness} --rate {options.rate:g}`, commit {here['commit']}, {here['cpu']}, PyTorch "
+            f"{here['torch']}; {options.prompts} questions x {options.group_size} samples a batch. Mean ± standard "
+            "deviation over the seeds; ages in weight versions.",
+            "\n".join(rows),
+            verdicts,
+            "Mean reward over all seeds, by tenths of the run:",
+            curves(results),
+        ]
+    )
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
