@@ -1,0 +1,48 @@
+"""Reads from a run directory what the simulator needs to know of the run (`Measured.from_records`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from glm5.rl.event_log import events_of
+from glm5.rl.events import BatchMade, Finished
+from glm5.rl.journal import read_journal
+from glm5.rl.records import Rollout
+from glm5.rl.session import JOURNAL
+from glm5.rl.simulation.workload import rollout_record
+from glm5.train import RunDirectory
+
+
+def records_of(run_directory: Path) -> Iterator[dict[str, Any]]:
+    """Rollouts, learning steps and, for each step, the mean speed of the engines at the mean number of sequences.
+
+    A lap of the run's `speed.jsonl` ends when a step was learnt from; the rollouts that came back before its batch was
+    made stand for what the engines did in it. That is exact in sync mode and nearly so otherwise.
+    """
+    run = RunDirectory.open(run_directory)
+    laps = {line["step"]: line for line in run.read("speed")}
+    finished: dict[str, Rollout] = {}
+    window: list[Rollout] = []
+    for line in read_journal(run.path / JOURNAL):
+        for event in events_of(line):
+            if isinstance(event, Finished):
+                finished[event.rollout.id] = event.rollout
+                window.append(event.rollout)
+                yield rollout_record(event.rollout)
+            elif isinstance(event, BatchMade):
+                chosen = [finished[t.id] for selection in event.selections for t in selection.tickets]
+                if lap := laps.get(event.step):
+                    tokens = sum(rollout.num_sampled for rollout in chosen)
+                    yield {"kind": "train", "seconds": lap["learning_seconds"], "tokens": tokens}
+                    yield from _engine(lap, window)
+                window = []
+
+
+def _engine(lap: dict[str, Any], window: list[Rollout]) -> Iterator[dict[str, Any]]:
+    busy = lap["seconds"] * (1 - lap["sampler_idle"])
+    waited = sum(turn.seconds for rollout in window for turn in rollout.turns)
+    tokens = sum(len(turn.output_ids) for rollout in window for turn in rollout.turns)
+    if busy > 0 and tokens and waited >= busy / 2:
+        yield {"kind": "engine", "running": max(1, round(waited / busy)), "tokens_per_second": tokens / busy}
