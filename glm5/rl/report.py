@@ -1,34 +1,48 @@
-"""The report page of an RL run: the reward curve, what became of the samples, and rollouts to read."""
+"""The report page of an RL run: rewards, what became of the samples, how stale they were, who waited, how far trainer
+and sampler were apart. One HTML file from what the run directory holds, of the plain loop as of the orchestrator; a run
+with a journal also gets the page of its rollouts (`glm5.rl.view`).
+"""
 
 from __future__ import annotations
 
 import html
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from glm5.files import replacing
+from glm5.rl.session import JOURNAL
+from glm5.rl.view.of_run import view_run
 from glm5.train import RunDirectory
-from glm5.train.charts import HEIGHT, MARGIN, WIDTH
+from glm5.train.charts import HEIGHT, MARGIN, WIDTH, Points, heat_map, line_chart
 from glm5.train.report import STYLE, configuration
 
 SHOWN = 12
+ROLLOUT_TOKENS = 1_000_000
+"""Of the page of rollouts that the report makes."""
+MOST_COLUMNS = 120
+Lines = list[dict[str, Any]]
 
 
 def write_rl_report(run_directory: Path) -> Path:
     """Writes `report.html` from what the run directory holds so far, and gives its path."""
     run = RunDirectory.open(run_directory)
-    metrics = run.read("metrics")
+    metrics, speed = run.read("metrics"), run.read("speed")
     samples = sorted((run.path / "samples").glob("*.jsonl"))
     name = html.escape(run.path.name)
     parts = [
         f"<h1>rl: {name}</h1>",
         _summary(metrics),
+        _link(run),
         "<h2>Reward</h2>",
         reward_figure(metrics),
         "<h2>What became of the samples</h2>",
         _fates(metrics),
+        _staleness(metrics),
+        _bubble(speed),
+        _distance(metrics),
         *(_rollouts(samples[-1]) if samples else []),
         configuration(run),
     ]
@@ -42,7 +56,7 @@ def write_rl_report(run_directory: Path) -> Path:
     return path
 
 
-def _summary(metrics: list[dict[str, Any]]) -> str:
+def _summary(metrics: Lines) -> str:
     if not metrics:
         return "<p>No step has been taken yet.</p>"
     third = max(1, len(metrics) // 3)
@@ -54,7 +68,15 @@ def _summary(metrics: list[dict[str, Any]]) -> str:
     )
 
 
-def reward_figure(metrics: list[dict[str, Any]]) -> str:
+def _link(run: RunDirectory) -> str:
+    """Makes the page of rollouts, and points to it."""
+    if not (run.path / JOURNAL).exists():
+        return ""
+    page = view_run(run.path, most_tokens=ROLLOUT_TOKENS)
+    return f'<p><a href="{page.name}">The rollouts</a>: every episode, turn, tool call and token.</p>'
+
+
+def reward_figure(metrics: Lines) -> str:
     """Mean reward of every step as a point, and the running mean of five steps as a line. An inline SVG."""
     if len(metrics) < 2:
         return "<p class=faint>Not enough steps for a curve.</p>"
@@ -84,7 +106,8 @@ def reward_figure(metrics: list[dict[str, Any]]) -> str:
     )
 
 
-def _fates(metrics: list[dict[str, Any]]) -> str:
+def _fates(metrics: Lines) -> str:
+    """The accounts, and how the episodes ended."""
     counts: Counter[str] = Counter()
     for line in metrics:
         counts["sampled"] += line["sampled"]
@@ -92,12 +115,80 @@ def _fates(metrics: list[dict[str, Any]]) -> str:
         counts["requeued"] += line["requeued"]
         for reason, number in line["dropped"].items():
             counts[f"dropped: {reason}"] += number
+        for outcome, number in line.get("outcomes", {}).items():
+            counts[f"ended: {outcome}"] += number
     rows = "".join(f"<tr><td>{html.escape(name)}</td><td class=number>{n:,}</td></tr>" for name, n in counts.items())
     return f"<table>{rows}</table>"
 
 
+def _staleness(metrics: Lines) -> str:
+    """Ages of the tokens that were learnt from, step by step; nothing for runs that note none."""
+    noted = [line for line in metrics if isinstance(line.get("staleness"), dict)]
+    ages = [{int(age): count for age, count in line["staleness"].items()} for line in noted]
+    oldest = max((age for one in ages for age in one), default=0)
+    if not oldest:
+        return ""
+    size = -(-len(noted) // MOST_COLUMNS)
+    columns = [noted[i]["step"] for i in range(0, len(noted), size)]
+    merged = [sum((Counter(one) for one in ages[i : i + size]), Counter()) for i in range(0, len(ages), size)]
+    rows = [[one[age] / max(one.total(), 1) for one in merged] for age in range(oldest + 1)]
+    total = sum(merged, Counter())
+    mean = sum(age * count for age, count in total.items()) / total.total()
+    return f"<h2>Staleness</h2><p>Mean {mean:.2f} versions, at most {oldest}.</p>" + heat_map(
+        rows, columns, most=1.0, label="staleness over steps",
+        caption="Share of a step's tokens by the versions between the weights that sampled them and those that learnt: "
+        "0 at the top; steps from left to right.",
+    )  # fmt: skip
+
+
+def _bubble(speed: Lines) -> str:
+    """Who waited, and how much was under way; nothing for runs that note none."""
+    if not any("trainer_idle" in line for line in speed):
+        return ""
+    seconds = sum(line["seconds"] for line in speed) or 1.0
+    shares = {
+        name: sum(line[f"{name}_idle"] * line["seconds"] for line in speed) / seconds for name in ("trainer", "sampler")
+    }
+    return (
+        f"<h2>The bubble</h2><p>Over {seconds:,.0f} s the trainer was idle {shares['trainer']:.0%} of the time and the "
+        f"sampler {shares['sampler']:.0%}.</p>"
+        + line_chart(
+            [("trainer idle", _points(speed, "trainer_idle")), ("sampler idle", _points(speed, "sampler_idle"))],
+            label="idle shares over steps", caption="Share of each step's time in which nobody learnt, or sampled.",
+        )
+        + line_chart(
+            [("running", _points(speed, "running")), ("queued groups", _points(speed, "queue"))],
+            label="rollouts under way over steps", caption="Rollouts that run, and groups that wait, when a step ends.",
+        )
+    )  # fmt: skip
+
+
+def _distance(metrics: Lines) -> str:
+    """Mismatch and entropy."""
+    parts = []
+    if any(line.get("mismatch") for line in metrics):
+        parts.append(
+            line_chart(
+                [("mismatch", _points(metrics, "mismatch"))], label="mismatch over steps", log=True,
+                caption="Mean |log-probability of the trainer - of the sampler| of trained tokens, nats; logarithmic.",
+            )
+        )  # fmt: skip
+    if any("surprise" in line for line in metrics):
+        parts.append(
+            line_chart(
+                [("entropy", _points(metrics, "surprise"))], label="entropy over steps",
+                caption="Mean -log p of the sampled tokens, nats: an estimate of the policy's entropy.",
+            )
+        )  # fmt: skip
+    return "".join(["<h2>Trainer, sampler, entropy</h2>", *parts]) if parts else ""
+
+
+def _points(lines: Sequence[dict[str, Any]], key: str) -> Points:
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+
+
 def _rollouts(file: Path) -> list[str]:
-    """The first samples of the last step."""
+    """The first samples of the last step, of the plain loop."""
     lines = file.read_text(encoding="utf-8").splitlines()[:SHOWN]
     cells = []
     for sample in map(json.loads, lines):

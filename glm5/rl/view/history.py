@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from glm5.rl.events import BatchMade, Dropped, Event, Finished, Requeued
-from glm5.rl.records import Fate, Rollout
+from glm5.rl.records import Fate, Rollout, Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +23,62 @@ class Told:
     weight: int = 1
     """In that step; a repeat in group repair counts as often."""
 
+    @property
+    def tokens(self) -> int:
+        """Of all its paths, context included."""
+        return sum(len(trajectory.token_ids) for trajectory in self.rollout.trajectories)
 
-def history(events: Iterable[Event]) -> list[Told]:
-    """The rollouts in the order in which they finished."""
-    found: dict[str, Told] = {}
-    for event in events:
-        if isinstance(event, Finished):
-            found[event.rollout.id] = Told(event.rollout)
-        elif isinstance(event, BatchMade):
-            for selection in event.selections:
-                for ticket, (_, weight) in zip(selection.tickets, selection.weights, strict=True):
-                    found[ticket.id] = replace(found[ticket.id], fate="trained", step=event.step, weight=weight)
-        elif isinstance(event, Dropped | Requeued) and event.ticket.id in found:
-            fate: Fate = "dropped" if isinstance(event, Dropped) else "requeued"
-            found[event.ticket.id] = replace(found[event.ticket.id], fate=fate, because=event.reason)
-    return list(found.values())
+
+class History:
+    """Follows the events of a run and keeps its newest groups, so that a long run takes no more memory.
+
+    keep_tokens: older groups are forgotten while the others have at least so many tokens; None keeps all.
+    """
+
+    def __init__(self, keep_tokens: int | None = None) -> None:
+        self.finished = 0
+        """Rollouts that came back, forgotten ones included."""
+        self._keep_tokens = keep_tokens
+        self._groups: dict[str, dict[str, Told]] = {}
+        self._tokens = 0
+
+    def follow(self, events: Iterable[Event]) -> History:
+        """Takes the events in; gives itself."""
+        for event in events:
+            if isinstance(event, Finished):
+                self._add(Told(event.rollout))
+            elif isinstance(event, BatchMade):
+                for selection in event.selections:
+                    for ticket, (_, weight) in zip(selection.tickets, selection.weights, strict=True):
+                        self._settle(ticket, "trained", step=event.step, weight=weight)
+            elif isinstance(event, Dropped):
+                self._settle(event.ticket, "dropped", because=event.reason)
+            elif isinstance(event, Requeued):
+                self._settle(event.ticket, "requeued", because=event.reason)
+        return self
+
+    def __iter__(self) -> Iterator[Told]:
+        """Group after group in the order of their first ends; in a group by sample."""
+        for members in self._groups.values():
+            yield from sorted(members.values(), key=lambda one: one.rollout.ticket.sample)
+
+    def _add(self, one: Told) -> None:
+        self.finished += 1
+        self._groups.setdefault(one.rollout.ticket.group.id, {})[one.rollout.id] = one
+        self._tokens += one.tokens
+        while self._keep_tokens is not None and len(self._groups) > 1:
+            name, oldest = next(iter(self._groups.items()))
+            size = sum(member.tokens for member in oldest.values())
+            if self._tokens - size < self._keep_tokens:
+                break
+            del self._groups[name]
+            self._tokens -= size
+
+    def _settle(self, ticket: Ticket, fate: Fate, because: str = "", step: int | None = None, weight: int = 1) -> None:
+        """Only what came back can be seen."""
+        members = self._groups.get(ticket.group.id, {})
+        if ticket.id in members:
+            members[ticket.id] = replace(members[ticket.id], fate=fate, because=because, step=step, weight=weight)
 
 
 def told(rollouts: Iterable[Rollout]) -> list[Told]:

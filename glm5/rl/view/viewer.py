@@ -41,11 +41,16 @@ def write_viewer(
     title: str = "rollouts",
     trainer: TrainerLogprobs | None = None,
     most_tokens: int = MOST_TOKENS,
+    finished: int | None = None,
 ) -> None:
-    """Writes the page. Of a run with more tokens than `most_tokens` it shows the newest whole groups, and says so."""
+    """Writes the page. Of a run with more tokens than `most_tokens` it shows the newest whole groups, and says so.
+
+    trainer: log-probabilities to hold beside the sampler's. finished: how many rollouts there are, if these are a part.
+    """
     chosen = newest(rollouts, most_tokens)
+    total = max(len(rollouts), finished or 0)
     note = f"{len(chosen):,} episodes" + (
-        "" if len(chosen) == len(rollouts) else f", the newest of {len(rollouts):,}; the journal holds them all"
+        "" if len(chosen) == total else f", the newest of {total:,}; the journal holds them all"
     )
     rows: list[dict[str, Any]] = []
     chunks: list[str] = []
@@ -79,7 +84,7 @@ def newest(rollouts: Sequence[Told], most_tokens: int) -> list[Told]:
     kept: set[str] = set()
     left = most_tokens
     for name, members in reversed(groups.items()):
-        left -= sum(len(path.token_ids) for one in members for path in one.rollout.trajectories)
+        left -= sum(one.tokens for one in members)
         if left < 0 and kept:
             break
         kept.add(name)

@@ -3,7 +3,7 @@
 from rollouts_made import rollout
 
 from glm5.rl.events import BatchMade, Cancelled, Dropped, Finished, Requeued, Selection, Started
-from glm5.rl.view import history, told
+from glm5.rl.view import History, told
 
 
 def test_every_finished_rollout_has_its_fate():
@@ -19,7 +19,9 @@ def test_every_finished_rollout_has_its_fate():
         Cancelled(never, "stale"),
         Dropped(never, "stale"),
     ]
-    found = [(one.rollout.ticket.sample, one.fate, one.because, one.step, one.weight) for one in history(events)]
+    found = [
+        (one.rollout.ticket.sample, one.fate, one.because, one.step, one.weight) for one in History().follow(events)
+    ]
     assert found == [
         (0, "trained", "", 7, 3),
         (1, "dropped", "stale", None, 1),
@@ -31,3 +33,16 @@ def test_every_finished_rollout_has_its_fate():
 
 def test_recorded_rollouts_wait():
     assert [one.fate for one in told([rollout(), rollout(1)])] == ["waiting", "waiting"]
+
+
+def test_of_a_long_run_the_newest_groups_are_kept():
+    rollouts = [rollout(sample, index=index) for index in range(50) for sample in (1, 0)]
+    each = told(rollouts)[0].tokens
+    history = History(keep_tokens=6 * each)
+    for one in rollouts:
+        history.follow([Finished(one)])
+    history.follow([Dropped(rollouts[0].ticket, "stale"), Dropped(rollouts[-1].ticket, "stale")])
+    kept = [(one.rollout.ticket.task_index, one.rollout.ticket.sample, one.fate) for one in history]
+    assert kept == [(47, 0, "waiting"), (47, 1, "waiting"), (48, 0, "waiting"), (48, 1, "waiting"),
+                    (49, 0, "dropped"), (49, 1, "waiting")]  # fmt: skip
+    assert history.finished == 100
