@@ -33,9 +33,12 @@ from glm5.rl.report import write_rl_report
 from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
+from glm5.rl.view.live import LiveView
+from glm5.rl.view.snapshot import Snapshot
+from glm5.rl.view.watch import Watch
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory, RunInterrupted
-from glm5.train.progress import interrupts, progress_bar
+from glm5.train.progress import interrupts
 from glm5.train.run_directory import directory_sha256, model_of
 
 MakeFleet = Callable[[GLM5, Tokenizer, int], Fleet]
@@ -69,9 +72,16 @@ def train_rl(
         session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources)
         make = make_fleet or one_engine(config)
         fleet = make(session.learner.model, tokenizer, session.learner.version)
-        first = session.learner.version
-        with progress_bar("rl", first, config.steps, console) as show, interrupts() as stopped:
-            asyncio.run(Orchestrator(session, fleet, show).run(stopped))
+        start = Snapshot(
+            name=run.path.name,
+            mode=config.scheduler.mode,
+            steps=config.steps,
+            step=session.learner.version,
+            groups_per_batch=config.scheduler.groups_per_batch,
+            staleness_bound=config.scheduler.bound,
+        )
+        with LiveView(console) as view, interrupts() as stopped:
+            asyncio.run(Orchestrator(session, fleet, Watch(view.show, start)).run(stopped))
         finish_run(session, tokenizer)
     return run
 
@@ -110,8 +120,8 @@ def one_engine(config: RLRunConfig) -> MakeFleet:
 class Orchestrator:
     """One run, from where its session stands to its last step."""
 
-    def __init__(self, session: Session, fleet: Fleet, show: Callable[[int, str, float], None]) -> None:
-        self.session, self.fleet, self.show = session, fleet, show
+    def __init__(self, session: Session, fleet: Fleet, watch: Watch) -> None:
+        self.session, self.fleet, self.watch = session, fleet, watch
         self.config = session.config
         self.meter = Meter(fleet)
         self.playing: dict[str, asyncio.Task[None]] = {}
@@ -136,6 +146,7 @@ class Orchestrator:
                     self._interrupted()
                 await self._advance(sampling=not stop)
                 await self._take_news()
+                self.watch.glance(len(self.playing), self._ready(), lambda: self.fleet.stats().engines)
             await asyncio.to_thread(session.checkpoint)
         finally:
             await self._end()
@@ -227,11 +238,15 @@ class Orchestrator:
             if self._unpublished is not None:  # the next step changes the tensors
                 self._unpublished = (version, {n: t.detach().clone() for n, t in self._unpublished[1].items()})
         lap = self.meter.lap()
-        ready = sum(bool(group.weights) for group in session.scheduler.groups.values())
-        session.run.append("speed", {"step": metrics["step"], **lap, "running": len(self.playing), "queue": ready})
-        self.show(version, f"reward {metrics['reward']:.3f}", lap["tokens_per_second"])
+        speed = {"step": metrics["step"], **lap, "running": len(self.playing), "queue": self._ready()}
+        session.run.append("speed", speed)
+        self.watch.learnt(metrics, speed)
         if version % self.config.checkpoint_every == 0 and version < self.config.steps:
             await asyncio.to_thread(session.checkpoint)
+
+    def _ready(self) -> int:
+        """Groups that wait to be learnt from."""
+        return sum(bool(group.weights) for group in self.session.scheduler.groups.values())
 
     async def _publish_if_allowed(self) -> None:
         """Gives the engines the newest weights; in sync and one-step-off mode only between two samplings."""
@@ -258,7 +273,7 @@ class Orchestrator:
         if waited < self.config.patience:
             return
         if self._learning is not None:
-            self.show(self.session.learner.version, f"the learner has been at work for {waited:.0f} s", 0.0)
+            self.watch.note(f"the learner has been at work for {waited // 60:.0f} minutes")
             return
         self.session.journal.commit()
         asking = self.meter.sampling.open

@@ -43,6 +43,8 @@ def render(snapshot: Snapshot) -> RenderableType:
     ]
     if snapshot.engines:
         parts.append(_engines(snapshot))
+    if snapshot.note:
+        parts.append(Text(snapshot.note, style="bold yellow"))
     title = Text(f"rl: {snapshot.name}" + (f" ({snapshot.mode})" if snapshot.mode else ""))
     return Panel(Group(*parts), title=title, box=box.ROUNDED, expand=False)
 
@@ -66,7 +68,7 @@ def line(snapshot: Snapshot) -> str:
         known.append(f"entropy {snapshot.entropy:.3f}")
     known.append(f"trained {snapshot.trained} dropped {sum(snapshot.dropped.values())}")
     known.append(f"requeued {sum(snapshot.requeued.values())}")
-    return "  ".join(known)
+    return "  ".join([*known, *([snapshot.note] if snapshot.note else [])])
 
 
 class LiveView:
@@ -75,7 +77,7 @@ class LiveView:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._live: Live | None = None
-        self._said = -1
+        self._said = (-1, "")
 
     def __enter__(self) -> LiveView:
         if self._console.is_terminal:
@@ -88,11 +90,11 @@ class LiveView:
             self._live.stop()
 
     def show(self, snapshot: Snapshot) -> None:
-        """On a terminal at once; elsewhere a line when a step was taken."""
+        """On a terminal at once; elsewhere a line when a step was taken, or there is a new note."""
         if self._live is not None:
             self._live.update(render(snapshot), refresh=True)
-        elif snapshot.step > self._said:
-            self._said = snapshot.step
+        elif (snapshot.step, snapshot.note) != self._said:
+            self._said = (snapshot.step, snapshot.note)
             self._console.print(line(snapshot), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -156,8 +158,11 @@ def _fates(snapshot: Snapshot) -> RenderableType:
 def _engines(snapshot: Snapshot) -> RenderableType:
     text = Text("engines ", style="dim")
     for engine in snapshot.engines:
-        state = f"v{engine.version} {engine.running}" if engine.up else "down"
-        text.append(f" {engine.name}: {state} ", style="" if engine.up else "bold red")
+        state = f"v{engine.version}" if engine.up else "down"
+        if engine.up and engine.engine is not None:
+            state += f", {engine.engine.running} running"
+        again = f", restarted {engine.restarts}×" if engine.restarts else ""
+        text.append(f" {engine.name}: {state}{again} ", style="" if engine.up else "bold red")
     return text
 
 

@@ -12,18 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from glm5.rl.fleet import EngineState
+
 RECENT = 10
 """Steps over which the histogram and the rates are taken."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineState:
-    """One engine of the fleet."""
-
-    name: str
-    up: bool = True
-    version: int = 0
-    running: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +55,8 @@ class Snapshot:
     ages: tuple[Mapping[int, int], ...] = ()
     """Of the last steps: tokens by the versions between the weights that sampled them and those that learnt."""
     engines: tuple[EngineState, ...] = ()
+    note: str = ""
+    """What a person should know now."""
 
     def after(self, metrics: Mapping[str, Any], speed: Mapping[str, Any]) -> Snapshot:
         """One step later. Keys that are missing leave what was known."""

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from glm5.rl.fleet import EngineState
 from glm5.rl.view import LiveView, Snapshot, render
 from glm5.rl.view.live import curve, line
-from glm5.rl.view.snapshot import RECENT, EngineState
+from glm5.rl.view.snapshot import RECENT
+from glm5.rl.view.watch import Watch
 
 METRICS = {"reward": 0.5, "staleness": {"0": 30, "2": 10}, "mismatch": 2.5e-7, "surprise": 0.75, "trained": 8,
            "dropped": {"all right": 4, "stale": 1}, "requeued_because": {"environment failure": 2}}  # fmt: skip
@@ -51,13 +53,12 @@ def test_a_resumed_run_counts_its_pace_from_where_it_began():
 
 
 def test_everything_is_seen():
-    snapshot = replace(
-        after(12), engines=(EngineState(name="a", version=12, running=5), EngineState(name="b", up=False))
-    )
+    engines = (EngineState("a", True, 12, 40, 1, None), EngineState("b", False, 3, 9, 0, None))
+    snapshot = replace(after(12), engines=engines, note="the learner is slow")
     text = text_of(render(snapshot))
     for part in ("rl: sums (async)", "step 12/20", "812 tokens/s", "0:16 left", "reward 0.900", "3 of 4", "25%",
                  "2.50e-07", "0.750 nats", "staleness, at most 2", "75%", "96", "60", "all right", "48",
-                 "environment failure", "a: v12 5", "b: down"):  # fmt: skip
+                 "environment failure", "a: v12, restarted 1×", "b: down", "the learner is slow"):  # fmt: skip
         assert part in text, part
     assert all(len(row) <= 60 for row in text_of(render(snapshot), width=60).splitlines())
 
@@ -99,3 +100,17 @@ def test_on_a_terminal_the_picture_is_redrawn_in_place():
 def test_curves_go_from_their_least_to_their_most():
     assert curve([]) == "" and curve([2, 2]) == "▁▁" and curve([0, 1]) == "▁█"
     assert curve(range(1000), width=8) == "▁▂▃▄▅▆▇█"
+
+
+def test_a_watch_draws_steps_at_once_and_glances_now_and_then():
+    seen = []
+    watch = Watch(seen.append, Snapshot(name="x", steps=5))
+    for running in range(50):
+        watch.glance(running, 2, lambda: [])
+    assert 1 <= len(seen) < 50 and (seen[0].running, seen[0].queue) == (0, 2)
+    seen.clear()
+    watch.note("slow")
+    watch.note("slow")
+    assert [one.note for one in seen] == ["slow"]
+    watch.learnt({"step": 0, **METRICS}, SPEED)
+    assert (seen[-1].step, seen[-1].note, seen[-1].running) == (1, "", 48)

@@ -1,0 +1,133 @@
+"""A real run, seen afterwards: its report and the page of its rollouts hold what its journal holds."""
+
+import copy
+import io
+import json
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from scripted import Chat
+from speaker import speaker_model, speaker_tokenizer
+from test_viewer import opened
+
+import glm5
+from glm5.engine import Engine
+from glm5.envs import EnvironmentFailure, EpisodeLimits
+from glm5.optim import OptimizerConfig
+from glm5.rl import write_rl_report
+from glm5.rl.admission import SchedulerConfig
+from glm5.rl.config import RLRunConfig
+from glm5.rl.event_log import events_of
+from glm5.rl.fleet import InProcessFleet
+from glm5.rl.journal import read_journal
+from glm5.rl.learner import LearnerConfig
+from glm5.rl.orchestrator import train_rl
+from glm5.rl.runner import RolloutConfig
+from glm5.rl.view import trainer_logprobs, view_run
+from glm5.train import RunDirectory
+
+
+def reward(said):
+    """Now and then the environment breaks."""
+    text = said[-1]["content"] or ""
+    if len(text) % 7 == 3:
+        raise EnvironmentFailure("the zebra server is away", "unreachable")
+    return float("e" in text)
+
+
+def strict_fleet(model, tokenizer, version):
+    return InProcessFleet([Engine(copy.deepcopy(model), tokenizer, strict=True, num_blocks=64, version=version)])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Four steps of two turns each; what the view said meanwhile is `run.said`."""
+    directory = tmp_path_factory.mktemp("run")
+    glm5.save_model(speaker_model(), directory / "parent", speaker_tokenizer())
+    config = RLRunConfig(
+        parent=directory / "parent",
+        steps=4,
+        rollout=RolloutConfig(max_tokens=6),
+        scheduler=SchedulerConfig(groups_per_batch=2, group_size=4, max_running=12, max_staleness=2),
+        learner=LearnerConfig(
+            optimizer=OptimizerConfig(name="adamw", lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0), rows=5
+        ),
+        patience=60.0,
+    )
+    chat = Chat({"role": "user", "content": "Again?"}, limits=EpisodeLimits(turns=2), reward=reward)
+    console = Console(file=io.StringIO(), width=200)
+    run = train_rl(config, [chat], directory / "run", make_fleet=strict_fleet, console=console)
+    run.said = console.file.getvalue()
+    return run
+
+
+def test_the_page_holds_every_rollout_of_the_journal(run):
+    events = [event for record in read_journal(run.path / "journal") for event in events_of(record)]
+    finished = {event.rollout.id: event.rollout for event in events if event.kind == "finished"}
+    page = (run.path / "rollouts.html").read_text()
+    index, bodies = opened(page)
+    assert index["rows"] and {row["id"] for row in index["rows"]} == finished.keys()
+    fates = {event.ticket.id: event.kind for event in events if event.kind in ("dropped", "requeued")}
+    for event in events:
+        if event.kind == "batch":
+            fates |= {ticket.id: "trained" for selection in event.selections for ticket in selection.tickets}
+    assert {row["id"]: row["fate"] for row in index["rows"]} == {name: fates.get(name, "waiting") for name in finished}
+    assert {"trained"} < {row["fate"] for row in index["rows"]}
+    for row, body in zip(index["rows"], bodies, strict=True):
+        assert row["tokens"] == sum(len(turn.output_ids) for turn in finished[row["id"]].turns)
+        assert len(body["turns"]) == len(finished[row["id"]].turns)
+
+
+def test_with_the_weights_that_sampled_the_ratio_is_zero_to_the_bit(run):
+    events = [event for record in read_journal(run.path / "journal") for event in events_of(record)]
+    rollouts = [event.rollout for event in events if event.kind == "finished"]
+    first = [one for one in rollouts if one.num_sampled and set(one.versions) == {0}]
+    assert first
+    parent = glm5.load_model(run.path.parent / "parent", dtype=torch.float32)
+    page = view_run(run.path, trainer=trainer_logprobs(parent, first))
+    index, bodies = opened(page.read_text())
+    known = {one.id for one in first}
+    gaps = [
+        abs(trainer - logprob)
+        for row, body in zip(index["rows"], bodies, strict=True)
+        if row["id"] in known
+        for path in body["paths"]
+        for part in path
+        if isinstance(part, dict)
+        for trainer, logprob in zip(part["trainer"], part["logprobs"], strict=True)
+    ]
+    assert gaps and max(gaps) < 1e-5
+
+
+def test_the_report_adds_up(run):
+    page = write_rl_report(run.path).read_text()
+    metrics, speed = run.read("metrics"), run.read("speed")
+    for title in ("Reward", "What became of the samples", "The bubble", "Trainer, sampler, entropy"):
+        assert f"<h2>{title}</h2>" in page, title
+    assert ("<h2>Staleness</h2>" in page) == any(int(age) for line in metrics for age in line["staleness"])
+    assert 'href="rollouts.html"' in page and "<script" not in page
+    table = dict(re.findall(r"<tr><td>([^<]*)</td><td class=number>([\d,]+)</td></tr>", page))
+    assert int(table["trained"]) == sum(line["trained"] for line in metrics)
+    failed = sum(line["outcomes"].get("env_failure", 0) for line in metrics)
+    assert int(table.get("ended: env_failure", 0)) == failed
+    idle = sum(line["trainer_idle"] * line["seconds"] for line in speed) / sum(line["seconds"] for line in speed)
+    assert f"the trainer was idle {idle:.0%} of the time" in page
+
+
+def test_the_view_said_a_line_for_every_step(run):
+    steps = [line for line in run.said.splitlines() if re.match(r"step [1-4]/4 ", line)]
+    rewards = [line["reward"] for line in run.read("metrics")]
+    assert [re.search(r"reward (\S+)", line)[1] for line in steps] == [f"{reward:.3f}" for reward in rewards]
+
+
+def test_staleness_is_drawn_as_shares(run, tmp_path):
+    other = RunDirectory.start(tmp_path / "run", stage="rl", config={}, inputs={}, parent="", resume=False)
+    for step, staleness in enumerate([{"0": 4}, {"0": 1, "2": 3}]):
+        line = {"step": step, "reward": 0.5, "sampled": 4, "trained": 4, "requeued": 0, "dropped": {"stale": 2}}
+        other.append("metrics", {**line, "staleness": staleness})
+    page = write_rl_report(other.path).read_text()
+    assert "Mean 0.75 versions, at most 2." in page and "row 2, step 1: 0.75" in page and "row 0, step 0: 1.00" in page
+    assert "The bubble" not in page and "rollouts.html" not in page
+    assert json.loads((other.path / "run.json").read_text())["stage"] == "rl"
