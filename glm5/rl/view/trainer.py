@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from glm5.engine.strict import strict_logprobs
 from glm5.model import GLM5
 from glm5.rl.loss import gathered_logprobs
 from glm5.rl.records import Rollout
@@ -16,16 +18,25 @@ TrainerLogprobs = dict[str, list[list[float]]]
 
 
 def trainer_logprobs(
-    model: GLM5, rollouts: Iterable[Rollout], *, attention: Literal["sparse", "dense"] = "sparse"
+    model: GLM5,
+    rollouts: Iterable[Rollout],
+    *,
+    attention: Literal["sparse", "dense"] = "sparse",
+    strict: bool = False,
 ) -> TrainerLogprobs:
-    """Under the model's present weights, one trajectory at a time; the sampler's own where these made the token."""
+    """Under the model's present weights. strict: as the strict engine computes them, to the bit."""
     found: TrainerLogprobs = {}
-    with torch.no_grad():
-        for rollout in rollouts:
-            found[rollout.id] = []
-            for trajectory in rollout.trajectories:
-                ids_BT = torch.tensor([trajectory.token_ids])
-                logits_BTV = model(ids_BT[:, :-1], attention=attention).logits
-                logprobs_T = gathered_logprobs(logits_BTV, ids_BT[:, 1:])[0]
-                found[rollout.id].append([float(logprobs_T[i - 1]) for i, s in enumerate(trajectory.sampled) if s])
+    for rollout in rollouts:
+        found[rollout.id] = []
+        for trajectory in rollout.trajectories:
+            ids = trajectory.token_ids
+            logprobs_T = strict_logprobs(model, ids, attention=attention) if strict else _forward(model, ids, attention)
+            found[rollout.id].append([float(logprobs_T[i - 1]) for i, s in enumerate(trajectory.sampled) if s])
     return found
+
+
+def _forward(model: GLM5, token_ids: Sequence[int], attention: Literal["sparse", "dense"]) -> Tensor:
+    """Of every token but the first [T - 1], in one forward pass."""
+    ids_BT = torch.tensor([list(token_ids)])
+    with torch.no_grad():
+        return gathered_logprobs(model(ids_BT[:, :-1], attention=attention).logits, ids_BT[:, 1:])[0]

@@ -86,7 +86,7 @@ def test_with_the_weights_that_sampled_the_ratio_is_zero_to_the_bit(run):
     first = [one for one in rollouts if one.num_sampled and set(one.versions) == {0}]
     assert first
     parent = glm5.load_model(run.path.parent / "parent", dtype=torch.float32)
-    page = view_run(run.path, trainer=trainer_logprobs(parent, first))
+    page = view_run(run.path, trainer=trainer_logprobs(parent, first, strict=True))
     index, bodies = opened(page.read_text())
     known = {one.id for one in first}
     gaps = [
@@ -98,7 +98,7 @@ def test_with_the_weights_that_sampled_the_ratio_is_zero_to_the_bit(run):
         if isinstance(part, dict)
         for trainer, logprob in zip(part["trainer"], part["logprobs"], strict=True)
     ]
-    assert gaps and max(gaps) < 1e-5
+    assert gaps and max(gaps) == 0.0
 
 
 def test_the_report_adds_up(run):
