@@ -35,12 +35,15 @@ class LoRA:
     """Of the first values of A; B begins at zero."""
     base: Literal["full", "int4"] = "full"
     """How the frozen weights are kept. The engines must sample from the same, rounded, weights."""
+    sync: Literal["adapters", "merged"] = "adapters"
+    """What the engines take: the adapters' tensors, or a whole model each time."""
 
     def __post_init__(self) -> None:
         check_counts(self, "rank")
         check_counts(self, "seed", least=0)
         check_numbers(self, "alpha", above=0)
         check_choice(self, "base", "full", "int4")
+        check_choice(self, "sync", "adapters", "merged")
 
 
 def adapt(model: GLM5, config: LoRA) -> list[str]:
@@ -74,6 +77,14 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
         inside.append(f"{name}.")
     others = {n: t for n, t in model.state_dict().items() if not n.startswith(tuple(inside))}
     return {**others, **found}
+
+
+def merged_model(model: GLM5) -> GLM5:
+    """A plain model of its own memory that computes the same."""
+    weights = merged_weights(model)
+    plain = GLM5(model.config, dtype=model.lm_head.weight.dtype, device=model.lm_head.weight.device)
+    plain.load_state_dict(weights)
+    return plain.train(model.training)
 
 
 @contextlib.contextmanager

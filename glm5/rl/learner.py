@@ -14,7 +14,7 @@ import copy
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from glm5.errors import ConfigError, InputError, RunError
 from glm5.model import GLM5
 from glm5.optim import build_optimizers, clip_gradients
-from glm5.rl.adapters import adapt, adapter_tensors, without_adapters
+from glm5.rl.adapters import adapt, adapter_tensors, merged_model, merged_weights, without_adapters
+from glm5.rl.aids import Aids
 from glm5.rl.critic import ValueHead, estimates
 from glm5.rl.distillation import teacher_logprobs
 from glm5.rl.forward import PerExample, fixed_logprobs
@@ -32,34 +33,20 @@ from glm5.rl.packing import Example, Judged, examples_of, judged, micro_batches
 from glm5.rl.records import Batch, Metrics
 from glm5.train import RunDirectory
 from glm5.train.guards import LOWER_RATE
-from glm5.train.loop import BatchSource
 from glm5.train.losses import language_loss
 
 __all__ = ["Learner", "LearnerConfig"]
 
 
 class Learner:
-    """Trains `model` in place. `version` counts the batches that were learnt from.
+    """Trains `model` in place. `version` counts the batches that were learnt from."""
 
-    reference: what the KL term holds the policy to; by default the model as it is given. teachers: by the name of the
-    environment. replay: batches of earlier stages, number `version * updates + i` for update i of a batch.
-    """
-
-    def __init__(
-        self,
-        model: GLM5,
-        config: LearnerConfig,
-        *,
-        version: int = 0,
-        reference: GLM5 | None = None,
-        teachers: Mapping[str, GLM5] | None = None,
-        replay: BatchSource | None = None,
-    ) -> None:
-        self.model, self.config, self.version = model, config, version
-        self.reference, self.teachers, self.replay = reference, dict(teachers or {}), replay
-        if (config.distillation is not None) != bool(self.teachers):
+    def __init__(self, model: GLM5, config: LearnerConfig, *, version: int = 0, aids: Aids | None = None) -> None:
+        self.model, self.config, self.version, self.aids = model, config, version, aids or Aids()
+        if (config.distillation is not None) != bool(self.aids.teachers):
             raise ConfigError("Distillation needs both its setting and teachers; give both or neither.")
-        if config.kl is not None and reference is None and config.lora is None:
+        self.reference = self.aids.reference
+        if config.kl is not None and self.reference is None and config.lora is None:
             self.reference = copy.deepcopy(model)
         if config.lora is not None:
             adapt(model, config.lora)
@@ -81,7 +68,8 @@ class Learner:
         """
         if batch.version != self.version:
             raise InputError(f"The batch is of version {batch.version} and the learner at version {self.version}.")
-        config = self.config
+        config, retention = self.config, self.aids.retention
+        kept = retention.measure(self.model) if retention is not None and retention.due(self.version) else {}
         sums: defaultdict[str, float] = defaultdict(float)
         parts = [
             examples_of(part, config.normalisation, fixed_length=config.fixed_length, version=batch.version)
@@ -99,7 +87,7 @@ class Learner:
         self.version += 1
         if config.reset_optimizer:
             self.reset_optimizer()
-        return {**means, "updates": taken, "skipped_updates": len(parts) - taken, **batch_metrics(batch)}
+        return {**means, "updates": taken, "skipped_updates": len(parts) - taken, **batch_metrics(batch), **kept}
 
     def reset_optimizer(self) -> None:
         """Forgets the moments: the next update is as if it were the first."""
@@ -114,7 +102,7 @@ class Learner:
         return Given(
             old=fixed_logprobs(self.model, examples, config.passes) if several else None,
             reference=self._reference_logprobs(examples) if config.kl is not None else None,
-            teacher=teacher_logprobs(self.teachers, examples, config.passes) if self.teachers else None,
+            teacher=teacher_logprobs(self.aids.teachers, examples, config.passes) if self.aids.teachers else None,
             critic=None if self.head is None else estimates(
                 self.head, self.model, examples, config.passes, config.critic
             ),
@@ -129,8 +117,8 @@ class Learner:
     def _update(self, examples: Sequence[Example], given: Given, number: int) -> dict[str, float] | None:
         """One optimiser step, and what it met; None when it was left out."""
         values = self.backward(examples, given)
-        if self.replay is not None and self.config.replay_weight:
-            batch = self.replay.batch(self.version * self.config.updates + number)
+        if self.aids.replay is not None and self.config.replay_weight:
+            batch = self.aids.replay.batch(self.version * self.config.updates + number)
             replayed = language_loss(self.model, batch, attention=self.config.attention).total
             (self.config.replay_weight * replayed).backward()
             values["replay"] = replayed.item()
@@ -184,11 +172,23 @@ class Learner:
 
     # ---- what leaves, and what stays ------------------------------------------------------------------------------
     def weights(self) -> dict[str, Tensor]:
-        """The weights of `version`, or of its adapters where only they learn: the model's own tensors.
+        """What the engines take of `version`: those of `engine_model`, or of its adapters, the learner's own tensors.
 
-        A publisher copies them before the next step. For an engine without adapters: `adapters.merged_weights`.
+        A publisher copies them before the next step.
         """
-        return dict(self.model.state_dict()) if self.config.lora is None else adapter_tensors(self.model)
+        lora = self.config.lora
+        if lora is None:
+            return dict(self.model.state_dict())
+        return merged_weights(self.model) if lora.sync == "merged" else adapter_tensors(self.model)
+
+    def engine_model(self) -> GLM5:
+        """The model that an engine copies at the start, so that it can take `weights` from then on."""
+        lora = self.config.lora
+        return self.whole_model() if lora is not None and lora.sync == "merged" else self.model
+
+    def whole_model(self) -> GLM5:
+        """The policy as a plain model: the learner's own, or a new one that computes the same without adapters."""
+        return self.model if self.config.lora is None else merged_model(self.model)
 
     @property
     def module(self) -> nn.Module:

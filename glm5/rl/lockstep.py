@@ -27,6 +27,7 @@ from glm5.engine import Engine, SamplingParams, TokenDelta, TokenStream
 from glm5.engine.outputs import PromptLogprob
 from glm5.envs import Environment
 from glm5.errors import ConfigError, RunError
+from glm5.rl.aids import Aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece
 from glm5.rl.orchestrator import aborted, finish_run, start_run
@@ -46,6 +47,7 @@ def train_in_lockstep(
     run_directory: Path,
     *,
     sources: Sequence[TaskSource] | None = None,
+    aids: Aids | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> RunDirectory:
@@ -61,7 +63,7 @@ def train_in_lockstep(
     if run.finished:
         return run
     with run.exclusive():
-        session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources)
+        session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources, aids)
         try:
             with progress_bar("rl", session.learner.version, config.steps, console) as show:
                 asyncio.run(Lockstep(session, tokenizer, show).run())
@@ -81,7 +83,7 @@ class Lockstep:
         self.session, self.show, self.config = session, show, session.config
         self.rollout = replace(self.config.rollout, report_every=1)
         self.engine = Engine(
-            copy.deepcopy(session.learner.model),
+            copy.deepcopy(session.learner.engine_model()),
             tokenizer,
             attention=session.config.learner.attention,
             strict=True,

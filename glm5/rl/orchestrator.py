@@ -25,6 +25,7 @@ from glm5.engine import Engine
 from glm5.envs import Environment, Task
 from glm5.errors import RunError
 from glm5.model import GLM5
+from glm5.rl.aids import Aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.fleet import Fleet, InProcessFleet
 from glm5.rl.meter import Meter
@@ -54,14 +55,15 @@ def train_rl(
     *,
     sources: Sequence[TaskSource] | None = None,
     make_fleet: MakeFleet | None = None,
+    aids: Aids | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> RunDirectory:
     """Trains the parent's model on the environments; gives the finished run. With `resume`, goes on where it stopped.
 
     sources: how each environment takes part (share, concurrency, curriculum). make_fleet: where the engines are; by
-    default one in this process. Ctrl-C finishes the running step, saves and raises `RunInterrupted`; after a crash or
-    kill nothing that was finished is sampled again.
+    default one in this process. aids: what the learner has beside its model. Ctrl-C finishes the running step, saves
+    and raises `RunInterrupted`; after a crash or kill nothing that was finished is sampled again.
     """
     parent = model_of(config.parent)
     tokenizer = Tokenizer.from_pretrained(parent)
@@ -69,9 +71,9 @@ def train_rl(
     if run.finished:
         return run
     with run.exclusive():
-        session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources)
+        session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources, aids)
         make = make_fleet or one_engine(config)
-        fleet = make(session.learner.model, tokenizer, session.learner.version)
+        fleet = make(session.learner.engine_model(), tokenizer, session.learner.version)
         start = Snapshot(
             name=run.path.name,
             mode=config.scheduler.mode,
@@ -104,7 +106,7 @@ def finish_run(session: Session, tokenizer: Tokenizer) -> None:
     """The report and, last of all, the model."""
     session.journal.close()
     write_rl_report(session.run.path)
-    save_model(session.learner.model.eval(), session.run.model_directory, tokenizer)
+    save_model(session.learner.whole_model().eval(), session.run.model_directory, tokenizer)
 
 
 def one_engine(config: RLRunConfig) -> MakeFleet:

@@ -10,6 +10,7 @@ import torch
 
 from glm5.checkpoint import load_model
 from glm5.errors import RunError
+from glm5.rl.aids import Aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import events_of
 from glm5.rl.events import BatchMade, Finished
@@ -51,14 +52,14 @@ def batches_of(journal: Path) -> Iterator[Batch]:
                         del rollouts[ticket.id]
 
 
-def replay_step(config: RLRunConfig, run_directory: Path, step: int) -> ReplayedStep:
+def replay_step(config: RLRunConfig, run_directory: Path, step: int, *, aids: Aids | None = None) -> ReplayedStep:
     """Learns from the batch of a step again, from the newest checkpoint before it (or from the parent) on.
 
-    config: the run's own. Raises RunError for a step that the journal does not hold.
+    config, aids: the run's own. Raises RunError for a step that the journal does not hold.
     """
     run = RunDirectory.open(run_directory)
     model = load_model(model_of(config.parent), dtype=torch.float32)
-    learner = Learner(model, config.learner)
+    learner = Learner(model, config.learner, aids=aids)
     learner.version = run.load_checkpoint(learner.module, learner.optimizers, at_most=step)
     for batch in batches_of(run.path / JOURNAL):
         if batch.step < learner.version:

@@ -13,6 +13,7 @@ from typing import Any
 from glm5.envs import Environment
 from glm5.errors import ConfigError, RunError, did_you_mean
 from glm5.model import GLM5
+from glm5.rl.aids import Aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece, Unfinished, events_of, pieces_of, write_events, write_pieces
 from glm5.rl.events import BatchMade, Cancelled, Event, Finished, Published, Started
@@ -37,11 +38,12 @@ class Session:
         run: RunDirectory,
         model: GLM5,
         sources: Sequence[TaskSource] | None = None,
+        aids: Aids | None = None,
     ) -> None:
         """model: the parent's; it becomes that of the learner's newest version. Trains where the journal is ahead."""
         self.config, self.run, self.path = config, run, run.path / JOURNAL
         self.environments = {environment.name: environment for environment in environments}
-        self.learner = Learner(model, config.learner)
+        self.learner = Learner(model, config.learner, aids=aids)
         first = self.learner.load(run)
         run.rewind(first)
         self.scheduler = Scheduler(config.scheduler, task_stream(environments, sources, config.rollout.seed))

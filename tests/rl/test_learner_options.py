@@ -16,6 +16,7 @@ from glm5.errors import ConfigError, InputError
 from glm5.model.int4 import Int4Linear, quantize_base
 from glm5.ops.quant import dequantize_int4, quantize_int4
 from glm5.rl.adapters import LoRA, adapter_tensors, merged_weights, without_adapters
+from glm5.rl.aids import Aids
 from glm5.rl.critic import Critic, ValueHead, estimates, generalised, value_loss
 from glm5.rl.distillation import Distillation
 from glm5.rl.drafting import draft_counts, draft_loss
@@ -75,7 +76,7 @@ def test_the_expected_gradient_of_each_estimator():
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_a_kl_term_draws_the_policy_to_the_reference(batch, estimator):
     config = LearnerConfig(loss=Reinforce(), advantages="none", kl=KL(coefficient=1.0, estimator=estimator))
-    learner = Learner(speaker_model(), config, reference=speaker_model(1))
+    learner = Learner(speaker_model(), config, aids=Aids(reference=speaker_model(1)))
     gaps = []
     for version in range(12):
         mine, theirs = (
@@ -109,7 +110,7 @@ def test_each_environment_has_its_teacher(batch):
     mixed = Batch(0, 0, (renamed(batch.groups[0], "sums"), renamed(batch.groups[1], "facts")))
     teachers = {"sums": speaker_model(1), "facts": speaker_model(2)}
     config = LearnerConfig(loss=IcePop(), advantages="none", distillation=Distillation())
-    learner = Learner(speaker_model(), config, teachers=teachers)
+    learner = Learner(speaker_model(), config, aids=Aids(teachers=teachers))
     some = examples(mixed, advantages="none")
     given = learner._given(some, several=False)
     for environment, teacher in teachers.items():
@@ -131,7 +132,7 @@ def test_each_environment_has_its_teacher(batch):
         learner.step(after(mixed, version))
     assert gaps[-1] < gaps[0]
     with pytest.raises(ConfigError, match="give both or neither"):
-        Learner(speaker_model(), LearnerConfig(), teachers=teachers)
+        Learner(speaker_model(), LearnerConfig(), aids=Aids(teachers=teachers))
 
 
 # ---- MTP and indexers ---------------------------------------------------------------------------------------------
@@ -322,7 +323,7 @@ class Text:
 
 def test_replay_adds_the_language_loss_of_earlier_batches(batch):
     config = LearnerConfig(advantages="none", mtp="frozen", replay_weight=0.5, clip_norm=1e9)
-    learner = Learner(speaker_model(), config, replay=Text(), version=3)
+    learner = Learner(speaker_model(), config, aids=Aids(replay=Text()), version=3)
     values = learner.step(after(batch, 3))
     model = speaker_model()
     for name, parameter in model.named_parameters():
