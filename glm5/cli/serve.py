@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class ServeOptions:
     """generate: vLLM's and glm5's /inference/v1/generate; completions: vLLM's /v1/completions; sglang: /generate."""
     backend_model: str | None = None
     """What the backend calls its model; completions needs it. Its key, if it has one: GLM5_BACKEND_API_KEY."""
+    weights_from: Path | None = None
+    """Take newer weights from this directory of versions as they appear there (`glm5.rl.weights`)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     cache: Literal["fp32", "bf16", "fp8"] | None = None
@@ -95,12 +98,20 @@ def run(options: ServeOptions) -> int:
     limits = options.limits()
     key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     directory = bundled_model() if options.model is None else model_of(options.model)
+    if options.weights_from is not None and options.backend is not None:
+        raise InputError("--weights-from is for this server's own engine; give it to the server behind --backend.")
+    following: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if options.backend is None:
-        source: Source = Engine(
+        engine = Engine(
             directory, dtype=getattr(torch, options.dtype), max_model_len=options.max_model_len, strict=options.strict,
             storage=options.cache, memory_bytes=options.cache_bytes, max_num_seqs=options.max_num_seqs,
             num_speculative_tokens=options.draft_tokens,
         )  # fmt: skip
+        source: Source = engine
+        if options.weights_from is not None:
+            from glm5.rl.weights.follow import Follower  # heavy
+
+            following = contextlib.closing(Follower(engine, options.weights_from))
     else:
         source = _backend(options, directory)
     closed = key is None and is_loopback(options.host)
@@ -113,13 +124,14 @@ def run(options: ServeOptions) -> int:
             file=sys.stderr,
             flush=True,
         )
-    serve(
-        app,
-        options.host,
-        options.port,
-        ready=lambda url: print(f"Serving {options.name} at {url}/v1", flush=True),
-        drain_seconds=options.drain,
-    )
+    with following:
+        serve(
+            app,
+            options.host,
+            options.port,
+            ready=lambda url: print(f"Serving {options.name} at {url}/v1", flush=True),
+            drain_seconds=options.drain,
+        )
     return 0
 
 

@@ -73,14 +73,14 @@ def admit(
     ]
 
 
-def go_on(sequences: SequenceOf[Sequence], said: SequenceOf[TokenDelta], limits: Limits) -> None:
+def go_on(sequences: SequenceOf[Sequence], said: SequenceOf[TokenDelta], vocab_size: int) -> None:
     """Brings fresh sequences to where the same request was elsewhere: they sample what comes after `said`.
 
     Text, stop strings, penalties, structure and random numbers are functions of the prompt and of the tokens so far.
     Raises InputError for tokens that this request cannot have sampled.
     """
     for delta in said:
-        if not 0 <= delta.index < len(sequences) or not 0 <= delta.token_id < limits.vocab_size:
+        if not 0 <= delta.index < len(sequences) or not 0 <= delta.token_id < vocab_size:
             raise InputError(f"{delta} is no token of a request with n={len(sequences)}; give back what it gave.")
         sequence = sequences[delta.index]
         if sequence.done:

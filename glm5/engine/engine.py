@@ -261,7 +261,7 @@ class Engine:
         sequences = admit(
             prompt_ids, params, self.limits, eos_ids=self.eos_ids, tokenizer=self.tokenizer, grammars=self._grammars
         )
-        go_on(sequences, said, self.limits)
+        go_on(sequences, said, self.limits.vocab_size)
         now = time.monotonic()
         with self._changed:
             self._count += 1

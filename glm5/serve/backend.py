@@ -22,6 +22,7 @@ import httpx
 
 from glm5.config import ModelConfig
 from glm5.engine import SamplingParams, TokenDelta
+from glm5.engine.admission import go_on
 from glm5.engine.outputs import PromptLogprob
 from glm5.engine.sampler import SampledToken
 from glm5.engine.sequence import Sequence as Completion
@@ -80,8 +81,12 @@ class Backend:
         session_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        said: Sequence[TokenDelta] = (),
     ) -> BackendStream:
-        """Starts a request. Raises `InputError` for what does not fit, `ApiError` for what the backend refuses."""
+        """Starts a request. Raises `InputError` for what does not fit, `ApiError` for what the backend refuses.
+
+        said: tokens that the same request has got before, as in `Engine.stream`; the backend sees them as prompt.
+        """
         prompt = tuple(prompt_ids)
         if not prompt or any(not 0 <= token < self.vocab_size for token in prompt):
             raise InputError(f"The prompt must be token ids below {self.vocab_size}, at least one.")
@@ -107,7 +112,11 @@ class Backend:
             )
             for index in range(params.n)
         ]
-        body = self.api.body(prompt, replace(params, max_tokens=most), priority)
+        go_on(completions, said, self.vocab_size)
+        if said:
+            _check_goes_on(params)
+        more = replace(params, max_tokens=most - len(said), min_tokens=max(0, params.min_tokens - len(said)))
+        body = self.api.body((*prompt, *(delta.token_id for delta in said)), more, priority)
         stream = BackendStream(self, completions)
         headers = self.headers if session_id is None else {**self.headers, "X-Session-ID": session_id}
         anyio.from_thread.run(stream.open, body, headers, deadline)
@@ -203,6 +212,17 @@ class BackendStream:
     def _away(self, error: httpx.HTTPError) -> ApiError:
         what = "did not answer in time" if isinstance(error, httpx.TimeoutException) else "is away"
         return ApiError(502, f"The backend at {self.backend.url} {what} ({type(error).__name__}); look at its log.")
+
+
+def _check_goes_on(params: SamplingParams) -> None:
+    """Refuses what a backend, to which earlier tokens are prompt, would compute otherwise."""
+    changed = {"n": params.n != 1, "structured_outputs": params.structured_outputs is not None,
+               "repetition_penalty": params.repetition_penalty != 1.0,
+               "presence_penalty": params.presence_penalty != 0.0,
+               "frequency_penalty": params.frequency_penalty != 0.0}  # fmt: skip
+    for name, wrong in changed.items():
+        if wrong:
+            raise InputError(f"A request with {name} cannot go on at another server; begin it anew, or leave it out.")
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:

@@ -156,8 +156,8 @@ class SGLangApi:
             total = int(meta.get("completion_tokens", len(ids)))
             new = max(0, total - seen.get(index, 0))
             seen[index] = total
-            own = _last(meta.get("output_token_logprobs"), new)
-            tops = _last(meta.get("output_top_logprobs"), new)
+            own = _last(meta.get("output_token_logprobs"), new, [0.0])
+            tops = _last(meta.get("output_top_logprobs"), new, [])
             tokens = [
                 (token_id, float(own[i][0] or 0.0), tuple((top[1], float(top[0])) for top in (tops[i] or ())))
                 for i, token_id in enumerate(ids[len(ids) - new :])
@@ -208,10 +208,10 @@ def _ranked(found: Mapping[str, float]) -> TopLogprobs:
     return tuple(sorted(((_named(name), logprob) for name, logprob in found.items()), key=lambda item: -item[1]))
 
 
-def _last(values: Any, count: int) -> list[Any]:
-    """The last `count` of a list that may be missing."""
+def _last(values: Any, count: int, missing: list[Any]) -> list[Any]:
+    """The last `count` of a list that may be missing, or too short: filled up in front."""
     kept = list(values or ())[-count:] if count else []
-    return [*([[0.0]] * (count - len(kept))), *kept]
+    return [*([missing] * (count - len(kept))), *kept]
 
 
 ApiName = Literal["generate", "completions", "sglang"]

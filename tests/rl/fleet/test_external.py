@@ -1,0 +1,158 @@
+"""Other servers as engines: real `glm5 serve` processes that follow a directory, and a stand-in for SGLang."""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import ExitStack, asynccontextmanager
+
+import fleet_engines
+import httpx
+import pytest
+from fleet_engines import PROMPTS, params_of, play, undisturbed
+from speaker import speaker_config, speaker_model, speaker_tokenizer
+
+import glm5
+from glm5.errors import FleetError, InputError
+from glm5.rl.fleet import FleetConfig, SupervisedFleet
+from glm5.rl.fleet.external import Polled, Reloaded, ServerExecutor
+from glm5.rl.weights import DirectoryPublisher
+from glm5.serve.backend import Backend
+from glm5.serve.backend_api import backend_api
+
+CONFIG = FleetConfig(start_seconds=5, silence_seconds=20, max_restarts=0, update_seconds=60)
+KEY = "a-key-of-the-fleet"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    glm5.save_model(speaker_model(), path, speaker_tokenizer())
+    return path
+
+
+@asynccontextmanager
+async def running(backends, delivery):
+    fleet = SupervisedFleet(
+        ServerExecutor(backends, delivery), len(backends), tokenizer=backends[0].tokenizer, config=CONFIG
+    )
+    try:
+        await fleet.start()
+        yield fleet
+    finally:
+        await fleet.close()
+
+
+def serving(directory, weights):
+    """A server process."""
+    command = [sys.executable, "-m", "glm5.cli.main", "serve", str(directory), "--port", "0", "--strict",
+               "--weights-from", str(weights), "--no-log-requests"]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLM5_API_KEY": KEY}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+
+
+def test_glm5_servers_take_weights_from_a_directory_and_one_that_is_killed_is_not_missed(directory, tmp_path):
+    wanted, new = undisturbed(max_tokens=300), speaker_model(seed=1)
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serving(directory, tmp_path)) for _ in range(2)]
+        for server in servers:
+            stack.callback(server.kill)
+        urls = [re.search(r"http://\S+", server.stdout.readline())[0] for server in servers]
+        backends = [Backend(url, directory, backend_api("generate"), api_key=KEY) for url in urls]
+
+        async def story():
+            async with running(backends, Polled(DirectoryPublisher(tmp_path))) as fleet:
+                work = asyncio.create_task(play(fleet, max_tokens=300))
+                while sum(len(job.said) for job in fleet._jobs.values()) < 100:
+                    await asyncio.sleep(0.01)
+                moving = sum(job.member is fleet._seats[0].member for job in fleet._jobs.values())
+                servers[0].kill()
+                assert await work == wanted and fleet.stats().moved == moving > 0
+                await fleet.publish(5, new.state_dict())
+                alone = fleet_engines.strict_engine()
+                alone.update_weights(5, new.state_dict())
+                assert await play(fleet) == await play(alone) and fleet.version == 5
+                alone.close()
+
+        asyncio.run(story())
+
+
+def sglang_like(seen):
+    """Answers token 40 + length of the input, one at a time and slowly; takes weights."""
+
+    async def tokens(body):
+        ids, rows = body["input_ids"], []
+        for number in range(1, body["sampling_params"]["max_new_tokens"] + 1):
+            await asyncio.sleep(0.002)
+            token = 40 + (len(ids) + number) % 200
+            rows.append([-0.5, token, None])
+            finish = {"type": "length"} if number == body["sampling_params"]["max_new_tokens"] else None
+            meta = {"completion_tokens": number, "finish_reason": finish, "output_token_logprobs": rows[-1:]}
+            yield f"data: {json.dumps({'output_ids': [token], 'meta_info': meta})}\n\n".encode()
+
+    async def handler(request):
+        if request.url.path == "/health":
+            return httpx.Response(200)
+        body = json.loads(request.content)
+        seen.append((request.url.path, body))
+        if request.url.path == "/update_weights_from_disk":
+            return httpx.Response(200, json={"success": True})
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=tokens(body))
+
+    return httpx.MockTransport(handler)
+
+
+def test_sglang_is_interrupted_for_new_weights_and_every_token_has_its_version(directory, tmp_path):
+    seen = []
+    backend = Backend("http://sglang", directory, backend_api("sglang"), transport=sglang_like(seen))
+    delivery = Reloaded(tmp_path, speaker_config(), speaker_tokenizer())
+
+    async def story():
+        async with running([backend], delivery) as fleet:
+            stream = fleet.stream(PROMPTS[0], params_of(0, max_tokens=200), session_id="a")
+            deltas = [await anext(stream) for _ in range(20)]
+            await fleet.publish(3, speaker_model(seed=1).state_dict())
+            deltas += [delta async for delta in stream]
+            versions = [delta.version for delta in deltas]
+            swap = versions.index(3)
+            assert versions == [0] * swap + [3] * (200 - swap) and 20 <= swap < 200
+            assert [d.token_id for d in deltas] == [40 + (len(PROMPTS[0]) + n) % 200 for n in range(1, 201)]
+            assert deltas[-1].finish_reason == "length"
+            again = next(body for path, body in seen[1:] if path == "/generate")
+            assert again["input_ids"] == PROMPTS[0] + [d.token_id for d in deltas[:swap]]
+            assert again["sampling_params"]["max_new_tokens"] == 200 - swap
+            reload = next(body for path, body in seen if path == "/update_weights_from_disk")
+            loaded = glm5.load_model(reload["model_path"]).state_dict()
+            assert all(tensor.equal(loaded[name]) for name, tensor in speaker_model(seed=1).state_dict().items())
+
+    asyncio.run(story())
+
+
+def test_servers_that_are_away_busy_or_keep_their_weights(directory):
+    answers = [httpx.Response(429, json={"error": "busy"})]
+
+    async def busy_once(request):
+        return (
+            answers.pop() if answers and request.url.path == "/generate" else await calm.handle_async_request(request)
+        )
+
+    def away(_):
+        raise httpx.ConnectError("no route")
+
+    calm = sglang_like([])
+    api = backend_api("sglang")
+
+    async def story():
+        async with running([Backend("http://s", directory, api, transport=httpx.MockTransport(busy_once))], None) as f:
+            assert len([d async for d in f.stream(PROMPTS[0], params_of(0, max_tokens=3))]) == 3
+            with pytest.raises(InputError, match="not passed on to SGLang"):
+                await anext(f.stream(PROMPTS[0], params_of(0, logit_bias={3: 1.0})))
+            with pytest.raises(FleetError, match="keep their weights"):
+                await f.publish(1, speaker_model().state_dict())
+        with pytest.raises(FleetError, match="http://t does not answer; start it"):
+            async with running([Backend("http://t", directory, api, transport=httpx.MockTransport(away))], None):
+                raise AssertionError
+
+    asyncio.run(story())
