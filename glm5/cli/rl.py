@@ -4,6 +4,8 @@
     glm5 rl --parent runs/sft --env sums --out runs/sync --scheduler.mode sync --learner.loss icepop
     glm5 rl --parent runs/sft --env sums --out runs/rl --resume
     glm5 rl --parent runs/sft --env sums --out runs/rl --replay-step 17           # that step again, without engines
+    glm5 rl --parent runs/sft --env sums --out runs/two --executor processes --engines 2
+    glm5 rl --simulate --like runs/rl                                             # other settings, in virtual time
     glm5 rl --parent runs/sft --env sums --out runs/exact --deterministic         # every run and resume the same bits
 
 Environments by name: `glm5.cli.rl_environments`. An environment of your own is passed in Python (`glm5.rl.train_rl`).
@@ -11,6 +13,7 @@ Environments by name: `glm5.cli.rl_environments`. An environment of your own is 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from glm5.cli import rl_simulate
+from glm5.cli.rl_engines import Executor, fleet_of
 from glm5.cli.rl_environments import Named, named_environment
 from glm5.cli.rl_flags import REGISTRY
 from glm5.cli.threads import use_threads
@@ -44,6 +49,10 @@ class RLOptions:
     """The world that facts and lookup ask about."""
     resume: bool = False
     """Go on where the run stopped."""
+    executor: Executor = "local"
+    """local: one engine in this process. processes: engines in processes of their own, replaced when they die."""
+    engines: int = 1
+    """How many, with --executor processes."""
     deterministic: bool = False
     """Order everything by a clock that counts tokens, with the strict engine: a run, however often it was killed and
     resumed, gives the same weights to the bit. Slower."""
@@ -65,16 +74,24 @@ class Flags:
 
 def run(arguments: Sequence[str]) -> int:
     """Parses the flags and trains."""
+    if any(argument.split("=")[0] in ("--simulate", "--like") for argument in arguments):
+        return rl_simulate.run(arguments)
     flags = tyro.cli(Flags, prog="glm5 rl", args=list(arguments), registry=REGISTRY)
     options = flags.run
     use_threads(options.threads)
     environments = [named_environment(text, options.world) for text in options.env]
+    if options.executor == "local" and options.engines != 1:
+        raise InputError(f"--engines {options.engines} needs --executor processes.")
+    if options.deterministic and options.executor != "local":
+        raise InputError("--deterministic runs in one process; leave --executor out.")
     if not environments:
         raise InputError("There is nothing to learn from: give at least one --env, such as --env sums.")
     console = Console(stderr=options.json)
     if options.replay_step is not None:
         return print_replay(replay_step(flags.config, options.out, options.replay_step), console, options.json)
-    train = train_in_lockstep if options.deterministic else train_rl
+    train = train_in_lockstep
+    if not options.deterministic:
+        train = functools.partial(train_rl, make_fleet=fleet_of(flags.config, options.executor, options.engines))
     done = train(
         flags.config,
         [named.environment for named in environments],

@@ -43,7 +43,7 @@ from glm5.train.progress import interrupts
 from glm5.train.run_directory import directory_sha256, model_of
 
 MakeFleet = Callable[[GLM5, Tokenizer, int], Fleet]
-"""Engines for a model, whose weights it copies, and a version."""
+"""Engines for a model and its version. They may begin with older weights: the orchestrator gives them these then."""
 GLANCE = 0.2
 """Seconds between two looks at the clock and at Ctrl-C."""
 
@@ -137,6 +137,8 @@ class Orchestrator:
         session = self.session
         try:
             await self.fleet.start()
+            if self.fleet.version < session.learner.version:  # the engines began with the run's first weights
+                await self.fleet.publish(session.learner.version, session.learner.weights())
             if session.learner.version > session.scheduler.version:  # the fleet was made with these
                 self._cancel(session.published(session.learner.version))
             for ticket in session.under_way():

@@ -76,3 +76,22 @@ def test_a_run_its_resume_and_a_step_again(parent, tmp_path, capsys):
 def test_nothing_to_learn_from_is_refused(parent, tmp_path, capsys):
     assert main(["rl", "--parent", str(parent), "--out", str(tmp_path / "none")]) == 1
     assert "--env" in capsys.readouterr().err
+
+
+def test_engines_in_processes_and_a_simulation_of_the_run(parent, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(flags(parent, run, "--executor", "processes", "--engines", "2")) == 0
+    capsys.readouterr()
+    assert main(["rl", "--simulate", "--like", str(run), "--bounds", "2", "--batches", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [it["mode"] for it in found["simulations"]] == ["sync", "one-step-off", "async"]
+    assert all(it["steps_per_hour"] > 0 for it in found["simulations"]) and found["run"]["steps_per_hour"] > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [(["--engines", "2"], "--executor processes"), (["--deterministic", "--executor", "processes"], "one process")],
+)
+def test_settings_that_do_not_go_together_are_refused(parent, tmp_path, capsys, more, says):
+    assert main(flags(parent, tmp_path / "none", *more)) == 1
+    assert says in capsys.readouterr().err
