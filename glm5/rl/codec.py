@@ -46,6 +46,8 @@ def turns_to_json(turns: Sequence[Turn]) -> Json:
                 "cached": turn.cached_tokens,
             }
         )
+        if turn.experts:
+            found[-1]["experts"] = turn.experts
         before = turn.prompt_ids + turn.output_ids
     return found
 
@@ -64,6 +66,7 @@ def turns_from_json(values: Json) -> tuple[Turn, ...]:
                 finish_reason=value["finish"],
                 seconds=value["seconds"],
                 cached_tokens=value["cached"],
+                experts=tuple(tuple(map(tuple, token)) for token in value.get("experts", ())),
             )
         )
     return tuple(turns)

@@ -28,7 +28,7 @@ from glm5.rl.critic import ValueHead, estimates
 from glm5.rl.distillation import teacher_logprobs
 from glm5.rl.forward import PerExample, fixed_logprobs
 from glm5.rl.learner_config import LearnerConfig
-from glm5.rl.objective import Given, drafts, objective, totals_of
+from glm5.rl.objective import Given, distribution, drafts, objective, totals_of
 from glm5.rl.packing import Example, Judged, examples_of, judged, micro_batches
 from glm5.rl.records import Batch, Metrics
 from glm5.train import RunDirectory
@@ -135,6 +135,7 @@ class Learner:
         config, totals = self.config, totals_of(self.model, examples)
         drafters = [p for p in self.model.mtp.parameters() if p.requires_grad]
         sums: defaultdict[str, float] = defaultdict(float)
+        fresh: list[Tensor] = []
         for rows in micro_batches(examples, config.passes.rows, config.passes.row_tokens):
             found = objective(self.model, self.head, rows, config, given, totals)
             found.policy.backward(retain_graph=found.draft is not None)
@@ -145,7 +146,8 @@ class Learner:
             sums["loss"] += found.policy.item()
             for name, value in found.diagnostics.items():
                 sums[name] += value.item()
-        return dict(sums)
+            fresh.append(found.fresh_M)
+        return {**sums, **distribution(torch.cat(fresh))}
 
     def _clip(self) -> dict[str, float]:
         """Clips the gradients part by part, so that none scales another's step; gives their norms before."""

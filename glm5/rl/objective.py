@@ -9,6 +9,7 @@ are computed once, for all of its tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,8 @@ class Objective:
     value: Tensor | None
     """For the value head alone."""
     diagnostics: dict[str, Tensor]
+    fresh_M: Tensor
+    """|log trainer - log sampler| of the tokens that the weights before the batch sampled: the mismatch of the two."""
 
 
 def totals_of(model: GLM5, examples: Sequence[Example]) -> Totals:
@@ -96,7 +99,17 @@ def objective(
         draft = config.mtp_weight * draft
         if config.mtp == "joint":
             total, draft = total + draft, None
-    return Objective(total, draft, _value(head, output, rows, config, given, tokens, found), found)
+    fresh_M = (tokens.old_logprobs_N - tokens.sampled_logprobs_N).abs()[tokens.ages_N == 0]
+    return Objective(total, draft, _value(head, output, rows, config, given, tokens, found), found, fresh_M)
+
+
+def distribution(fresh_M: Tensor) -> dict[str, float]:
+    """Median, 99th percentile and maximum of the mismatch; nothing when all tokens are stale."""
+    if not len(fresh_M):
+        return {}
+    ordered_M = fresh_M.double().sort().values
+    at = {"median": (len(ordered_M) - 1) // 2, "p99": math.ceil(0.99 * len(ordered_M)) - 1, "max": -1}
+    return {f"mismatch_{name}": ordered_M[i].item() for name, i in at.items()}
 
 
 def drafts(model: GLM5, config: LearnerConfig) -> bool:

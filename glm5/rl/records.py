@@ -23,6 +23,11 @@ the environment broke. aborted: it was called off (stale, or nobody needs it). O
 SCORED: frozenset[Outcome] = frozenset({"ok", "truncated"})
 
 
+Experts = tuple[tuple[tuple[int, ...], ...], ...]
+"""What the sampler's routers chose: per token and sparse layer the experts, or nothing for a token of which it is not
+known (the last one, which was never an input, is one). Empty where nobody recorded them."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Ticket:
     """One rollout that is to be made. With the run's seed it fixes every random number of it."""
@@ -66,8 +71,12 @@ class Turn:
     seconds: float = field(default=0.0, compare=False)
     """From request to last token, by the wall clock."""
     cached_tokens: int = field(default=0, compare=False)
+    experts: Experts = ()
+    """Of prompt and output, or empty."""
 
     def __post_init__(self) -> None:
+        if self.experts and len(self.experts) != len(self.prompt_ids) + len(self.output_ids):
+            raise ValueError(f"a turn has experts of {len(self.experts)} tokens, not of its prompt and output")
         if not len(self.output_ids) == len(self.logprobs) == len(self.versions):
             raise ValueError(
                 f"a turn has {len(self.output_ids)} output tokens, {len(self.logprobs)} log-probabilities and "
@@ -87,9 +96,7 @@ class Trajectory:
     sampled: tuple[bool, ...]
     logprobs: tuple[float, ...]
     versions: tuple[int, ...]
-    experts: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    """What the sampler's routers chose: per token and sparse layer the experts, or nothing for a token of which it is
-    not known (the last one, which was never an input, is one). Empty where nobody recorded them."""
+    experts: Experts = ()
 
     def __post_init__(self) -> None:
         parts = (self.token_ids, self.sampled, self.logprobs, self.versions, *([self.experts] if self.experts else []))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from glm5.rl.records import Trajectory, Turn
+from glm5.rl.records import Experts, Trajectory, Turn
 
 
 class EpisodeTree:
@@ -79,7 +79,14 @@ class EpisodeTree:
             where = slice(len(turn.prompt_ids), _length(turn))
             sampled[where] = [True] * len(turn.output_ids)
             logprobs[where], versions[where] = turn.logprobs, turn.versions
-        return Trajectory(token_ids, tuple(sampled), tuple(logprobs), tuple(versions))
+        return Trajectory(token_ids, tuple(sampled), tuple(logprobs), tuple(versions), self._experts(leaf))
+
+    def _experts(self, leaf: int) -> Experts:
+        """Of every token those of the first turn that knows them: in that one it was sampled, or read first."""
+        found: dict[int, tuple[tuple[int, ...], ...]] = {}
+        for number in self.chain(leaf):
+            found |= {i: chosen for i, chosen in enumerate(self.turns[number].experts) if chosen}
+        return tuple(found.get(i, ()) for i in range(_length(self.turns[leaf]))) if found else ()
 
 
 def _length(turn: Turn) -> int:

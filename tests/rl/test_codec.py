@@ -12,7 +12,8 @@ from glm5.scoring import Grade
 def test_rollouts_come_back_whole_and_prompts_are_stored_once():
     first = Turn((1, 2, 3), (4, 5), (-0.1, -2.345678806304932), (0, 1), "stop", 0.5, 2)
     longer = Turn((1, 2, 3, 4, 5, 6), (7,), (-1.0,), (1,), "stop")
-    branch = Turn((1, 2, 3, 9), (8, 8), (-1.0, -0.0), (2, 2), "length")
+    experts = (((0, 1), (2, 3)),) * 5 + ((),)
+    branch = Turn((1, 2, 3, 9), (8, 8), (-1.0, -0.0), (2, 2), "length", experts=experts)
     turns = (first, longer, branch)
     rollout = Rollout(
         Ticket("env", 7, 1, 2),

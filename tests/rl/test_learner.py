@@ -14,7 +14,7 @@ from glm5.optim import build_optimizers
 from glm5.rl.advantages import group_advantages
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.losses import DDIS, IcePop
-from glm5.rl.objective import Given
+from glm5.rl.objective import Given, distribution
 from glm5.rl.packing import examples_of, judged
 from glm5.rl.plain.records import Sample
 from glm5.rl.plain.update import Lesson as PlainLesson
@@ -196,8 +196,15 @@ def test_wrong_batches_are_refused(batch):
 def test_metrics_say_what_was_learnt_from():
     batch = dataclasses.replace(engine_batch(version=3), version=5, step=5)
     values = Learner(speaker_model(), LearnerConfig(), version=5).step(batch)
+    assert not [name for name in values if name.startswith("mismatch_")]  # what is stale says nothing about it
     assert values["max_staleness"] == values["staleness"] == 2 and values["reward"] == 3 / 8
     assert values["trained_tokens"] == sum(r.num_sampled for r in batch.rollouts) and values["rollouts"] == 8
+
+
+def test_the_mismatch_of_fresh_tokens_has_a_distribution(batch):
+    values = Learner(speaker_model(), LearnerConfig(rows=3)).step(batch)
+    assert 0 <= values["mismatch_median"] <= values["mismatch_p99"] <= values["mismatch_max"] < 1e-4
+    assert distribution(torch.arange(200.0)) == {"mismatch_median": 99, "mismatch_p99": 197, "mismatch_max": 199}
 
 
 @pytest.mark.parametrize(("field", "value"), [

@@ -1,15 +1,25 @@
 """What is measured during a run, when, and how forgetting is read off its metrics."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
+from learning import engine_batch, rollout_of
 from speaker import speaker_model, speaker_tokenizer
 
-from glm5.data import Source, build_corpus, tokenize_corpus
+from glm5.data import Loader, Source, build_corpus, tokenize_corpus
 from glm5.data.world import build_world
 from glm5.errors import ConfigError
 from glm5.evals.skills import SkillsConfig
+from glm5.optim import OptimizerConfig
+from glm5.rl.aids import Aids
+from glm5.rl.learner import Learner, LearnerConfig
+from glm5.rl.records import Batch, Group, Lesson
+from glm5.rl.reference import KL
 from glm5.rl.retention import Retention, bits_per_byte, forgetting, skills
 from glm5.train.evaluate import evaluate_bits_per_byte
+from glm5.train.losses import language_loss
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +57,43 @@ def test_forgetting_is_how_much_worse_the_end_is():
 def test_nothing_to_measure_is_refused():
     with pytest.raises(ConfigError, match="something to measure"):
         Retention(())
+
+
+def taught(heldout, steps=80):
+    """A model that has read the text, and its batches."""
+    model, loader = speaker_model(positions=2048), Loader(heldout, rows=4, length=24, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        language_loss(model, loader.batch(step), attention="sparse").total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, loader
+
+
+def test_replay_and_kl_each_hold_what_would_be_forgotten(heldout):
+    """The policy is driven to one letter, by rewards that have nothing to do with the text."""
+    model, loader = taught(heldout)
+    base, end = LearnerConfig(optimizer=OptimizerConfig(name="adamw", lr=3e-3, weight_decay=0.0)), {}
+    for name, config, aids in (
+        ("nothing", base, Aids()), ("replay", base, Aids(replay=loader)),
+        ("kl", dataclasses.replace(base, kl=KL(coefficient=0.5)), Aids()),
+    ):  # fmt: skip
+        aids = dataclasses.replace(aids, retention=Retention((bits_per_byte(heldout, "toy"),), every=12))
+        learner = Learner(copy.deepcopy(model), config, aids=aids)
+        lines = []
+        for version in range(13):
+            batch = engine_batch(((0.0,) * 6,) * 2, version=version, model=copy.deepcopy(learner.model))
+            lines.append(learner.step(Batch(version, version, tuple(map(scored, batch.groups)))))
+        end[name] = forgetting(lines)["toy/bits_per_byte"], lines[-1]["reward"] - lines[0]["reward"]
+    assert all(gained > 0 for _, gained in end.values()), end
+    assert end["nothing"][0] > 0.5 and max(end["replay"][0], end["kl"][0]) < 0.5 * end["nothing"][0], end
+
+
+def scored(group):
+    """Reward: the share of tokens that are one of the first 150."""
+    lessons = []
+    for lesson in group.lessons:
+        [t] = lesson.rollout.trajectories
+        said = [token for token, counts in zip(t.token_ids, t.sampled, strict=True) if counts]
+        lessons.append(Lesson(rollout_of(lesson.rollout.ticket, [t], sum(token < 150 for token in said) / len(said))))
+    return Group(tuple(lessons))

@@ -3,6 +3,7 @@
 from collections import Counter
 from itertools import count
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -152,3 +153,17 @@ def test_a_trajectory_is_what_its_leaf_saw_and_said(turns):
     for trajectory in tree.trajectories():
         assert trajectory.token_ids in told
         told.remove(trajectory.token_ids)
+
+
+def test_experts_are_those_of_the_turn_that_sampled_a_token():
+    def at(*experts):
+        return tuple(((expert, expert + 1),) if expert is not None else () for expert in experts)
+
+    first = Turn((1, 2), (3, 4), (-1.0, -1.0), (0, 0), "stop", experts=at(10, 11, 12, None))
+    second = Turn((1, 2, 3, 4, 5), (6,), (-1.0,), (0,), "stop", experts=at(20, 21, 22, 23, 24, None))
+    [trajectory] = EpisodeTree((first, second)).trajectories()
+    assert trajectory.experts == at(10, 11, 12, 23, 24, None)
+    [plain] = EpisodeTree((Turn((1, 2), (3,), (-1.0,), (0,), "stop"),)).trajectories()
+    assert plain.experts == ()
+    with pytest.raises(ValueError, match="experts of 1 tokens"):
+        Turn((1, 2), (3,), (-1.0,), (0,), "stop", experts=at(1))
