@@ -45,6 +45,10 @@ class FleetError(GLM5Error):
     """Engines that cannot be started, reached or kept alive."""
 
 
+class ParallelError(GLM5Error):
+    """A process of a group that failed, so that the others cannot go on."""
+
+
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """`" Did you mean 'x'?"` for the nearest of `known`, or an empty string when none is as similar as `cutoff`."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,13 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "glm5.train", "glm5.parallel.fsdp", "glm5.parallel.expert", "tiny"])
 
 
-def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 600) -> list[Any]:
-    """`function(*arguments)` in `world` processes that form a group; the results in the order of the ranks."""
+def run(
+    world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 600, killed: Collection[int] = ()
+) -> list[Any]:
+    """`function(*arguments)` in `world` processes that form a group; the results in the order of the ranks.
+
+    Processes that are `killed` meanwhile give None.
+    """
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         processes = [
@@ -37,8 +42,10 @@ def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: floa
                 process.kill()
         failures = [file.read_text() for file in sorted(root.glob("*.error"))]
         assert not failures, "\n".join(failures)
-        assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
-        return [torch.load(root / f"{rank}.pt", weights_only=False) for rank in range(world)]
+        codes = [process.exitcode for process in processes]
+        assert all((code == 0) is (rank not in killed) for rank, code in enumerate(codes)), codes
+        read = lambda rank: torch.load(root / f"{rank}.pt", weights_only=False)
+        return [None if rank in killed else read(rank) for rank in range(world)]
 
 
 def _child(rank: int, world: int, root: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

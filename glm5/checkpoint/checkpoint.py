@@ -71,19 +71,36 @@ class Checkpoint:
         """The file that holds this tensor of `layout`."""
         return self.directory / self.files.info[self.holders[name]].file
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor of `layout`: memory-mapped in its own dtype, or dequantised to `dtype` if it is FP8 or INT4."""
+    def read(self, name: str, dtype: torch.dtype, piece: tuple[slice, ...] = ()) -> Tensor:
+        """A tensor of `layout`: memory-mapped in its own dtype, or dequantised to `dtype` if it is FP8 or INT4.
+
+        piece: of a matrix only these rows and columns. Whatever else the files hold of it is not read, but for INT4
+        and for FP8 whose piece does not begin and end with blocks.
+        """
         holder = self.holders[name]
         part = () if holder == name else self.layout.slots[name].index
         if self.files.info[holder].dtype == "U8":
-            return dequantize_int4(self.files.read(holder), self._scale(holder), dtype, self.group)
+            return dequantize_int4(self.files.read(holder), self._scale(holder), dtype, self.group)[piece]
         if not self._is_fp8(holder):
-            return self.files.read(holder, part)
+            return self.files.read(holder, part)[piece] if part else self.files.read(holder, piece)
         scale = self._scale(holder)
         if not part:
-            return dequantize_fp8(self.files.read(holder), scale, dtype, self.block)
+            blocks = self._blocks(piece, self.files.info[holder].shape)
+            if blocks is not None:
+                return dequantize_fp8(self.files.read(holder, piece), scale[blocks], dtype, self.block)
+            return dequantize_fp8(self.files.read(holder), scale, dtype, self.block)[piece]
         expert, *rows = part  # the rows of one half may begin inside a block, so the expert is dequantised whole
-        return dequantize_fp8(self.files.read(holder, (expert,)), scale[expert], dtype, self.block)[tuple(rows)]
+        whole = dequantize_fp8(self.files.read(holder, (expert,)), scale[expert], dtype, self.block)
+        return whole[tuple(rows)][piece]
+
+    def _blocks(self, piece: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+        """The FP8 blocks of which a piece consists; None if it cuts through one."""
+        found = []
+        for cut, size, block in zip(piece, shape, self.block, strict=False):
+            if cut.start % block or (cut.stop % block and cut.stop != size):
+                return None
+            found.append(slice(cut.start // block, -(-cut.stop // block)))
+        return tuple(found)
 
     def read_fp8(self, name: str) -> tuple[Tensor, Tensor] | None:
         """A tensor of `layout` as it is stored, with its scales, if that is FP8 in the published blocks."""

@@ -1,4 +1,4 @@
-"""`load_model`: a Hugging Face directory -> a model, one tensor at a time.
+"""`load_model`, `load_part`: a Hugging Face directory -> a model, or one process's part of it, one tensor at a time.
 
 The model is built without memory, allocated once, and every tensor is copied from its memory-mapped file straight into
 its place. Peak memory is the model and at most one shard, whose pages the system can take back at any time.
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from glm5.checkpoint.checkpoint import Checkpoint
+from glm5.checkpoint.names import build_layout
 from glm5.errors import CheckpointError, InputError
 from glm5.model import GLM5
+from glm5.parallel.inference import Groups, cut_model
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,9 +40,7 @@ def load_model(
     Raises `CheckpointError` naming file and tensor, before anything is allocated where the headers tell already.
     """
     with Checkpoint(directory, mtp=mtp) as checkpoint:
-        dtype = dtype or _stated_dtype(checkpoint.config.dtype)
-        if dtype not in COMPUTE_DTYPES.values():
-            raise InputError(f"dtype is {dtype}; load a model in torch.float32 or torch.bfloat16.")
+        dtype = _compute_dtype(dtype, checkpoint)
         config = dataclasses.replace(checkpoint.config, dtype=str(dtype).removeprefix("torch."))
         model = GLM5(config, dtype=dtype, device="meta").to_empty(device=device)
         state = model.state_dict()
@@ -51,6 +51,43 @@ def load_model(
             if check_finite:
                 _refuse_non_finite(checkpoint, name, place)
     return model
+
+
+def load_part(
+    directory: str | Path, groups: Groups, dtype: torch.dtype | None = None, *, check_finite: bool = False
+) -> GLM5:
+    """The part of a directory's model that this process of an engine holds, on its device; see `load_model`.
+
+    Of every file only that part is read (`Checkpoint.read` says where more is). Raises `InputError` where the plan
+    does not fit the model, before anything is read.
+    """
+    part = groups.part
+    with Checkpoint(directory) as checkpoint:
+        part.plan.check(checkpoint.config)
+        dtype = _compute_dtype(dtype, checkpoint)
+        config = dataclasses.replace(checkpoint.config, dtype=str(dtype).removeprefix("torch."))
+        model = GLM5(config, dtype=dtype, device="meta")
+        cut_model(model, groups)
+        model.to_empty(device=groups.device)
+        state = model.state_dict()
+        slots = build_layout({name: t.shape for name, t in state.items()}, config.num_hidden_layers).slots
+        experts = config.n_routed_experts // part.plan.expert
+        named = {part.name_on_disk(name, experts): slot for name, slot in slots.items()}
+        for name in checkpoint.names_by_file():
+            if name not in named:  # another process's expert
+                continue
+            place = named[name].of(state[named[name].tensor])
+            place.copy_(checkpoint.read(name, dtype, part.slices(name, checkpoint.layout.slots[name].shape)))
+            if check_finite:
+                _refuse_non_finite(checkpoint, name, place)
+    return model
+
+
+def _compute_dtype(asked: torch.dtype | None, checkpoint: Checkpoint) -> torch.dtype:
+    dtype = asked or _stated_dtype(checkpoint.config.dtype)
+    if dtype not in COMPUTE_DTYPES.values():
+        raise InputError(f"dtype is {dtype}; load a model in torch.float32 or torch.bfloat16.")
+    return dtype
 
 
 def _stated_dtype(name: str) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 import tyro
 
 from glm5.bundled import bundled_model
-from glm5.engine import Engine
+from glm5.engine import Engine, follow
 from glm5.errors import InputError
+from glm5.parallel import InferencePlan
+from glm5.parallel.mesh import processes, world_rank, world_size
 from glm5.serve import Limits, create_app, is_loopback, log_json_lines, serve
 from glm5.serve.generation import Source
 from glm5.serve.host_check import OWN_NAMES
@@ -61,6 +64,14 @@ class ServeOptions:
     """Answers depend on nothing but the request and the weights, to the bit (float32)."""
     draft_tokens: int = 0
     """Tokens that the MTP module guesses ahead, where measurement finds that it pays; they change no answer."""
+    tensor_parallel: int = 1
+    """Processes that share the attention heads, started by `torchrun --nproc-per-node N -m glm5 serve ...`."""
+    expert_parallel: int = 1
+    """Processes that share the routed experts; the same processes, as many as the larger of the two numbers."""
+    step_timeout: float = InferencePlan.timeout_seconds
+    """Seconds after which a process that does not answer inside a step is given up."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model is; with several processes a GPU for each."""
     max_model_len: int | None = None
     """Longest prompt and answer together, in tokens; the model's own limit when left out."""
     max_concurrent: int = Limits.max_concurrent
@@ -92,28 +103,41 @@ class ServeOptions:
             deadline_seconds=self.deadline, stall_seconds=self.stall,
         )  # fmt: skip
 
+    def plan(self) -> InferencePlan:
+        """Over how many processes the engine is cut."""
+        return InferencePlan(
+            tensor=self.tensor_parallel, expert=self.expert_parallel, timeout_seconds=self.step_timeout
+        )
+
 
 def run(options: ServeOptions) -> int:
-    """Serves until Ctrl-C or SIGTERM. Prints the address once requests can be sent."""
-    limits = options.limits()
-    key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE) or None
+    """Serves until Ctrl-C or SIGTERM. Of the processes that torchrun started the first one serves."""
+    limits, plan = options.limits(), options.plan()
     directory = bundled_model() if options.model is None else model_of(options.model)
     if options.weights_from is not None and options.backend is not None:
         raise InputError("--weights-from is for this server's own engine; give it to the server behind --backend.")
-    following: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    if options.backend is None:
-        engine = Engine(
-            directory, dtype=getattr(torch, options.dtype), max_model_len=options.max_model_len, strict=options.strict,
-            storage=options.cache, memory_bytes=options.cache_bytes, max_num_seqs=options.max_num_seqs,
-            num_speculative_tokens=options.draft_tokens,
-        )  # fmt: skip
-        source: Source = engine
+    with processes(), contextlib.ExitStack() as opened:
+        plan.check_world(world_size())
+        if options.backend is not None:
+            if plan.processes > 1:
+                raise InputError("With --backend another server computes; start one process, without torchrun.")
+            return _serve(options, limits, _backend(options, directory))
+        if world_rank() > 0:
+            for number in (signal.SIGINT, signal.SIGTERM):  # the first process ends when it is told to, and says so
+                signal.signal(number, signal.SIG_IGN)
+            follow(directory, plan, device=options.device)
+            return 0
+        engine = opened.enter_context(contextlib.closing(_engine(options, directory)))
         if options.weights_from is not None:
             from glm5.rl.weights.follow import Follower  # heavy
 
-            following = contextlib.closing(Follower(engine, options.weights_from))
-    else:
-        source = _backend(options, directory)
+            opened.enter_context(contextlib.closing(Follower(engine, options.weights_from)))
+        return _serve(options, limits, engine)
+
+
+def _serve(options: ServeOptions, limits: Limits, source: Source) -> int:
+    """Prints the address once requests can be sent."""
+    key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     closed = key is None and is_loopback(options.host)
     hosts = (*OWN_NAMES, options.host, *options.allow_host) if closed else None
     app = create_app(source, model_name=options.name, limits=limits, api_key=key, hosts=hosts)
@@ -124,15 +148,22 @@ def run(options: ServeOptions) -> int:
             file=sys.stderr,
             flush=True,
         )
-    with following:
-        serve(
-            app,
-            options.host,
-            options.port,
-            ready=lambda url: print(f"Serving {options.name} at {url}/v1", flush=True),
-            drain_seconds=options.drain,
-        )
+    serve(
+        app,
+        options.host,
+        options.port,
+        ready=lambda url: print(f"Serving {options.name} at {url}/v1", flush=True),
+        drain_seconds=options.drain,
+    )
     return 0
+
+
+def _engine(options: ServeOptions, directory: Path) -> Engine:
+    return Engine(
+        directory, dtype=getattr(torch, options.dtype), device=options.device, max_model_len=options.max_model_len,
+        strict=options.strict, storage=options.cache, memory_bytes=options.cache_bytes,
+        max_num_seqs=options.max_num_seqs, num_speculative_tokens=options.draft_tokens, parallel=options.plan(),
+    )  # fmt: skip
 
 
 def _backend(options: ServeOptions, directory: Path) -> Source:

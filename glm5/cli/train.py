@@ -4,7 +4,7 @@
     glm5 train midtrain --parent runs/pretrain --train-data D --phases 512:4:60 1024:2:60 --loop.steps 120 --out runs/m
     glm5 train --out runs/m --resume                       # the settings are in its run.json
     glm5 train --out runs/m --replay-step 17               # the batch as text, the numbers then and now
-    torchrun --nproc-per-node 2 -m glm5.cli.main train --out runs/m --resume --parallel.data-shard 2
+    torchrun --nproc-per-node 2 -m glm5 train --out runs/m --resume --parallel.data-shard 2
     glm5 train export runs/m exported --step 120           # a Hugging Face directory of a checkpoint
     glm5 train sft ... --out proofs/sft --verify-resume      # a run, and a killed and resumed one, compared
 

@@ -1,6 +1,7 @@
 """Engine: sequences, sampler and the loop that turns prompts into tokens."""
 
 from glm5.engine.engine import Engine
+from glm5.engine.leader import follow
 from glm5.engine.outputs import CompletionOutput, EngineStats, RequestOutput, TokenDelta
 from glm5.engine.sampling_params import SamplingParams, StructuredOutputs
 from glm5.engine.stream import TokenStream
@@ -14,4 +15,5 @@ __all__ = [
     "StructuredOutputs",
     "TokenDelta",
     "TokenStream",
+    "follow",
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from pathlib import Path
 
+from glm5.config import ModelConfig
 from glm5.engine.checks import check_number, check_whole
 from glm5.engine.grammar import GrammarCompiler
 from glm5.engine.outputs import TokenDelta
@@ -28,6 +30,22 @@ class Limits:
     """Tokens that the whole cache holds; every request must fit into it alone."""
     bytes_per_token: float
     """Of the cache, all layers together."""
+
+
+def tokenizer_in(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a model directory that has one."""
+    return Tokenizer.from_pretrained(directory) if (directory / "tokenizer.json").is_file() else None
+
+
+def end_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The ids that end a turn: the model's, or else the tokenizer's, which must be of the same vocabulary."""
+    found = frozenset(config.eos_token_ids or (tokenizer.eos_ids if tokenizer else ()))
+    if max(found, default=0) >= config.vocab_size:
+        raise InputError(
+            f"The tokenizer ends a turn with id {max(found)}, but the model's vocabulary has {config.vocab_size}; "
+            "give the model's own tokenizer."
+        )
+    return found
 
 
 def admit(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from glm5.engine.checks import check_whole
 from glm5.engine.core import StepRunner, Storage
@@ -14,7 +17,8 @@ from glm5.engine.paged_cache import PagedCache
 from glm5.engine.pool import Storage as StorageName
 from glm5.engine.recompute import RecomputingRunner, TokenCache
 from glm5.engine.runner import Runner
-from glm5.engine.speculative import MOST_DRAFTS, Speculator
+from glm5.engine.speculative import MOST_DRAFTS, DraftRunner, Speculator
+from glm5.engine.weights import ModelWeights
 from glm5.errors import InputError
 from glm5.model import GLM5
 
@@ -29,17 +33,27 @@ class CacheSize:
     max_model_len: int
     max_num_seqs: int
 
-    def blocks(self, bytes_per_token: float, device: torch.device) -> int:
-        """Blocks of the cache, or an InputError that says why they do not fit."""
+    def blocks(self, bytes_per_token: float, free: int | None) -> int:
+        """Blocks of the cache in so many free bytes, or an InputError that says why they do not fit."""
         return cache_blocks(
             bytes_per_token=bytes_per_token,
             block_size=self.block_size,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
-            free=available_bytes(device),
+            free=free,
             num_blocks=self.num_blocks,
             memory_bytes=self.memory_bytes,
         )
+
+
+class Weights(Protocol):
+    """The model's weights, as far as they are exchanged: `glm5.engine.weights.ModelWeights` has the contract."""
+
+    def staged(self, state_dict: Mapping[str, Tensor], version: int) -> Mapping[str, Tensor]:
+        """The new weights, checked; the model's own stay as they are."""
+
+    def swap(self, ready: Mapping[str, Tensor]) -> None:
+        """Puts staged weights in place of the model's own."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,7 @@ class Backend:
     runner: StepRunner
     cache: Storage
     num_blocks: int
+    weights: Weights
     speculator: Speculator | None = None
 
 
@@ -60,16 +75,11 @@ def build_backend(
     drafts: tokens to guess for each step, 0 for none. Raises InputError for a cache that does not fit into the memory
     that is free, and for strict mode on weights or a cache that are not fp32.
     """
-    check_whole("num_speculative_tokens", drafts, 0, MOST_DRAFTS)
-    if drafts and not (isinstance(model, GLM5) and len(model.mtp)):
-        raise InputError(
-            f"num_speculative_tokens is {drafts}, but this model has no MTP module to draft with; load one with "
-            "num_nextn_predict_layers of at least 1, or leave it at 0."
-        )
+    check_drafts(model, drafts)
     if not isinstance(model, GLM5):
-        blocks = size.blocks(TokenCache.bytes_per_token, torch.device("cpu"))
+        blocks = size.blocks(TokenCache.bytes_per_token, available_bytes(torch.device("cpu")))
         tokens = TokenCache(blocks, size.block_size)
-        return Backend(RecomputingRunner(model, tokens, attention=attention), tokens, blocks)
+        return Backend(RecomputingRunner(model, tokens, attention=attention), tokens, blocks, ModelWeights(model))
     weight = model.lm_head.weight
     if storage is None:
         storage = "fp32" if weight.dtype == torch.float32 else "bf16"
@@ -86,11 +96,24 @@ def build_backend(
         storage=storage,
         draft=drafts > 0,
     )
-    blocks = size.blocks(new_cache(num_blocks=1, device="meta").bytes_per_token, weight.device)
+    blocks = size.blocks(new_cache(num_blocks=1, device="meta").bytes_per_token, available_bytes(weight.device))
     cache = new_cache(num_blocks=blocks, device=weight.device)
     runner = Runner(model, cache, attention=attention, strict=strict)
-    speculator = None
-    if drafts:
-        limit = size.max_model_len
-        speculator = Speculator(runner, drafts=drafts, block_size=size.block_size, max_model_len=limit)
-    return Backend(runner, cache, blocks, speculator)
+    return Backend(runner, cache, blocks, ModelWeights(model), speculator_of(runner, drafts, size))
+
+
+def check_drafts(model: torch.nn.Module, drafts: int) -> None:
+    """Refuses drafts that the model cannot make."""
+    check_whole("num_speculative_tokens", drafts, 0, MOST_DRAFTS)
+    if drafts and not (isinstance(model, GLM5) and len(model.mtp)):
+        raise InputError(
+            f"num_speculative_tokens is {drafts}, but this model has no MTP module to draft with; load one with "
+            "num_nextn_predict_layers of at least 1, or leave it at 0."
+        )
+
+
+def speculator_of(runner: DraftRunner, drafts: int, size: CacheSize) -> Speculator | None:
+    """What drafts so many tokens for each step; None for none."""
+    if not drafts:
+        return None
+    return Speculator(runner, drafts=drafts, block_size=size.block_size, max_model_len=size.max_model_len)

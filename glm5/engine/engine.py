@@ -9,6 +9,7 @@ engine without the thread and calls `step`.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import threading
 import time
 from collections.abc import Mapping
@@ -20,20 +21,21 @@ import torch
 from torch import Tensor
 
 from glm5.checkpoint import load_model
-from glm5.engine.admission import Limits, admit, check_queueing, go_on
+from glm5.engine.admission import Limits, admit, check_queueing, end_ids, go_on, tokenizer_in
 from glm5.engine.backend import CacheSize, StorageName, build_backend
 from glm5.engine.block_manager import BlockManager
 from glm5.engine.checks import check_whole
 from glm5.engine.core import Core
 from glm5.engine.grammar import GrammarCompiler
+from glm5.engine.leader import leader_of
 from glm5.engine.outputs import EngineStats, RequestOutput, TokenDelta
 from glm5.engine.request import BUFFERED_TOKENS, Mailbox, Request
 from glm5.engine.sampling_params import SamplingParams
 from glm5.engine.scheduler import PRIORITY_SECONDS, Scheduler
 from glm5.engine.stream import TokenStream
-from glm5.engine.weights import staged, swap
 from glm5.errors import InputError
 from glm5.model import GLM5
+from glm5.parallel import InferencePlan
 from glm5.text import Tokenizer
 
 IDLE_SECONDS = 1.0
@@ -47,9 +49,10 @@ class Engine:
     `storage` is the cache's format, by default that of the weights; `memory_bytes` or `num_blocks` its size, by default
     a share of the free memory. `strict` (fp32): tokens and log-probabilities depend on nothing but the request and the
     weights, to the bit. `num_speculative_tokens`: guesses of the MTP module to verify in each step, where that pays
-    (`speculative.py`); they change no token. `threaded=False`: nothing runs until `step`. Raises `InputError` for
-    requests that cannot run, before any work starts, and `CheckpointError` when the model gives logits that are not
-    finite.
+    (`speculative.py`); they change no token. `parallel`: each of several processes that torchrun started reads its own
+    part of the directory (`inference_plan.py`); this one is the first, the others call `follow`. `threaded=False`:
+    nothing runs until `step`. Raises `InputError` for requests that cannot run, before any work starts,
+    `CheckpointError` when the model gives logits that are not finite, and `ParallelError` when a process is lost.
     """
 
     def __init__(
@@ -70,14 +73,17 @@ class Engine:
         memory_bytes: int | None = None,
         enable_prefix_caching: bool = True,
         num_speculative_tokens: int = 0,
+        parallel: InferencePlan | None = None,
         version: int = 0,
         threaded: bool = True,
     ) -> None:
+        self._leader = leader_of(
+            model, parallel, dtype, torch.device(device), attention=attention, storage=storage, block_size=block_size,
+            strict=strict, drafts=num_speculative_tokens,
+        )  # fmt: skip
         if isinstance(model, str | Path):
-            directory = Path(model)
-            model = load_model(directory, dtype=dtype, device=device)
-            if tokenizer is None and (directory / "tokenizer.json").is_file():
-                tokenizer = Tokenizer.from_pretrained(directory)
+            tokenizer = tokenizer_in(Path(model)) if tokenizer is None else tokenizer
+            model = self._leader.model if self._leader else load_model(model, dtype=dtype, device=device)
         self.model = model.eval()
         self.config = model.config
         self.tokenizer = tokenizer
@@ -89,30 +95,22 @@ class Engine:
         check_whole("block_size", block_size, 1)
         self.strict = strict
         self.threaded = threaded
-        self.eos_ids = frozenset(self.config.eos_token_ids or (tokenizer.eos_ids if tokenizer else ()))
-        if max(self.eos_ids, default=0) >= self.config.vocab_size:
-            raise InputError(
-                f"The tokenizer ends a turn with id {max(self.eos_ids)}, but the model's vocabulary has "
-                f"{self.config.vocab_size}; give the model's own tokenizer."
-            )
+        self.eos_ids = end_ids(self.config, tokenizer)
         self._grammars = None if tokenizer is None else GrammarCompiler(tokenizer, self.config.vocab_size, self.eos_ids)
         size = CacheSize(block_size, num_blocks, memory_bytes, self.max_model_len, max_num_seqs)
-        backend = build_backend(
+        backend = self._leader.open(size, drafts=num_speculative_tokens) if self._leader else build_backend(
             model, size, attention=attention, strict=strict, storage=storage, drafts=num_speculative_tokens
-        )
+        )  # fmt: skip
+        self._weights = backend.weights
         self.limits = Limits(
-            vocab_size=self.config.vocab_size,
-            max_model_len=self.max_model_len,
-            cache_tokens=backend.num_blocks * block_size,
-            bytes_per_token=backend.cache.bytes_per_block / block_size,
-        )
+            vocab_size=self.config.vocab_size, max_model_len=self.max_model_len,
+            cache_tokens=backend.num_blocks * block_size, bytes_per_token=backend.cache.bytes_per_block / block_size,
+        )  # fmt: skip
         scheduler = Scheduler(
             BlockManager(backend.num_blocks, block_size, prefix_caching=enable_prefix_caching),
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            vocab_size=self.config.vocab_size,
-            version=version,
-        )
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            vocab_size=self.config.vocab_size, version=version,
+        )  # fmt: skip
         self._core = Core(backend.runner, backend.cache, scheduler, backend.speculator)
         # What the threads share: all of it changes under `_changed` only.
         self._changed = threading.Condition()
@@ -218,6 +216,10 @@ class Engine:
             self._end_all()
         if self._grammars is not None:
             self._grammars.close()
+        if self._leader is not None:
+            within = thread is threading.current_thread()  # a reader's callback, in the middle of a step
+            with contextlib.nullcontext() if within else self._step_lock:
+                self._leader.close()
 
     # ---- weights ------------------------------------------------------------------------------------------------
     def update_weights(self, version: int, state_dict: Mapping[str, Tensor], *, recompute: bool | None = None) -> None:
@@ -229,7 +231,7 @@ class Engine:
         cached anew, which is exact, instead of keeping it; by default in strict mode only.
         """
         check_whole("version", version, 0)
-        ready = staged(self.model, state_dict, version)
+        ready = self._weights.staged(state_dict, version)
         with self._changed:
             self._swaps += 1  # the next step waits
         try:
@@ -238,7 +240,7 @@ class Engine:
                     raise InputError(
                         f"Weights of version {version} came after version {self.version}; versions must grow."
                     )
-                swap(self.model, ready)
+                self._weights.swap(ready)
                 self._core.scheduler.new_weights(version, recompute=self.strict if recompute is None else recompute)
         finally:
             with self._changed:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from glm5.errors import ConfigError
 from glm5.rl.admission import SchedulerConfig
-from glm5.rl.learner import LearnerConfig
+from glm5.rl.concurrency import ConcurrencyConfig
+from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.runner import RolloutConfig
 from glm5.train.checks import check_counts, check_numbers
 
@@ -24,6 +25,8 @@ class RLRunConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     """Among them the mode: sync, one-step-off or async."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    concurrency: ConcurrencyConfig | None = None
+    """Adapts the number of rollouts at once to what trainer and engines bear; None: always the scheduler's."""
     learning_ticks: int = 8
     """In deterministic mode: tokens that every rollout gets while a batch is learnt from."""
     patience: float = 600.0

@@ -65,11 +65,11 @@ def train_in_lockstep(
     with run.exclusive():
         session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources, aids)
         try:
-            with progress_bar("rl", session.learner.version, config.steps, console) as show:
+            with progress_bar("rl", session.version, config.steps, console) as show:
                 asyncio.run(Lockstep(session, tokenizer, show).run())
         except KeyboardInterrupt:
             raise RunInterrupted(
-                f"Stopped in step {session.learner.version} of {config.steps} of rl; all is in {run.path}. Run the "
+                f"Stopped in step {session.version} of {config.steps} of rl; all is in {run.path}. Run the "
                 "same command with --resume to go on."
             ) from None
         finish_run(session, tokenizer)
@@ -107,7 +107,7 @@ class Lockstep:
                     admitted.append(ticket)
             await self._settle()
             await self._after_tokens()
-            while session.learner.version < self.config.steps:
+            while session.version < self.config.steps:
                 await self._tick(admitted)
                 admitted = []
             session.checkpoint()
@@ -140,7 +140,7 @@ class Lockstep:
         await self._take_finished()
         if session.batch is not None and session.tick - session.batch_tick >= self.config.learning_ticks:
             await self._learn()
-        if session.learner.version < self.config.steps:
+        if session.version < self.config.steps:
             _, cancelled = session.next_batch()
             await self._call_off(cancelled)
 
@@ -192,7 +192,7 @@ class Lockstep:
         """Learns from the batch; the engine goes on with the new weights."""
         session = self.session
         metrics = session.learn()
-        version = session.learner.version
+        version = session.version
         cancelled = session.published(version)
         if version > self.engine.version:
             self.engine.update_weights(version, session.learner.weights())

@@ -10,9 +10,8 @@ it through a queue.
 from __future__ import annotations
 
 import asyncio
-import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ from rich.console import Console
 from torch import Tensor
 
 from glm5.checkpoint import load_model, save_model
-from glm5.engine import Engine
 from glm5.envs import Environment, Task
 from glm5.errors import RunError
-from glm5.model import GLM5
 from glm5.rl.aids import Aids
+from glm5.rl.concurrency import Load, next_limit
 from glm5.rl.config import RLRunConfig
-from glm5.rl.fleet import Fleet, InProcessFleet
+from glm5.rl.executors import MakeFleet, one_engine
+from glm5.rl.fleet import Fleet, FleetStats
 from glm5.rl.meter import Meter
 from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
 from glm5.rl.report import write_rl_report
@@ -42,8 +41,6 @@ from glm5.train import RunDirectory, RunInterrupted
 from glm5.train.progress import interrupts
 from glm5.train.run_directory import directory_sha256, model_of
 
-MakeFleet = Callable[[GLM5, Tokenizer, int], Fleet]
-"""Engines for a model and its version. They may begin with older weights: the orchestrator gives them these then."""
 GLANCE = 0.2
 """Seconds between two looks at the clock and at Ctrl-C."""
 
@@ -61,9 +58,10 @@ def train_rl(
 ) -> RunDirectory:
     """Trains the parent's model on the environments; gives the finished run. With `resume`, goes on where it stopped.
 
-    sources: how each environment takes part (share, concurrency, curriculum). make_fleet: where the engines are; by
-    default one in this process. aids: what the learner has beside its model. Ctrl-C finishes the running step, saves
-    and raises `RunInterrupted`; after a crash or kill nothing that was finished is sampled again.
+    sources: how each environment takes part (share, concurrency, curriculum). make_fleet: where the engines are, by
+    default one in this process (`glm5.rl.executors` has others). aids: what the learner has beside its model. Ctrl-C
+    finishes the running step, saves and raises `RunInterrupted`; after a crash or kill nothing that was finished is
+    sampled again.
     """
     parent = model_of(config.parent)
     tokenizer = Tokenizer.from_pretrained(parent)
@@ -73,12 +71,12 @@ def train_rl(
     with run.exclusive():
         session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources, aids)
         make = make_fleet or one_engine(config)
-        fleet = make(session.learner.engine_model(), tokenizer, session.learner.version)
+        fleet = make(session.learner.engine_model(), tokenizer, session.version)
         start = Snapshot(
             name=run.path.name,
             mode=config.scheduler.mode,
             steps=config.steps,
-            step=session.learner.version,
+            step=session.version,
             groups_per_batch=config.scheduler.groups_per_batch,
             staleness_bound=config.scheduler.bound,
         )
@@ -109,16 +107,6 @@ def finish_run(session: Session, tokenizer: Tokenizer) -> None:
     save_model(session.learner.whole_model().eval(), session.run.model_directory, tokenizer)
 
 
-def one_engine(config: RLRunConfig) -> MakeFleet:
-    """A fleet of one engine in this process."""
-
-    def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
-        attention = config.learner.attention
-        return InProcessFleet([Engine(copy.deepcopy(model), tokenizer, attention=attention, version=version)])
-
-    return make
-
-
 class Orchestrator:
     """One run, from where its session stands to its last step."""
 
@@ -127,6 +115,8 @@ class Orchestrator:
         self.config = session.config
         self.meter = Meter(fleet)
         self.playing: dict[str, asyncio.Task[None]] = {}
+        self._most = self._preempted = 0
+        """Rollouts at once since the last batch; sequences that engines had put back before it."""
         self._learning: asyncio.Task[None] | None = None
         self._unpublished: tuple[int, dict[str, Tensor]] | None = None
         """Weights that the engines may not take yet."""
@@ -137,14 +127,13 @@ class Orchestrator:
         session = self.session
         try:
             await self.fleet.start()
-            if self.fleet.version < session.learner.version:  # the engines began with the run's first weights
-                await self.fleet.publish(session.learner.version, session.learner.weights())
-            if session.learner.version > session.scheduler.version:  # the fleet was made with these
-                self._cancel(session.published(session.learner.version))
+            if self.fleet.version < session.version:  # the engines began with the run's first weights
+                await self.fleet.publish(session.version, session.learner.weights())
+            if session.scheduler.version < session.version:
+                self._cancel(session.published(session.version))
             for ticket in session.under_way():
                 self._begin(ticket)
-            # The learner counts a step before its news of it is read.
-            while session.learner.version < self.config.steps or self._learning is not None:
+            while session.version < self.config.steps:
                 stop = stopped()
                 if stop and self._learning is None:
                     self._interrupted()
@@ -191,6 +180,7 @@ class Orchestrator:
     # ---- rollouts -------------------------------------------------------------------------------------------------
     def _begin(self, ticket: Ticket) -> None:
         self.playing[ticket.id] = asyncio.create_task(self._play(ticket))
+        self._most = max(self._most, len(self.playing))
 
     async def _play(self, ticket: Ticket) -> None:
         """One rollout, from what is known of it on; its end is news."""
@@ -235,15 +225,20 @@ class Orchestrator:
         """A step is done: metrics, weights to the engines, a checkpoint now and then."""
         session, self._learning = self.session, None
         metrics = session.learnt(values)
-        version = session.learner.version
+        version = session.version
         self._unpublished = (version, session.learner.weights())
         if version < self.config.steps:
             await self._publish_if_allowed()
             if self._unpublished is not None:  # the next step changes the tensors
                 self._unpublished = (version, {n: t.detach().clone() for n, t in self._unpublished[1].items()})
         lap = self.meter.lap()
-        speed = {"step": metrics["step"], **lap, "running": len(self.playing), "queue": self._ready()}
+        most, self._most = self._most, len(self.playing)
+        speed = {"step": metrics["step"], **lap, "running": most, "queue": self._ready()}
         session.run.append("speed", speed)
+        if self.config.concurrency is not None:
+            self._preempted, load = load_of(self.fleet.stats(), self._preempted, speed)
+            limit = session.scheduler.max_running
+            session.limit(next_limit(self.config.concurrency, self.config.scheduler, limit, load))
         self.watch.learnt(metrics, speed)
         if version % self.config.checkpoint_every == 0 and version < self.config.steps:
             await asyncio.to_thread(session.checkpoint)
@@ -267,7 +262,7 @@ class Orchestrator:
         """Saves and says so."""
         self.session.checkpoint()
         raise RunInterrupted(
-            f"Stopped after step {self.session.learner.version} of {self.config.steps} of rl; all is saved in "
+            f"Stopped after step {self.session.version} of {self.config.steps} of rl; all is saved in "
             f"{self.session.run.path}. Run the same command with --resume to go on."
         )
 
@@ -298,6 +293,24 @@ class Orchestrator:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.fleet.close()
         self.session.journal.commit()
+
+
+def load_of(stats: FleetStats, preempted: int, speed: Mapping[str, Any]) -> tuple[int, Load]:
+    """What the concurrency control sees; `preempted`: sequences put back before the last batch. Also gives the new one.
+
+    speed: the line of the step. Engines that say nothing of themselves count as idle.
+    """
+    said = [state.engine for state in stats.engines if state.engine is not None]
+    now = sum(engine.preemptions for engine in said)
+    load = Load(
+        running=speed["running"],
+        waiting=sum(engine.waiting for engine in said),
+        cache_used=max((engine.blocks_used / engine.blocks_total for engine in said), default=0.0),
+        preemptions=max(0, now - preempted),
+        trainer_idle=speed["trainer_idle"],
+        ready=speed["queue"],
+    )
+    return now, load
 
 
 def aborted(ticket: Ticket) -> Rollout:

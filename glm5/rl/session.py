@@ -44,7 +44,8 @@ class Session:
         self.config, self.run, self.path = config, run, run.path / JOURNAL
         self.environments = {environment.name: environment for environment in environments}
         self.learner = Learner(model, config.learner, aids=aids)
-        first = self.learner.load(run)
+        self.version = first = self.learner.load(run)
+        """Batches that were learnt from. The learner's own version moves in another thread, before anybody knows."""
         run.rewind(first)
         self.scheduler = Scheduler(config.scheduler, task_stream(environments, sources, config.rollout.seed))
         self.unfinished = Unfinished()
@@ -141,6 +142,11 @@ class Session:
         self.journal.commit()
         return cancelled
 
+    def limit(self, max_running: int) -> None:
+        """Rollouts at once from now on."""
+        self.scheduler.limit(max_running)
+        self._written()
+
     def report(self, ticket: Ticket, number: int, turn: Turn) -> Piece:
         """What a progress report adds to what is known."""
         piece = self.unfinished.news(ticket, number, turn)
@@ -168,7 +174,7 @@ class Session:
                 self._window.add(event.rollout)
                 self.started_at.pop(event.rollout.id, None)
             elif isinstance(event, Published):
-                while self.learner.version < event.version:
+                while self.version < event.version:
                     self.learn()
 
     def _handed_out(self, batch: Batch, tick: int) -> None:
@@ -176,7 +182,7 @@ class Session:
         if self.batch is not None:
             self.learn()
         figures = self._window.close(batch, self.scheduler.accounts)
-        if batch.step >= self.learner.version:
+        if batch.step >= self.version:
             self.batch, self.batch_tick, self._figures = batch, tick, figures
 
     # ---- learning -------------------------------------------------------------------------------------------------
@@ -184,7 +190,7 @@ class Session:
         """Learns from the batch that was handed out; gives its line of metrics."""
         if self.batch is None:
             raise RunError(
-                f"{self.path} holds version {self.learner.version + 1} without the batch that made it; restore the "
+                f"{self.path} holds version {self.version + 1} without the batch that made it; restore the "
                 "file, or start a new run."
             )
         return self.learnt(self.learner.step(self.batch))
@@ -196,7 +202,7 @@ class Session:
         named["mean_staleness"] = named.pop("staleness")
         metrics = {"step": self.batch.step, **named, **self._figures}
         self.run.append("metrics", metrics)
-        self.batch = None
+        self.batch, self.version = None, self.learner.version
         return metrics
 
     def checkpoint(self) -> None:

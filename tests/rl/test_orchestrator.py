@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import os
+import signal
 import time
 
 import pytest
@@ -15,9 +17,11 @@ from glm5.envs import EnvironmentFailure, EpisodeLimits, Reward, SingleTurn, Tas
 from glm5.errors import RunError
 from glm5.optim import OptimizerConfig
 from glm5.rl.admission import SchedulerConfig
+from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import events_of
-from glm5.rl.fleet import InProcessFleet
+from glm5.rl.executors import engine_processes
+from glm5.rl.fleet import FleetConfig, InProcessFleet
 from glm5.rl.journal import read_journal
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.losses import IcePop
@@ -150,6 +154,29 @@ def test_async_mode_keeps_its_bound_and_every_sample_has_one_fate(brief_parent, 
     speed = run.read("speed")[-1]
     assert 0 <= speed["trainer_idle"] <= 1 and 0 <= speed["sampler_idle"] <= 1 and speed["tokens_per_second"] > 0
     assert "<svg" in (run.path / "report.html").read_text()
+
+
+def test_engines_in_processes_die_and_the_run_goes_on(parent, tmp_path):
+    config = config_of(parent, steps=4, concurrency=ConcurrencyConfig(least=4, most=24, increase=4))
+    fleets = []
+
+    def make(*arguments):
+        fleets.append(engine_processes(config, 2, limits=FleetConfig(silence_seconds=60), strict=True)(*arguments))
+        return fleets[-1]
+
+    class Murderous(Letters):
+        """Kills an engine when an answer to the tenth task is scored."""
+
+        def score(self, task, response):
+            if task.id.endswith("/9") and fleets[0].stats().engines[0].restarts == 0:
+                os.kill(fleets[0]._seats[0].member.process_id, signal.SIGKILL)
+            return super().score(task, response)
+
+    run = train_rl(config, [SingleTurn(Murderous())], tmp_path / "run", make_fleet=make)
+    assert run.finished and sum(state.restarts for state in fleets[0].stats().engines) >= 1
+    fates, batches = fates_of(run)
+    assert len(batches) == 4 and all(len(found) == 1 for found in fates.values())
+    assert max(line["mismatch"] for line in run.read("metrics") if line["max_staleness"] == 0) < 1e-5
 
 
 def test_one_step_off_publishes_between_samplings(parent, tmp_path):
