@@ -1,0 +1,202 @@
+"""The simulator of reinforcement learning against real runs: one is measured, the others are predicted from it.
+
+    python -m benchmarks.rl_simulate                             # about four minutes on one core
+    python -m benchmarks.rl_simulate --steps 60 --out docs/results/rl_simulate.md
+
+The bundled model learns sums whose environment takes its time (log-uniform). What the run in sync mode was like, and a
+calibration of the engine (tokens per second at 1 to 32 sequences, with the prompts of the task), go into the simulator,
+which predicts all three modes. Trainer and engine share the cores of this process, which is part of what is predicted
+(`shared`, measured: what is left of a thread's speed while another one computes). Other load on the machine spoils it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks.measure import machine
+from glm5.bundled import bundled_model
+from glm5.checkpoint import load_model
+from glm5.engine import Engine, SamplingParams
+from glm5.envs import Delayed, Environment, Latency, SingleTurn, Sums
+from glm5.rl.admission import Mode, SchedulerConfig
+from glm5.rl.config import RLRunConfig
+from glm5.rl.event_log import events_of
+from glm5.rl.events import BatchMade, Finished
+from glm5.rl.journal import read_journal
+from glm5.rl.orchestrator import train_rl
+from glm5.rl.records import Rollout
+from glm5.rl.runner import RolloutConfig
+from glm5.rl.session import JOURNAL
+from glm5.rl.simulation import EngineSpeed, Measured, SimulationConfig, records_of, simulate
+from glm5.text import Tokenizer
+from glm5.train import RunDirectory
+
+MODES: tuple[Mode, ...] = ("sync", "one-step-off", "async")
+
+
+@dataclass
+class Options:
+    """Options of the benchmark."""
+
+    steps: int = 20
+    warmup: int = 4
+    """Steps at the start that are left out."""
+    groups: int = 4
+    samples: int = 4
+    max_running: int = 32
+    max_staleness: int = 4
+    shortest: float = 0.05
+    """Seconds of the environment, at least."""
+    longest: float = 4.0
+    """At most."""
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of a run, or of a simulation."""
+
+    steps_per_hour: float
+    trainer_idle: float
+    sampler_idle: float
+    staleness: dict[int, int]
+
+    def row(self) -> str:
+        """Cells of the table."""
+        mean = sum(age * n for age, n in self.staleness.items()) / max(1, sum(self.staleness.values()))
+        return f"{self.steps_per_hour:.0f} | {self.trainer_idle:.0%} | {self.sampler_idle:.0%} | {mean:.2f}"
+
+
+def settings(options: Options, mode: Mode) -> SchedulerConfig:
+    """Of the scheduler, in the real run and in the simulated one."""
+    return SchedulerConfig(
+        mode=mode, groups_per_batch=options.groups, group_size=options.samples, max_running=options.max_running,
+        max_staleness=options.max_staleness,
+    )  # fmt: skip
+
+
+def real(options: Options, mode: Mode, environment: Environment, out: Path) -> RunDirectory:
+    """A run."""
+    config = RLRunConfig(
+        parent=bundled_model(), steps=options.steps, rollout=RolloutConfig(max_tokens=16),
+        scheduler=settings(options, mode), checkpoint_every=options.steps,
+    )  # fmt: skip
+    return train_rl(config, [environment], out)
+
+
+def figures(run: RunDirectory, warmup: int) -> Figures:
+    """What the run was like after its first steps."""
+    laps = run.read("speed")[warmup:]
+    seconds = sum(lap["seconds"] for lap in laps)
+    rollouts: dict[str, Rollout] = {}
+    ages = Counter[int]()
+    for line in read_journal(run.path / JOURNAL):
+        for event in events_of(line):
+            if isinstance(event, Finished):
+                rollouts[event.rollout.id] = event.rollout
+            elif isinstance(event, BatchMade) and event.step >= warmup:
+                for selection in event.selections:
+                    ages.update(rollouts[ticket.id].staleness(event.step) for ticket in selection.tickets)
+    idle = [sum(lap[name] * lap["seconds"] for lap in laps) / seconds for name in ("trainer_idle", "sampler_idle")]
+    return Figures(3600 * len(laps) / seconds, idle[0], idle[1], ages)
+
+
+def engine_speed(environment: Environment, tokens: int) -> tuple[EngineSpeed, float]:
+    """Tokens per second by the number of sequences, prompts included, and seconds to take new weights."""
+    model = load_model(bundled_model(), dtype=torch.float32)
+    tokenizer = Tokenizer.from_pretrained(bundled_model())
+    engine = Engine(model, tokenizer)
+    params = SamplingParams(max_tokens=tokens, temperature=1.0, ignore_eos=True, seed=0)
+    prompts = [tokenizer.apply_chat_template(environment.task(1, i).messages, enable_thinking=False) for i in range(32)]
+    points = []
+    for count in (1, 2, 4, 8, 16, 32):
+        engine.generate(prompts[:count], params)
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            engine.generate(prompts[:count], params)
+            times.append(time.perf_counter() - started)
+        points.append((count, count * tokens / statistics.median(times)))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    times = []
+    for version in range(1, 6):
+        started = time.perf_counter()
+        engine.update_weights(version, state)
+        times.append(time.perf_counter() - started)
+    return EngineSpeed(points=tuple(points)), statistics.median(times)
+
+
+def shared_speed() -> float:
+    """What is left of this thread's speed while another one computes as well."""
+
+    def work() -> float:
+        x = torch.randn(64, 256)
+        w = torch.randn(256, 256)
+        started = time.perf_counter()
+        for _ in range(3000):
+            x = torch.tanh(x @ w)
+        return time.perf_counter() - started
+
+    work()
+    alone = work()
+    done = threading.Event()
+
+    def other() -> None:
+        while not done.is_set():
+            work()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    both = work()
+    done.set()
+    thread.join()
+    return min(1.0, alone / both)
+
+
+def main(options: Options) -> None:
+    """Measures, predicts, prints."""
+    torch.set_num_threads(1)
+    environment = Delayed(SingleTurn(Sums()), Latency(options.shortest, options.longest))
+    with tempfile.TemporaryDirectory() as work:
+        runs = {mode: real(options, mode, environment, Path(work) / mode) for mode in MODES}
+        measured = Measured.from_records(records_of(runs["sync"].path))
+        lengths = [sum(play.tokens) for group in measured.workloads[environment.name].groups for play in group]
+        speed, swap = engine_speed(environment, max(1, round(statistics.fmean(lengths))))
+        shared = shared_speed()
+        rows = []
+        for mode in MODES:
+            config = SimulationConfig(scheduler=settings(options, mode), batches=200, warmup=20, shared=shared)
+            it = simulate(replace(config.as_measured(measured), engine=speed, publish_seconds=swap, swap_seconds=swap))
+            predicted = Figures(it.steps_per_hour, it.trainer_idle, it.sampler_idle, dict(it.staleness))
+            found = figures(runs[mode], options.warmup)
+            rows += [f"| {mode} | measured | {found.row()} |", f"| | predicted | {predicted.row()} |"]
+            ratio = predicted.steps_per_hour / found.steps_per_hour
+            print(f"{mode}: predicted {ratio:.2f} of the measured steps per hour", flush=True)
+    points = ", ".join(f"{n}: {rate:.0f}" for n, rate in speed.points)
+    text = "\n".join([
+        "# The simulator against real runs", "",
+        f"`python -m benchmarks.rl_simulate --steps {options.steps} --groups {options.groups}`: {machine()}.", "",
+        f"{options.groups} groups of {options.samples}, at most {options.max_running} rollouts at once, environment "
+        f"{options.shortest:g} to {options.longest:g} s (log-uniform), bound {options.max_staleness} in async mode, "
+        f"the first {options.warmup} of {options.steps} steps left out. Measured: answers of "
+        f"{statistics.fmean(lengths):.1f} tokens on average; a step takes {measured.train_seconds:.2f} s and "
+        f"{1000 * measured.train_seconds_per_token:.2f} ms a token; new weights {swap:.3f} s; engine, tokens per "
+        f"second by sequences: {points}; speed while both work: {shared:.2f}.", "",
+        "| mode | | steps per hour | trainer idle | sampler idle | mean staleness |", "|---|---|---|---|---|---|",
+        *rows, ""])  # fmt: skip
+    print(text)
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
