@@ -3,10 +3,12 @@
     python -m benchmarks.rl_simulate                             # about four minutes on one core
     python -m benchmarks.rl_simulate --steps 60 --out docs/results/rl_simulate.md
 
-The bundled model learns sums whose environment takes its time (log-uniform). What the run in sync mode was like, and a
-calibration of the engine (tokens per second at 1 to 32 sequences, with the prompts of the task), go into the simulator,
-which predicts all three modes. Trainer and engine share the cores of this process, which is part of what is predicted
-(`shared`, measured: what is left of a thread's speed while another one computes). Other load on the machine spoils it.
+The bundled model answers sums, and the environment takes its time (log-uniform). The reward is the parity of the
+answer's length: about half of the answers have it, so groups are rarely uniform, and nothing is learnt. What the run in
+sync mode was like, and a calibration of the engine (tokens per second at 1 to 32 sequences, with the prompts of the
+task), go into the simulator, which predicts all three modes. Trainer and engine share the cores of this process, which
+is part of what is predicted (`shared`, measured: what is left of a thread's speed while another one computes). Other
+load on the machine spoils it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from benchmarks.measure import machine
 from glm5.bundled import bundled_model
 from glm5.checkpoint import load_model
 from glm5.engine import Engine, SamplingParams
-from glm5.envs import Delayed, Environment, Latency, SingleTurn, Sums
+from glm5.envs import Delayed, Environment, Latency, Message, Reward, SingleTurn, Sums, Task, UniformGroups
 from glm5.rl.admission import Mode, SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import events_of
@@ -37,6 +39,7 @@ from glm5.rl.records import Rollout
 from glm5.rl.runner import RolloutConfig
 from glm5.rl.session import JOURNAL
 from glm5.rl.simulation import EngineSpeed, Measured, SimulationConfig, records_of, simulate
+from glm5.scoring import Grade
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory
 
@@ -59,6 +62,22 @@ class Options:
     longest: float = 4.0
     """At most."""
     out: Path | None = None
+
+
+class Parity:
+    """Sums, with a reward for an answer of an even length."""
+
+    name = "parity"
+    uniform_groups: UniformGroups = "drop"
+
+    def task(self, seed: int, index: int) -> Task:
+        """A sum."""
+        return Sums().task(seed, index)
+
+    def score(self, task: Task, response: Message) -> Reward:
+        """1 or 0."""
+        even = len(response.get("content") or "") % 2 == 0
+        return Reward(float(even), Grade("correct" if even else "incorrect", "the length of the answer"))
 
 
 @dataclass(frozen=True)
@@ -165,7 +184,7 @@ def shared_speed() -> float:
 def main(options: Options) -> None:
     """Measures, predicts, prints."""
     torch.set_num_threads(1)
-    environment = Delayed(SingleTurn(Sums()), Latency(options.shortest, options.longest))
+    environment = Delayed(SingleTurn(Parity()), Latency(options.shortest, options.longest))
     with tempfile.TemporaryDirectory() as work:
         runs = {mode: real(options, mode, environment, Path(work) / mode) for mode in MODES}
         measured = Measured.from_records(records_of(runs["sync"].path))

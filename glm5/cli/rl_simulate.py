@@ -6,9 +6,8 @@ glm5 rl --simulate --like runs/rl --bounds 1 2 4 8         # lengths, latencies 
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,6 @@ import tyro
 from rich.console import Console
 
 from glm5.rl.admission import SchedulerConfig
-from glm5.rl.event_log import events_of
-from glm5.rl.events import Finished
-from glm5.rl.journal import read_journal
-from glm5.rl.session import JOURNAL
 from glm5.rl.simulation import (
     AssumedWorkload,
     EngineSpeed,
@@ -28,7 +23,7 @@ from glm5.rl.simulation import (
     Measured,
     SimulationConfig,
     comparison,
-    rollout_record,
+    records_of,
     sweep,
     write_page,
 )
@@ -91,7 +86,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.out is not None:
         write_page(found, options.out)
     if options.json:
-        print(json.dumps({"simulations": [dataclasses.asdict(it) for it in found], "run": made}))
+        print(json.dumps({"simulations": [it.to_dict() for it in found], "run": made}))
         return 0
     print(comparison(found))
     if made is not None:
@@ -102,21 +97,6 @@ def run(arguments: Sequence[str]) -> int:
     if options.out is not None:
         Console().print(f"page: {options.out}", soft_wrap=True)
     return 0
-
-
-def records_of(path: Path) -> Iterator[dict[str, Any]]:
-    """A run as the simulator reads it: its rollouts, its steps, looks at its engines."""
-    run = RunDirectory.open(path)
-    for record in read_journal(path / JOURNAL):
-        for event in events_of(record):
-            if isinstance(event, Finished):
-                yield rollout_record(event.rollout)
-    for metrics, speed in zip(run.read("metrics"), run.read("speed"), strict=False):
-        yield {"kind": "train", "seconds": speed["learning_seconds"], "tokens": metrics["trained_tokens"]}
-        if speed["requests"]:
-            yield {
-                "kind": "engine", "running": speed["requests"], "tokens_per_second": speed["tokens_per_second"],
-            }  # fmt: skip
 
 
 def what_happened(path: Path) -> dict[str, Any]:

@@ -51,17 +51,17 @@ class SimulationConfig:
                 raise InputError(f"There is no workload for the environment {source.environment}.")
 
     def as_measured(self, measured: Measured, **changes: Any) -> SimulationConfig:
-        """With workloads, speeds and times of a real run."""
-        return replace(
-            self,
-            sources=tuple(TaskSource(environment=name) for name in measured.workloads),
-            workloads=measured.workloads,
-            engine=measured.engine or self.engine,
-            train_seconds=measured.train_seconds,
-            train_seconds_per_token=measured.train_seconds_per_token,
-            publish_seconds=measured.publish_seconds,
-            **changes,
-        )
+        """With workloads, speeds and times of a real run; its environments keep the sources they have here."""
+        known = {source.environment: source for source in self.sources}
+        values = {
+            "sources": tuple(known.get(name) or TaskSource(environment=name) for name in measured.workloads),
+            "workloads": measured.workloads,
+            "engine": measured.engine or self.engine,
+            "train_seconds": measured.train_seconds,
+            "train_seconds_per_token": measured.train_seconds_per_token,
+            "publish_seconds": measured.publish_seconds,
+        }
+        return replace(self, **{**values, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
