@@ -30,7 +30,7 @@ from glm5.text import Tokenizer
 CHUNK = 64
 """Episodes that are unpacked together."""
 MOST_TOKENS = 3_000_000
-"""Of all paths, context included; about 15 MB of page."""
+"""Of all paths, context included."""
 
 
 def write_viewer(
@@ -58,7 +58,7 @@ def write_viewer(
         part = chosen[first : first + CHUNK]
         rows += [{**row_of(one), "chunk": len(chunks), "place": place} for place, one in enumerate(part)]
         bodies = [body_of(one, tokenizer, (trainer or {}).get(one.rollout.id)) for one in part]
-        packed = base64.b64encode(gzip.compress(json.dumps(bodies, default=str).encode(), mtime=0)).decode()
+        packed = base64.b64encode(gzip.compress(json.dumps(bodies, default=str).encode(), compresslevel=6, mtime=0)).decode()
         chunks.append(f'<script type="text/plain" id="chunk-{len(chunks)}">{packed}</script>')
     index = {"note": note, "chunks": len(chunks), "ratios": bool(trainer), "rows": rows}
     style, script = _part("viewer.css"), _part("viewer.js")
