@@ -34,8 +34,7 @@ from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
 from glm5.rl.view.live import LiveView
-from glm5.rl.view.snapshot import Snapshot
-from glm5.rl.view.watch import Watch
+from glm5.rl.view.watch import Watch, snapshot_of
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory, RunInterrupted
 from glm5.train.progress import interrupts
@@ -72,16 +71,8 @@ def train_rl(
         session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources, aids)
         make = make_fleet or one_engine(config)
         fleet = make(session.learner.engine_model(), tokenizer, session.version)
-        start = Snapshot(
-            name=run.path.name,
-            mode=config.scheduler.mode,
-            steps=config.steps,
-            step=session.version,
-            groups_per_batch=config.scheduler.groups_per_batch,
-            staleness_bound=config.scheduler.bound,
-        )
         with LiveView(console) as view, interrupts() as stopped:
-            asyncio.run(Orchestrator(session, fleet, Watch(view.show, start)).run(stopped))
+            asyncio.run(Orchestrator(session, fleet, Watch(view.show, snapshot_of(run))).run(stopped))
         finish_run(session, tokenizer)
     return run
 

@@ -58,7 +58,8 @@ def write_viewer(
         part = chosen[first : first + CHUNK]
         rows += [{**row_of(one), "chunk": len(chunks), "place": place} for place, one in enumerate(part)]
         bodies = [body_of(one, tokenizer, (trainer or {}).get(one.rollout.id)) for one in part]
-        packed = base64.b64encode(gzip.compress(json.dumps(bodies, default=str).encode(), compresslevel=6, mtime=0)).decode()
+        zipped = gzip.compress(json.dumps(bodies, default=str).encode(), compresslevel=6, mtime=0)
+        packed = base64.b64encode(zipped).decode()
         chunks.append(f'<script type="text/plain" id="chunk-{len(chunks)}">{packed}</script>')
     index = {"note": note, "chunks": len(chunks), "ratios": bool(trainer), "rows": rows}
     style, script = _part("viewer.css"), _part("viewer.js")

@@ -5,10 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from glm5.rl.admission import SchedulerConfig
 from glm5.rl.fleet import EngineState
+from glm5.rl.view.live import LiveView
 from glm5.rl.view.snapshot import Snapshot
+from glm5.train import RunDirectory
 
 EVERY = 0.5
 """Seconds between two glances that are drawn."""
@@ -40,3 +46,33 @@ class Watch:
         if text != self._snapshot.note:
             self._snapshot = replace(self._snapshot, note=text)
             self._show(self._snapshot)
+
+
+def snapshot_of(run: RunDirectory) -> Snapshot:
+    """A run as its directory tells it."""
+    config = run.description["config"]
+    snapshot = Snapshot(name=run.path.name, steps=config["steps"])
+    if "scheduler" in config:
+        scheduler = SchedulerConfig(**config["scheduler"])
+        snapshot = replace(
+            snapshot,
+            mode=scheduler.mode,
+            groups_per_batch=scheduler.groups_per_batch,
+            staleness_bound=scheduler.bound,
+        )
+    speed = {line["step"]: line for line in run.read("speed")}
+    for metrics in run.read("metrics"):
+        snapshot = snapshot.after(metrics, speed.get(metrics["step"], {}))
+    return snapshot
+
+
+def watch_run(run_directory: Path, console: Console | None = None, *, every: float = 1.0) -> None:
+    """Shows a run that another process makes, until it is finished; looks every so many seconds."""
+    with LiveView(console) as view:
+        while True:
+            run = RunDirectory.open(run_directory)
+            finished = run.finished
+            view.show(snapshot_of(run))
+            if finished:
+                return
+            time.sleep(every)

@@ -25,7 +25,7 @@ from glm5.rl.journal import read_journal
 from glm5.rl.learner import LearnerConfig
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.runner import RolloutConfig
-from glm5.rl.view import trainer_logprobs, view_run
+from glm5.rl.view import snapshot_of, trainer_logprobs, view_run, watch_run
 from glm5.train import RunDirectory
 
 
@@ -120,6 +120,17 @@ def test_the_view_said_a_line_for_every_step(run):
     steps = [line for line in run.said.splitlines() if re.match(r"step [1-4]/4 ", line)]
     rewards = [line["reward"] for line in run.read("metrics")]
     assert [re.search(r"reward (\S+)", line)[1] for line in steps] == [f"{reward:.3f}" for reward in rewards]
+
+
+def test_a_run_can_be_watched_from_elsewhere(run):
+    snapshot = snapshot_of(RunDirectory.open(run.path))
+    metrics = run.read("metrics")
+    assert (snapshot.step, snapshot.steps, snapshot.mode, snapshot.staleness_bound) == (4, 4, "async", 2)
+    assert snapshot.rewards == tuple(line["reward"] for line in metrics)
+    assert snapshot.trained == sum(line["trained"] for line in metrics)
+    console = Console(file=io.StringIO(), width=200)
+    watch_run(run.path, console)
+    assert console.file.getvalue() == run.said.splitlines(keepends=True)[-1]
 
 
 def test_staleness_is_drawn_as_shares(run, tmp_path):
