@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ class OpenEnv:
     def __post_init__(self) -> None:
         if self.url.split("://")[0] not in ("http", "https", "ws", "wss"):
             raise InputError(f"{self.url!r} is no address of an OpenEnv server; give http://HOST:PORT.")
+        if importlib.util.find_spec("websockets") is None:
+            raise InputError("OpenEnv servers need the package websockets: pip install 'glm5[envs]'.")
 
     def task(self, seed: int, index: int) -> Task:
         """The task is the seed of the reset; its messages come with the episode."""
@@ -123,10 +126,8 @@ class OpenEnvEpisode:
                 pass  # the session ends with its connection
 
     async def _connect(self) -> None:
-        try:
-            from websockets.asyncio.client import connect
-        except ImportError:
-            raise InputError("OpenEnv servers need the package websockets: pip install 'glm5[envs]'.") from None
+        from websockets.asyncio.client import connect
+
         url = self._environment.url.rstrip("/").replace("http", "ws", 1) + "/ws"
         wait = self._environment.connect_seconds
         try:

@@ -131,14 +131,14 @@ class _Player:
                 truncated = await self._converse(episode)
                 reward = await self._asked("score", episode.score())
                 if not math.isfinite(reward.value):
-                    raise EnvironmentFailure(f"score: the reward is {reward.value}")
+                    raise EnvironmentFailure(f"score: the reward is {reward.value}", "verifier")
                 outcome = "truncated" if truncated else "ok"
         except TimeoutError:
             if not timer.expired():
                 raise
             reward, outcome, failure = None, "timeout", f"the episode took longer than {self.limits.seconds:g} s"
         except EnvironmentFailure as error:
-            reward, outcome, failure = None, "env_failure", str(error)
+            reward, outcome, failure = None, "env_failure", f"{error.kind}: {error}"
         except _Aborted:
             reward, outcome, failure = None, "aborted", "the engine gave the request up"
         finally:
@@ -205,7 +205,7 @@ class _Player:
             raise
         except Exception as error:
             if timer.expired():
-                raise EnvironmentFailure(f"{what} took longer than {self.limits.step_seconds:g} s") from None
+                raise EnvironmentFailure(f"{what} took longer than {self.limits.step_seconds:g} s", "timeout") from None
             raise EnvironmentFailure(f"{what}: {type(error).__name__}: {error}") from error
         finally:
             self.tool_seconds += time.perf_counter() - begun

@@ -97,7 +97,7 @@ def test_a_mistake_of_the_environment_is_no_reward(what):
     environment = Chat(broken=what)
     rollout = rollout_of(environment, ScriptedSource("</think>4<|user|>"))
     assert rollout.outcome == "env_failure" and rollout.reward is None
-    assert rollout.failure == f"{what}: ZeroDivisionError: the lights went out"
+    assert rollout.failure == f"crash: {what}: ZeroDivisionError: the lights went out"
     assert environment.opened == environment.closed == (what != "task")
     assert len(rollout.turns) == (what in ("step", "score"))
 
@@ -105,7 +105,8 @@ def test_a_mistake_of_the_environment_is_no_reward(what):
 def test_other_failures_say_what_happened():
     slow = Chat(slow="step", limits=EpisodeLimits(step_seconds=0.01))
     rollout = rollout_of(slow, ScriptedSource("</think>4<|user|>"))
-    assert (rollout.outcome, rollout.failure) == ("env_failure", "step took longer than 0.01 s") and slow.closed == 1
+    assert rollout.outcome == "env_failure" and slow.closed == 1
+    assert rollout.failure == "timeout: step took longer than 0.01 s"
     source = ScriptedSource("</think>4<|user|>", hang_at=1)
     late = rollout_of(Chat(limits=EpisodeLimits(seconds=0.05)), source)
     assert (late.outcome, late.reward) == ("timeout", None) and "longer than 0.05 s" in late.failure
