@@ -14,7 +14,7 @@ from glm5.bundled import bundled_model
 from glm5.cli.chat_input import reader
 from glm5.cli.chat_loop import ChatLoop
 from glm5.cli.chat_source import ChatSettings, EngineSource, ServerSource, Source
-from glm5.engine import Engine
+from glm5.engine import Engine, SamplingDefaults
 from glm5.errors import InputError
 from glm5.train.run_directory import model_of
 
@@ -38,9 +38,11 @@ class ChatOptions:
     thinking: bool = True
     """Let the model think before it answers; --no-thinking for models that were not taught to."""
     temperature: float | None = None
-    """0 always takes the likeliest token. When left out: 1, or 0 for the bundled model; with --url the server's."""
+    """0 always takes the likeliest token. When left out: that of the model's generation_config.json, else 1; 0 for the
+    bundled model; with --url the server's."""
     top_p: float | None = None
-    """Samples from the likeliest tokens that together reach this probability; 0.95, or the server's, when left out."""
+    """Samples from the likeliest tokens that together reach this probability; when left out that of
+    generation_config.json, else 0.95; with --url the server's."""
     max_tokens: int | None = None
     """Longest answer, thinking included; as much as the context leaves when left out."""
     seed: int | None = None
@@ -71,8 +73,10 @@ def open_source(options: ChatOptions) -> tuple[Source, str]:
     if options.name is not None:
         raise InputError("--name chooses a model of a server; it needs --url.")
     bundled = options.model is None
-    engine = Engine(bundled_model() if options.model is None else model_of(options.model))
+    directory = bundled_model() if options.model is None else model_of(options.model)
+    engine = Engine(directory)
     name = "the bundled model" if bundled else str(options.model)
-    source = EngineSource(engine, name, temperature=0.0 if bundled else 1.0)
+    defaults = SamplingDefaults(temperature=0.0) if bundled else SamplingDefaults.from_directory(directory)
+    source = EngineSource(engine, name, defaults)
     hint = f" {BUNDLED_HINT}" if bundled else ""
     return source, f"{name}: {engine.config.num_parameters() / 1e6:,.1f}M parameters.{hint}"

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from glm5.engine import Engine, SamplingParams
+from glm5.engine import Engine, SamplingDefaults, SamplingParams
 from glm5.errors import InputError
 from glm5.text import AssistantStream
 
@@ -48,21 +48,20 @@ class Source(Protocol):
 class EngineSource:
     """Answers of an engine in this process. Raises `InputError` when it has no tokenizer."""
 
-    def __init__(self, engine: Engine, name: str, *, temperature: float = 1.0, top_p: float = 0.95) -> None:
-        """`temperature`, `top_p`: what is taken where the settings say nothing."""
+    def __init__(self, engine: Engine, name: str, defaults: SamplingDefaults = SamplingDefaults()) -> None:
+        """`defaults`: what is taken where the settings say nothing; beside them temperature 1 and top_p 0.95."""
         if engine.tokenizer is None:
             raise InputError("A conversation needs a tokenizer; give a model directory that holds tokenizer.json.")
         self.engine, self.tokenizer, self.name = engine, engine.tokenizer, name
-        self.temperature, self.top_p = temperature, top_p
+        self.defaults = SamplingDefaults(**{"temperature": 1.0, "top_p": 0.95, **defaults.under()})
 
     def stream(self, messages: list[Message], settings: ChatSettings) -> Generator[Piece, None, None]:
         """Yields the deltas of one answer; raises `GLM5Error` for what does not fit."""
         prompt = self.tokenizer.apply_chat_template(messages, enable_thinking=settings.thinking, escape_special=True)
         params = SamplingParams(
-            temperature=self.temperature if settings.temperature is None else settings.temperature,
-            top_p=self.top_p if settings.top_p is None else settings.top_p,
             max_tokens=settings.max_tokens,
             seed=settings.seed,
+            **self.defaults.under(temperature=settings.temperature, top_p=settings.top_p),
         )
         parser = AssistantStream(thinking=settings.thinking, seed=f"message {len(messages)}")
         count = 0

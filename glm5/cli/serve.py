@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from glm5.bundled import bundled_model
-from glm5.engine import Engine, follow
+from glm5.engine import Engine, SamplingDefaults, follow
 from glm5.errors import InputError
 from glm5.parallel import InferencePlan
 from glm5.parallel.mesh import processes, world_rank, world_size
@@ -72,6 +72,9 @@ class ServeOptions:
     """Seconds after which a process that does not answer inside a step is given up."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the model is; with several processes a GPU for each."""
+    generation_config: bool = True
+    """Where a request names no temperature, top_p, top_k, min_p or repetition_penalty, that of the model's
+    generation_config.json holds; with --no-generation-config the API's own default."""
     max_model_len: int | None = None
     """Longest prompt and answer together, in tokens; the model's own limit when left out."""
     max_concurrent: int = Limits.max_concurrent
@@ -116,12 +119,13 @@ def run(options: ServeOptions) -> int:
     directory = bundled_model() if options.model is None else model_of(options.model)
     if options.weights_from is not None and options.backend is not None:
         raise InputError("--weights-from is for this server's own engine; give it to the server behind --backend.")
+    defaults = SamplingDefaults.from_directory(directory) if options.generation_config else SamplingDefaults()
     with processes(), contextlib.ExitStack() as opened:
         plan.check_world(world_size())
         if options.backend is not None:
             if plan.processes > 1:
                 raise InputError("With --backend another server computes; start one process, without torchrun.")
-            return _serve(options, limits, _backend(options, directory))
+            return _serve(options, limits, _backend(options, directory), defaults)
         if world_rank() > 0:
             for number in (signal.SIGINT, signal.SIGTERM):  # the first process ends when it is told to, and says so
                 signal.signal(number, signal.SIG_IGN)
@@ -132,15 +136,15 @@ def run(options: ServeOptions) -> int:
             from glm5.rl.weights.follow import Follower  # heavy
 
             opened.enter_context(contextlib.closing(Follower(engine, options.weights_from)))
-        return _serve(options, limits, engine)
+        return _serve(options, limits, engine, defaults)
 
 
-def _serve(options: ServeOptions, limits: Limits, source: Source) -> int:
+def _serve(options: ServeOptions, limits: Limits, source: Source, defaults: SamplingDefaults) -> int:
     """Prints the address once requests can be sent."""
     key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     closed = key is None and is_loopback(options.host)
     hosts = (*OWN_NAMES, options.host, *options.allow_host) if closed else None
-    app = create_app(source, model_name=options.name, limits=limits, api_key=key, hosts=hosts)
+    app = create_app(source, model_name=options.name, limits=limits, api_key=key, hosts=hosts, defaults=defaults)
     log_json_lines(requests=options.log_requests)
     if key is None and not is_loopback(options.host):
         print(

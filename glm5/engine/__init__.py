@@ -3,6 +3,7 @@
 from glm5.engine.engine import Engine
 from glm5.engine.leader import follow
 from glm5.engine.outputs import CompletionOutput, EngineStats, RequestOutput, TokenDelta
+from glm5.engine.sampling_defaults import SamplingDefaults
 from glm5.engine.sampling_params import SamplingParams, StructuredOutputs
 from glm5.engine.stream import TokenStream
 
@@ -11,6 +12,7 @@ __all__ = [
     "Engine",
     "EngineStats",
     "RequestOutput",
+    "SamplingDefaults",
     "SamplingParams",
     "StructuredOutputs",
     "TokenDelta",

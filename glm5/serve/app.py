@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from glm5.engine import SamplingDefaults
 from glm5.errors import GLM5Error
 from glm5.serve.chat import install_chat
 from glm5.serve.completions import install_completions
@@ -33,14 +34,16 @@ def create_app(
     recorder: Recorder | None = None,
     api_key: str | None = None,
     hosts: Iterable[str] | None = None,
+    defaults: SamplingDefaults = SamplingDefaults(),
 ) -> FastAPI:
     """The ASGI application over an engine, or over what stands in for one. It must have a tokenizer.
 
+    defaults: of sampling, where a request names none.
     hosts: the only names that it answers to (see `CheckHost`); None: any.
     """
     if source.tokenizer is None:
         raise GLM5Error("The server needs a tokenizer; give a model directory that holds tokenizer.json.")
-    service = Service(source, source.tokenizer, model_name, limits or Limits(), recorder)
+    service = Service(source, source.tokenizer, model_name, limits or Limits(), recorder, defaults)
     app = FastAPI(title="glm5", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     install_outside(app, service, api_key, hosts)

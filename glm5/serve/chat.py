@@ -51,7 +51,9 @@ class ChatReply:
         structure = request.structure().outputs(thinking=thinking, reasoning_tokens=share)
         if request.structured_outputs is not None:
             structure = request.structured_outputs.outputs()
-        params = request.sampling(max_tokens=most, logprobs=request.top_logprobs or 0, structured_outputs=structure)
+        params = request.sampling(
+            service.defaults, max_tokens=most, logprobs=request.top_logprobs or 0, structured_outputs=structure
+        )
         if tools and not request.parallel_tool_calls and structure is None:  # the first call ends the turn
             end = service.tokenizer.token_to_id("</tool_call>")
             params = replace(params, stop_token_ids=(*params.stop_token_ids, end))

@@ -81,8 +81,9 @@ class CompletionReply:
         settings = {} if not scoring or request.prompt_logprobs is not None else {"prompt_logprobs": request.logprobs}
         # With max_tokens 0 a token is sampled all the same, and not shown: the prompt must be read.
         params = request.sampling(
-            max_tokens=max(1, most), logprobs=request.logprobs, structured_outputs=structure, **settings
-        )
+            service.defaults, max_tokens=max(1, most), logprobs=request.logprobs, structured_outputs=structure,
+            **settings,
+        )  # fmt: skip
         self.hidden = most == 0
         encode = service.tokenizer.encode
         prompts = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.given]

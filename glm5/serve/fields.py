@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from glm5.engine import SamplingParams
+from glm5.engine import SamplingDefaults, SamplingParams
 from glm5.errors import did_you_mean
 
 UNREAD = frozenset(
@@ -81,8 +81,8 @@ class SamplingFields(RequestBody):
     priority: int = 0
     return_token_ids: bool = False
 
-    def sampling(self, **settings: Any) -> SamplingParams:
-        """The engine's settings, `settings` over them; raises `InputError` for values out of range."""
+    def sampling(self, defaults: SamplingDefaults, **settings: Any) -> SamplingParams:
+        """The engine's settings, over `defaults` and under `settings`; raises `InputError` for values out of range."""
         given: dict[str, Any] = {
             "n": self.n,
             "temperature": self.temperature,
@@ -104,7 +104,7 @@ class SamplingFields(RequestBody):
             max_tokens=given.pop("max_tokens", self.max_tokens),
             ignore_eos=self.ignore_eos,
             include_stop_str_in_output=self.include_stop_str_in_output,
-            **{name: value for name, value in given.items() if value is not None},
+            **defaults.under(**given),
         )
 
     def _biases(self) -> dict[int, float] | None:

@@ -95,10 +95,8 @@ class MessagesReply:
         request = self.request
         params = SamplingParams(
             max_tokens=max_tokens,
-            temperature=request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            top_k=request.top_k or 0,
             stop=request.stop_sequences,
+            **self.service.defaults.under(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k),
         )
         structure = self._structure(max_tokens)
         if structure is not None:

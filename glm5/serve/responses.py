@@ -93,15 +93,14 @@ class ResponseReply:
             thinking=self.thinking, reasoning_tokens=share
         )
         params = SamplingParams(
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            top_k=request.top_k or 0,
-            min_p=request.min_p or 0.0,
             max_tokens=request.max_output_tokens,
             stop=request.stop or (),
             seed=request.seed,
             ignore_eos=request.ignore_eos,
             structured_outputs=structure,
+            **self.service.defaults.under(
+                temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, min_p=request.min_p
+            ),
         )
         if self.tools and not request.parallel_tool_calls and structure is None:  # the first call ends the turn
             params = replace(params, stop_token_ids=(self.service.tokenizer.token_to_id("</tool_call>"),))

@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
+from glm5.engine import SamplingDefaults
 from glm5.errors import GLM5Error
 from glm5.serve.errors import FAILED, ApiError, error_status
 from glm5.serve.gate import Gate
@@ -95,6 +96,8 @@ class Service:
     model_name: str
     limits: Limits
     recorder: Recorder | None = None
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """Of sampling, where a request names none. `/inference/v1/generate` has none: what it does is what it was told."""
     created: int = field(default_factory=lambda: int(time.time()))
     gate: Gate = field(init=False)
 

@@ -22,7 +22,7 @@ from glm5.cli.chat import ChatOptions, open_source, run
 from glm5.cli.chat_input import continued, history_file
 from glm5.cli.chat_loop import ChatLoop, read_conversation
 from glm5.cli.chat_source import ChatSettings, EngineSource, Piece, ServerSource
-from glm5.engine import Engine
+from glm5.engine import Engine, SamplingDefaults
 from glm5.errors import InputError
 
 
@@ -102,6 +102,19 @@ def test_commands():
     assert source.settings[3] == ChatSettings(thinking=False, temperature=0.5, max_tokens=60, seed=4 + 1)
     assert source.settings[5].temperature is None
     assert [m["content"] for m in loop.messages] == ["three", "ok", "four", "ok", "five", "ok"]
+
+
+def test_settings_win_over_the_models_advice_and_that_over_the_chats_own():
+    engine, seen = Engine(ScriptedModel("</think>ok"), speaker_tokenizer()), []
+    stream = engine.stream
+    engine.stream = lambda ids, params: (seen.append(params), stream(ids, params))[1]
+    for defaults, settings in (
+        (SamplingDefaults(), ChatSettings(max_tokens=9)),
+        (SamplingDefaults(top_p=0.5, top_k=7), ChatSettings(max_tokens=9)),
+        (SamplingDefaults(temperature=0.3), ChatSettings(max_tokens=9, temperature=0.0)),
+    ):
+        list(EngineSource(engine, "tiny", defaults).stream([{"role": "user", "content": "Hi"}], settings))
+    assert [(p.temperature, p.top_p, p.top_k) for p in seen] == [(1.0, 0.95, 0), (1.0, 0.5, 7), (0.0, 0.95, 0)]
 
 
 def test_a_refusal_leaves_the_conversation_as_it_was():

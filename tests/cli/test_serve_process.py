@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from speaker import speaker_model, speaker_tokenizer
 import glm5
 from glm5.cli import serve as verb
 from glm5.cli.serve import ServeOptions, run
+from glm5.engine import SamplingDefaults
 from glm5.errors import InputError
 
 SLOW = """
@@ -158,6 +160,18 @@ def test_a_server_open_to_the_network_without_a_key_warns(model, host, key, warn
     run(ServeOptions(model=Path(model), host=host, port=0, api_key=key))
     assert served == [(host, 0)]
     assert capsys.readouterr().err.count("set GLM5_API_KEY to require a key") == warned
+
+
+def test_the_models_generation_config_gives_the_defaults(model, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(verb, "create_app", lambda source, **settings: made.append(settings["defaults"]))
+    monkeypatch.setattr(verb, "serve", lambda *place, **_: None)
+    monkeypatch.setattr(verb, "log_json_lines", lambda **_: None)
+    directory = shutil.copytree(model, tmp_path / "model")
+    (directory / "generation_config.json").write_text('{"temperature": 0.7, "top_p": 0.8}')
+    for wanted in (True, False):
+        run(ServeOptions(model=directory, port=0, generation_config=wanted))
+    assert made == [SamplingDefaults(temperature=0.7, top_p=0.8), SamplingDefaults()]
 
 
 @pytest.mark.parametrize(
