@@ -50,9 +50,12 @@ class RLOptions:
     resume: bool = False
     """Go on where the run stopped."""
     executor: Executor = "local"
-    """local: one engine in this process. processes: engines in processes of their own, replaced when they die."""
+    """local: one engine in this process. processes: engines in processes of their own, replaced when they die. ray: the
+    same as actors on a cluster."""
     engines: int = 1
-    """How many, with --executor processes."""
+    """How many, with --executor processes or ray."""
+    ray: str | None = None
+    """Address of the Ray cluster (auto: the one that this machine belongs to); one is started here when left out."""
     deterministic: bool = False
     """Order everything by a clock that counts tokens, with the strict engine: a run, however often it was killed and
     resumed, gives the same weights to the bit. Slower."""
@@ -82,6 +85,8 @@ def run(arguments: Sequence[str]) -> int:
     environments = [named_environment(text, options.world) for text in options.env]
     if options.executor == "local" and options.engines != 1:
         raise InputError(f"--engines {options.engines} needs --executor processes.")
+    if options.ray is not None and options.executor != "ray":
+        raise InputError(f"--ray {options.ray} needs --executor ray.")
     if options.deterministic and options.executor != "local":
         raise InputError("--deterministic runs in one process; leave --executor out.")
     if not environments:
@@ -91,7 +96,9 @@ def run(arguments: Sequence[str]) -> int:
         return print_replay(replay_step(flags.config, options.out, options.replay_step), console, options.json)
     train = train_in_lockstep
     if not options.deterministic:
-        train = functools.partial(train_rl, make_fleet=fleet_of(flags.config, options.executor, options.engines))
+        train = functools.partial(
+            train_rl, make_fleet=fleet_of(flags.config, options.executor, options.engines, options.ray)
+        )
     done = train(
         flags.config,
         [named.environment for named in environments],

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from glm5.checkpoint import load_model
 from glm5.engine import Engine
 from glm5.model import GLM5
+from glm5.rl.adapters import LoRA, adapt
 from glm5.rl.config import RLRunConfig
 from glm5.rl.fleet import Fleet, FleetConfig, InProcessFleet, ProcessExecutor, SupervisedFleet
 from glm5.text import Tokenizer
@@ -34,12 +39,46 @@ def engine_processes(
     """So many engines in processes of their own, which are replaced when they die; each loads the parent first.
 
     threads: torch's, of each. limits: when an engine counts as dead. engine: settings of `Engine`. A script that uses
-    this does so under `if __name__ == "__main__":`. Full weights only: adapters need engines that have them.
+    this does so under `if __name__ == "__main__":`.
     """
-    settings = {"attention": config.learner.attention, "max_num_seqs": config.scheduler.max_running, **engine}
-    build = partial(Engine, model_of(config.parent), **settings)
+    build = _build(config, engine)
 
     def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
         return SupervisedFleet(ProcessExecutor(build, threads=threads), count, tokenizer=tokenizer, config=limits)
 
     return make
+
+
+def engine_actors(
+    config: RLRunConfig, count: int, *, threads: int = 1, num_cpus: float = 1.0, num_gpus: float = 0.0,
+    limits: FleetConfig | None = None, **engine: Any,
+) -> MakeFleet:  # fmt: skip
+    """So many Ray actors on the cluster that `ray.init` has connected to, each with a share of a node.
+
+    Every node reads the parent from the same path. Raises `InputError` without the package ray.
+    """
+    from glm5.rl.fleet.ray import RayExecutor
+
+    build = _build(config, engine)
+
+    def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
+        executor = RayExecutor(build, threads=threads, num_cpus=num_cpus, num_gpus=num_gpus)
+        return SupervisedFleet(executor, count, tokenizer=tokenizer, config=limits)
+
+    return make
+
+
+def _build(config: RLRunConfig, engine: Mapping[str, Any]) -> Callable[[], Engine]:
+    """Makes an engine of the run in a process of its own."""
+    settings = {"attention": config.learner.attention, "max_num_seqs": config.scheduler.max_running, **engine}
+    lora = config.learner.lora
+    adapters = lora if lora is not None and lora.sync == "adapters" else None
+    return partial(parent_engine, model_of(config.parent), adapters, **settings)
+
+
+def parent_engine(parent: Path, adapters: LoRA | None, **settings: Any) -> Engine:
+    """An engine with the parent's model, and with the learner's adapters where these alone are sent."""
+    model = load_model(parent, dtype=torch.float32)
+    if adapters is not None:
+        adapt(model, adapters)
+    return Engine(model, Tokenizer.from_pretrained(parent), **settings)

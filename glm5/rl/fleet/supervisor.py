@@ -46,14 +46,10 @@ OVERDUE_SECONDS = 2.0
 
 
 class SupervisedFleet:
-    """See `glm5.rl.fleet.Fleet`. `size` engines of one executor, all with the same model and this tokenizer.
-
-    weights: a version and its tensors, which engines take at their start unless they are built with that version.
-    """
+    """See `glm5.rl.fleet.Fleet`. `size` engines of one executor, all with the same model and this tokenizer."""
 
     def __init__(
         self, executor: Executor, size: int, *, tokenizer: Tokenizer | None = None, config: FleetConfig | None = None,
-        weights: tuple[int, Mapping[str, Tensor]] | None = None,
     ) -> None:  # fmt: skip
         if size < 1:
             raise FleetError(f"A fleet has at least one engine; its size is {size}.")
@@ -71,16 +67,13 @@ class SupervisedFleet:
         self._dropped: deque[Job] = deque()
         """Jobs whose streams were lost, perhaps to the garbage collector, which must take no lock."""
         self._facts: Facts | None = None
-        self._version = -1 if weights is None else weights[0]
-        self._snapshot = self._version
+        self._version = self._snapshot = -1
         """The newest weights that all engines have; the newest that the executor has."""
         self._moved = 0
         self._started = self._closed = False
         self._changed = threading.Condition(threading.RLock())
         """Guards all of the above."""
         self._publishing = threading.Lock()
-        if weights is not None:
-            executor.snapshot(*weights)
 
     # ---- the source ---------------------------------------------------------------------------------------------
     @property

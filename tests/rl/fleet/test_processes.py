@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -130,6 +131,26 @@ def test_an_engine_killed_in_the_middle_of_a_token_changes_no_bit():
             alone.close()
             assert fleet.stats().moved >= 2 and sum(state.restarts for state in fleet.stats().engines) == 3
             await until(lambda: not Path(f"/proc/{stopped}").exists() or stopped not in pids(fleet))
+
+    asyncio.run(story())
+
+
+@pytest.mark.soak
+def test_engines_killed_at_random_moments_change_no_bit():
+    """Twenty rounds, each with one to three kills or stop signals among three engines."""
+    wanted, pick = undisturbed(), random.Random(0)
+    config = replace(QUICK, max_restarts=10**6, max_moves=100)
+
+    async def story():
+        async with running(fleet_of(fleet_engines.slow_engine, 3, config)) as fleet:
+            for _ in range(20):
+                work = asyncio.create_task(play(fleet))
+                for _ in range(pick.randint(1, 3)):
+                    await asyncio.sleep(pick.random() * 0.6)
+                    if found := pids(fleet):
+                        os.kill(pick.choice(found), pick.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP]))
+                assert await asyncio.wait_for(work, 300) == wanted
+            assert fleet.stats().moved > 20
 
     asyncio.run(story())
 

@@ -1,0 +1,88 @@
+"""Engines as Ray actors on a local cluster of three node processes, one of which is killed."""
+
+import asyncio
+import os
+import sys
+from contextlib import asynccontextmanager
+
+import fleet_engines
+import pytest
+from fleet_engines import play, undisturbed
+from speaker import speaker_model, speaker_tokenizer
+
+from glm5.errors import FleetError
+from glm5.rl.fleet import FleetConfig, SupervisedFleet
+
+ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+CONFIG = FleetConfig(start_seconds=120, silence_seconds=20, update_seconds=60)
+STORE = 80 * 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head node, where no engine runs, and two nodes with room for two engines each."""
+    from ray.cluster_utils import Cluster
+
+    before = dict(os.environ)
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1",
+                   "RAY_ENABLE_METRICS_COLLECTION": "0", "RAY_prestart_worker_first_driver": "0"}  # fmt: skip
+    small = {"object_store_memory": STORE, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    nodes = [cluster.add_node(num_cpus=2, object_store_memory=STORE) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    yield nodes, cluster
+    ray.shutdown()
+    cluster.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@asynccontextmanager
+async def running(build, size):
+    from glm5.rl.fleet.ray import RayExecutor
+
+    fleet = SupervisedFleet(RayExecutor(build), size, tokenizer=speaker_tokenizer(), config=CONFIG)
+    try:
+        await fleet.start()
+        yield fleet
+    finally:
+        await fleet.close()
+
+
+def test_a_node_is_killed_and_the_run_goes_on(cluster):
+    nodes, cluster = cluster
+    wanted, new = undisturbed(), speaker_model(seed=1)
+
+    async def story():
+        async with running(fleet_engines.slow_engine, 2) as fleet:
+            where = [await asyncio.to_thread(ray.get, seat.member.actor.node.remote()) for seat in fleet._seats]
+            assert len(set(where)) == 2  # one on each node
+            work = asyncio.create_task(play(fleet))
+            while sum(len(job.said) for job in fleet._jobs.values()) < 60:
+                await asyncio.sleep(0.01)
+            lost = fleet._seats[0].member
+            await asyncio.to_thread(cluster.remove_node, next(n for n in nodes if n.node_id == where[0]), False)
+            assert await work == wanted and fleet.stats().moved > 0
+
+            await fleet.publish(3, new.state_dict())
+            while fleet._seats[0].member in (lost, None):  # it comes back on the node that is left
+                await asyncio.sleep(0.05)
+            member = fleet._seats[0].member
+            assert await asyncio.to_thread(ray.get, member.actor.node.remote()) == where[1]
+            assert [state.version for state in fleet.stats().engines] == [3, 3]
+            alone = fleet_engines.strict_engine()
+            alone.update_weights(3, new.state_dict())
+            assert await play(fleet) == await play(alone)
+            await fleet.publish(4, speaker_model(seed=2).state_dict())
+            assert [state.version for state in fleet.stats().engines] == [4, 4] and fleet.version == 4
+            alone.close()
+
+    asyncio.run(story())
+
+
+def test_without_a_connection_to_ray_there_is_a_sentence(cluster, monkeypatch):
+    from glm5.rl.fleet.ray import RayExecutor
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(FleetError, match=r"call ray\.init"):
+        RayExecutor(fleet_engines.strict_engine)
