@@ -10,15 +10,24 @@ import pytest
 from fleet_engines import play, undisturbed
 from speaker import speaker_model, speaker_tokenizer
 
+import glm5
+from glm5.envs import SingleTurn
+from glm5.envs.sums import Sums
 from glm5.errors import FleetError
+from glm5.rl.admission import SchedulerConfig
+from glm5.rl.config import RLRunConfig
+from glm5.rl.executors import engine_actors
 from glm5.rl.fleet import FleetConfig, SupervisedFleet
+from glm5.rl.learner import Learner
+from glm5.rl.orchestrator import train_rl
+from glm5.rl.runner import RolloutConfig
 
 ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
 CONFIG = FleetConfig(start_seconds=120, silence_seconds=20, update_seconds=60)
 STORE = 80 * 1024 * 1024
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster():
     """A head node, where no engine runs, and two nodes with room for two engines each."""
     from ray.cluster_utils import Cluster
@@ -80,7 +89,39 @@ def test_a_node_is_killed_and_the_run_goes_on(cluster):
     asyncio.run(story())
 
 
-def test_without_a_connection_to_ray_there_is_a_sentence(cluster, monkeypatch):
+@pytest.mark.soak
+def test_a_training_run_loses_a_node_and_no_rollout(cluster, tmp_path, monkeypatch):
+    """Every sample has one fate, no batch is missing, and the other node takes over."""
+    nodes, cluster = cluster
+    parent, fleets, step = tmp_path / "parent", [], Learner.step
+    glm5.save_model(speaker_model(), parent, speaker_tokenizer())
+    config = RLRunConfig(
+        parent=parent, steps=5, patience=300.0, rollout=RolloutConfig(max_tokens=24),
+        scheduler=SchedulerConfig(groups_per_batch=2, group_size=4, max_running=16, max_staleness=2),
+    )  # fmt: skip
+
+    def make(*arguments):
+        fleets.append(engine_actors(config, 2, limits=CONFIG)(*arguments))
+        return fleets[0]
+
+    def killing(self, batch):
+        if self.version == 1:
+            member = fleets[0]._seats[0].member
+            where = ray.get(member.actor.node.remote())
+            cluster.remove_node(next(node for node in nodes if node.node_id == where), False)
+        return step(self, batch)
+
+    monkeypatch.setattr(Learner, "step", killing)
+    run = train_rl(config, [SingleTurn(Sums())], tmp_path / "run", make_fleet=make)
+    lines = run.read("metrics")
+    assert run.finished and [line["step"] for line in lines] == list(range(5))
+    assert sum(state.restarts for state in fleets[0].stats().engines) >= 1
+    for line in lines:
+        assert line["sampled"] == line["trained"] + line["requeued"] + sum(line["dropped"].values())
+        assert line["max_staleness"] <= 2 and not {"env_failure", "aborted"} & set(line["dropped"])
+
+
+def test_without_a_connection_to_ray_there_is_a_sentence(monkeypatch):
     from glm5.rl.fleet.ray import RayExecutor
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
