@@ -103,7 +103,7 @@ def done(task: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
                 "rewards": [line["reward"] for line in lines],
                 "last": statistics.fmean(line["reward"] for line in lines[-fifth:]),
                 "first": statistics.fmean(line["reward"] for line in lines[:fifth]),
-                "age": statistics.fmean(line["staleness"] for line in lines),
+                "age": statistics.fmean(line["mean_staleness"] for line in lines),
                 "oldest": max(line["max_staleness"] for line in lines),
             },
         )
@@ -126,8 +126,9 @@ def verdict(task: dict[str, list[dict[str, Any]]]) -> str:
     mean = {arm: statistics.fmean(values) for arm, values in last.items()}
     room = statistics.stdev(last["sync"]) if len(last["sync"]) > 1 else 0.0
     reached = "met" if mean["ddis"] >= mean["sync"] - room else "MISSED"
-    worse = "worse" if mean["naive"] < mean["ddis"] else "NOT worse"
-    return f"ddis reaches sync: {reached}; naive is {worse} than ddis"
+    difference = [naive - ddis for naive, ddis in zip(last["naive"], last["ddis"], strict=True)]
+    worse = "met" if statistics.fmean(difference) < 0 else "MISSED"
+    return f"ddis reaches sync: {reached}; naive does worse, seed by seed less ddis {spread(difference)}: {worse}"
 
 
 def curves(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
