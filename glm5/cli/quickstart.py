@@ -22,11 +22,15 @@ from glm5.data import Share
 from glm5.data.instruct import InstructConfig
 from glm5.data.recipe_sets import NANO_SFT_LENGTH, NANO_SFT_ROWS
 from glm5.data.world import WorldConfig
-from glm5.envs import Sums
+from glm5.data.world_text import open_world
+from glm5.envs import Environment, Facts, SingleTurn, Sums, facts_environment
 from glm5.evals.needles import NeedleConfig
 from glm5.evals.skills import SkillsConfig
 from glm5.optim import OptimizerConfig, Schedule
-from glm5.rl import RLConfig
+from glm5.rl.admission import SchedulerConfig
+from glm5.rl.config import RLRunConfig
+from glm5.rl.learner_config import LearnerConfig
+from glm5.rl.runner import RolloutConfig
 from glm5.train import PretrainConfig, SFTConfig
 from glm5.train.dsa import NANO_LOOP as INDEXER_LOOP
 from glm5.train.dsa import DSAConfig
@@ -147,13 +151,22 @@ def quick_recipe(out: Path, preset: str = "nano") -> Recipe:
         needles=NeedleConfig(lengths=(256, 512), per_cell=10, words=CURRICULUM[-1].words),
         skills=SkillsConfig(facts=120, sums=40, tools=20, unknown=20),
         policy=Policy(
-            config=RLConfig(
-                parent=at.stage("sft"), steps=24, prompts_per_step=8, group_size=8, max_tokens=48, thinking=True,
-                optimizer=OptimizerConfig(name="adamw", lr=5e-4, betas=(0.9, 0.98), weight_decay=0.0),
+            config=RLRunConfig(
+                parent=at.stage("sft"), steps=16,
+                rollout=RolloutConfig(max_tokens=48, thinking=True),
+                scheduler=SchedulerConfig(groups_per_batch=8, group_size=8, max_staleness=2),
+                learner=LearnerConfig(
+                    optimizer=OptimizerConfig(name="adamw", lr=5e-4, betas=(0.9, 0.98), weight_decay=0.0)
+                ),
             ),
-            env=Sums(split="train"),
+            environments=environments,
         ),
     )  # fmt: skip
+
+
+def environments(at: Layout) -> list[Environment]:
+    """Sums, and the facts that were taught, with a reward for saying "I don't know" where nothing can be known."""
+    return [SingleTurn(Sums(split="train")), facts_environment(Facts(open_world(at.world)))]
 
 
 def with_questions(recipe: Recipe, count: int) -> Recipe:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from glm5.cli.recipe_page import write_page
 from glm5.data import open_dataset
 from glm5.data.world_text import open_world
 from glm5.engine import Engine
-from glm5.envs import Questions
+from glm5.envs import Environment
 from glm5.errors import ConfigError, RunError
 from glm5.evals.needles import NeedleConfig, needles_of, write_needles
 from glm5.evals.skills import SkillsConfig, evaluate_skills, write_skills
 from glm5.files import write_json
-from glm5.rl import RLConfig, train_policy
+from glm5.rl.config import RLRunConfig
+from glm5.rl.orchestrator import train_rl
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory, SFTConfig
 from glm5.train.indexer_recall import measure_indexer_recall
@@ -44,10 +46,11 @@ COMPARED = "def forward(self, input): returns the sum of all elements in the ten
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Policy gradients after the supervised stages."""
+    """Asynchronous reinforcement learning after the supervised stages."""
 
-    config: RLConfig
-    env: Questions
+    config: RLRunConfig
+    environments: Callable[[Layout], Sequence[Environment]]
+    """Made when the stage begins: they may ask about what the recipe has built."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,13 +222,26 @@ class Chain:
             self.console.print(f"  {skill.name}: {skill.share}{bar}", highlight=False)
         return result.to_json()
 
-    # ---- policy gradients ---------------------------------------------------------------------------------------
+    # ---- reinforcement learning -----------------------------------------------------------------------------------
     def rl(self, policy: Policy) -> dict[str, Any]:
-        """A few synchronous policy-gradient steps; the reward is whether the number is right."""
-        self.heading("rl: policy gradients on sums")
-        done = train_policy(policy.config, policy.env, console=self.console, **self.where("rl"))
-        rewards = [line["reward"] for line in done.read("metrics")]
-        part = max(1, len(rewards) // 5)
-        first, last = sum(rewards[:part]) / part, sum(rewards[-part:]) / part
-        self.console.print(f"  mean reward {first:.3f} in the first {part} steps, {last:.3f} in the last {part}")
-        return {"steps": len(rewards), "reward_first_fifth": first, "reward_last_fifth": last}
+        """Rollouts and learning side by side; mean reward in every environment, at the beginning and at the end."""
+        environments = policy.environments(self.layout)
+        self.heading("rl: " + ", ".join(environment.name for environment in environments))
+        done = train_rl(policy.config, environments, console=self.console, **self.where("rl"))
+        lines = done.read("metrics")
+        part = max(1, len(lines) // 3)
+        rewards = {}
+        for name in sorted({name for line in lines for name in line["rewards"]}):
+            first, last = (mean_of(lines[some], name) for some in (slice(None, part), slice(-part, None)))
+            self.console.print(f"  {name}: mean reward {first:.3f} in the first {part} steps, {last:.3f} in the last",
+                               highlight=False)  # fmt: skip
+            rewards[name] = {"first_third": first, "last_third": last}
+        oldest = max((line["max_staleness"] for line in lines), default=0)
+        self.console.print(f"  {len(lines)} steps; no token that was learnt from was older than {oldest} versions")
+        return {"steps": len(lines), "rewards": rewards, "max_staleness": oldest}
+
+
+def mean_of(lines: Sequence[dict[str, Any]], environment: str) -> float:
+    """Mean reward over the steps in which the environment had one."""
+    found = [line["rewards"][environment] for line in lines if environment in line["rewards"]]
+    return sum(found) / len(found) if found else 0.0

@@ -31,11 +31,13 @@ class RLRunConfig:
     """In deterministic mode: tokens that every rollout gets while a batch is learnt from."""
     patience: float = 600.0
     """Seconds without a token, a finished rollout or a step, after which the run stops and says what it waits for."""
+    groups_in_vain: int = 256
+    """Groups in a row that teach nothing, because all their rewards are equal, after which the run stops."""
     checkpoint_every: int = 10
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        check_counts(self, "steps", "learning_ticks", "checkpoint_every", "keep_checkpoints")
+        check_counts(self, "steps", "learning_ticks", "groups_in_vain", "checkpoint_every", "keep_checkpoints")
         check_numbers(self, "patience", above=0)
         if self.rollout.max_episode_tokens is not None and self.rollout.max_episode_tokens <= 2:
             raise ConfigError("rollout.max_episode_tokens leaves no room for a prompt and an answer; raise it.")

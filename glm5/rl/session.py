@@ -7,6 +7,7 @@ bit. What was finished is not sampled again; what was under way goes on from the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from glm5.model import GLM5
 from glm5.rl.aids import Aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece, Unfinished, events_of, pieces_of, write_events, write_pieces
-from glm5.rl.events import BatchMade, Cancelled, Event, Finished, Published, Started
+from glm5.rl.events import BatchMade, Cancelled, Dropped, Event, Finished, Published, Started
 from glm5.rl.journal import Journal, Record, read_journal
 from glm5.rl.learner import Learner
 from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
@@ -26,6 +27,8 @@ from glm5.rl.window import Window
 from glm5.train import RunDirectory
 
 JOURNAL = "journal"
+UNIFORM = ("all right", "all wrong")
+"""Why a group is dropped whose rewards are all equal."""
 
 
 class Session:
@@ -57,6 +60,8 @@ class Session:
         """Handed out and not learnt from."""
         self.batch_tick = 0
         self._window, self._figures = Window(), dict[str, Any]()
+        self._in_vain: Counter[str] = Counter()
+        """Samples of uniform groups that were dropped since the last batch."""
         for record in read_journal(self.path):
             self._replay(record)
         if self.scheduler.step < first:
@@ -122,7 +127,20 @@ class Session:
         for rollout in rollouts:
             self.scheduler.finished(rollout)
             cancelled += self._written()
+        self._check_use()
         return cancelled
+
+    def _check_use(self) -> None:
+        """A run whose rollouts teach nothing says so, instead of sampling for ever."""
+        if self._in_vain.total() < self.config.groups_in_vain * self.config.scheduler.group_size:
+            return
+        self.journal.commit()
+        counts = " and ".join(f"{count} {reason}" for reason, count in sorted(self._in_vain.items()))
+        raise RunError(
+            f"No batch came together from the last {self.config.groups_in_vain} groups, because nothing was to choose "
+            f"between their rollouts ({counts}); take easier or harder tasks or larger groups, or keep such groups "
+            "(uniform_groups of a TaskSource)."
+        )
 
     def next_batch(self) -> tuple[Batch | None, list[Ticket]]:
         """What to learn from next, if there is enough and nothing waits to be learnt; and who is called off."""
@@ -173,6 +191,8 @@ class Session:
             elif isinstance(event, Finished):
                 self._window.add(event.rollout)
                 self.started_at.pop(event.rollout.id, None)
+            elif isinstance(event, Dropped) and event.reason in UNIFORM:
+                self._in_vain[event.reason] += 1
             elif isinstance(event, Published):
                 while self.version < event.version:
                     self.learn()
@@ -181,6 +201,7 @@ class Session:
         """A batch was made: if the one before was not learnt from again yet, it is now."""
         if self.batch is not None:
             self.learn()
+        self._in_vain.clear()
         figures = self._window.close(batch, self.scheduler.accounts)
         if batch.step >= self.version:
             self.batch, self.batch_tick, self._figures = batch, tick, figures

@@ -34,6 +34,7 @@ class Window:
         ages = Counter(batch.version - version for rollout in batch.rollouts for version in rollout.versions)
         return {
             "reward": sum(rewards) / len(rewards) if rewards else 0.0,
+            "rewards": {name: sum(some) / len(some) for name, some in sorted(_by_environment(rollouts).items())},
             "scored": len(rewards),
             "truncated": outcomes["truncated"] / len(rollouts) if rollouts else 0.0,
             "outcomes": dict(sorted(outcomes.items())),
@@ -62,3 +63,11 @@ class Window:
             "requeued_because": parts["requeued"],
             "dropped": parts["dropped"],
         }
+
+
+def _by_environment(rollouts: list[Rollout]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        if rollout.reward is not None:
+            found.setdefault(rollout.ticket.environment, []).append(rollout.reward.value)
+    return found

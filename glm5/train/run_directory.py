@@ -35,6 +35,7 @@ OPERATIONAL = frozenset(
         "checkpoint_activations",
         "checkpoint_every",
         "evaluate_every",
+        "groups_in_vain",
         "keep_best",
         "keep_checkpoints",
         "on_spike",

@@ -24,6 +24,7 @@ from glm5.rl.executors import engine_processes
 from glm5.rl.fleet import FleetConfig, InProcessFleet
 from glm5.rl.journal import read_journal
 from glm5.rl.learner import Learner, LearnerConfig
+from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.losses import IcePop
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.plain.loop import RLConfig, train_policy
@@ -218,6 +219,16 @@ def test_a_run_that_hangs_says_what_it_waits_for(parent, tmp_path):
         RunError, match=r"12 are in their environments, the learner is idle, engine 0 is up at version 0"
     ):
         train_rl(config, [Chat(slow="reset")], tmp_path / "run")
+
+
+def test_a_run_that_teaches_nothing_says_so(parent, tmp_path):
+    config = config_of(parent, groups_in_vain=5)
+    for run in (train_rl, train_in_lockstep):
+        path = tmp_path / run.__name__
+        with pytest.raises(RunError, match=r"the last 5 groups.*\(2\d all wrong\); take easier or harder tasks"):
+            run(config, [Chat(reward=lambda said: 0.0)], path)
+        with pytest.raises(RunError, match="the last 5 groups"):
+            run(config, [Chat(reward=lambda said: 0.0)], path, resume=True)
 
 
 def test_a_mistake_of_the_engine_stops_the_run_with_its_sentence(parent, tmp_path):
