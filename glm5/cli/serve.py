@@ -15,7 +15,7 @@ import tyro
 
 from glm5.bundled import bundled_model
 from glm5.engine import Engine, SamplingDefaults, follow
-from glm5.errors import InputError
+from glm5.errors import InputError, ParallelError
 from glm5.parallel import InferencePlan
 from glm5.parallel.mesh import processes, world_rank, world_size
 from glm5.serve import Limits, create_app, is_loopback, log_json_lines, serve
@@ -145,6 +145,14 @@ def _serve(options: ServeOptions, limits: Limits, source: Source, defaults: Samp
     closed = key is None and is_loopback(options.host)
     hosts = (*OWN_NAMES, options.host, *options.allow_host) if closed else None
     app = create_app(source, model_name=options.name, limits=limits, api_key=key, hosts=hosts, defaults=defaults)
+    lost: list[str] = []
+    if isinstance(source, Engine) and source.leader is not None:
+
+        def give_up(sentence: str) -> None:
+            lost.append(sentence)
+            app.state.lifecycle.draining = True  # the server ends when its last request has its error
+
+        source.leader.on_lost = give_up
     log_json_lines(requests=options.log_requests)
     if key is None and not is_loopback(options.host):
         print(
@@ -159,6 +167,8 @@ def _serve(options: ServeOptions, limits: Limits, source: Source, defaults: Samp
         ready=lambda url: print(f"Serving {options.name} at {url}/v1", flush=True),
         drain_seconds=options.drain,
     )
+    if lost:
+        raise ParallelError(lost[0])
     return 0
 
 

@@ -77,13 +77,13 @@ class Engine:
         version: int = 0,
         threaded: bool = True,
     ) -> None:
-        self._leader = leader_of(
+        self.leader = leader_of(
             model, parallel, dtype, torch.device(device), attention=attention, storage=storage, block_size=block_size,
             strict=strict, drafts=num_speculative_tokens,
         )  # fmt: skip
         if isinstance(model, str | Path):
             tokenizer = tokenizer_in(Path(model)) if tokenizer is None else tokenizer
-            model = self._leader.model if self._leader else load_model(model, dtype=dtype, device=device)
+            model = self.leader.model if self.leader else load_model(model, dtype=dtype, device=device)
         self.model = model.eval()
         self.config = model.config
         self.tokenizer = tokenizer
@@ -93,12 +93,11 @@ class Engine:
         check_whole("max_num_seqs", max_num_seqs, 1)
         check_whole("max_num_batched_tokens", max_num_batched_tokens, 1)
         check_whole("block_size", block_size, 1)
-        self.strict = strict
-        self.threaded = threaded
+        self.strict, self.threaded = strict, threaded
         self.eos_ids = end_ids(self.config, tokenizer)
         self._grammars = None if tokenizer is None else GrammarCompiler(tokenizer, self.config.vocab_size, self.eos_ids)
         size = CacheSize(block_size, num_blocks, memory_bytes, self.max_model_len, max_num_seqs)
-        backend = self._leader.open(size, drafts=num_speculative_tokens) if self._leader else build_backend(
+        backend = self.leader.open(size, drafts=num_speculative_tokens) if self.leader else build_backend(
             model, size, attention=attention, strict=strict, storage=storage, drafts=num_speculative_tokens
         )  # fmt: skip
         self._weights = backend.weights
@@ -216,10 +215,10 @@ class Engine:
             self._end_all()
         if self._grammars is not None:
             self._grammars.close()
-        if self._leader is not None:
+        if self.leader is not None:
             within = thread is threading.current_thread()  # a reader's callback, in the middle of a step
             with contextlib.nullcontext() if within else self._step_lock:
-                self._leader.close()
+                self.leader.close()
 
     # ---- weights ------------------------------------------------------------------------------------------------
     def update_weights(self, version: int, state_dict: Mapping[str, Tensor], *, recompute: bool | None = None) -> None:

@@ -78,6 +78,8 @@ class Leader:
                 "glm5.engine.follow(directory, plan)."
             )
         self.plan = plan
+        self.on_lost: Callable[[str], None] | None = None
+        """Called once with the sentence when the engine is given up, from the thread that noticed."""
         self._groups = groups
         self._lost: str | None = None
         try:
@@ -169,6 +171,8 @@ class Leader:
                 f"The engine is cut over {self.plan.processes} processes, and a step failed in one of them, or one has "
                 f"ended or did not answer for {self.plan.timeout_seconds:g} s ({_first_line(error)}); start them again."
             )
+            if self.on_lost is not None:
+                self.on_lost(self._lost)
             # Who still waits for words ends; nobody here waits for those that take none.
             threading.Thread(target=self._dismiss, name="glm5-dismiss", daemon=True).start()
             raise ParallelError(self._lost) from error

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from speaker import speaker_model, speaker_tokenizer
@@ -13,7 +14,8 @@ from speaker import speaker_model, speaker_tokenizer
 import glm5
 from glm5.cli import serve as verb
 from glm5.cli.serve import ServeOptions, run
-from glm5.errors import InputError
+from glm5.engine import Engine
+from glm5.errors import InputError, ParallelError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "glm5"]
 
@@ -47,9 +49,26 @@ def test_two_processes_answer_as_one_and_end_with_ctrl_c(model):
         finally:
             process.kill()
     greedy = glm5.SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    [alone] = glm5.Engine(model).generate([[5, 6, 7]], greedy)
+    [alone] = Engine(model).generate([[5, 6, 7]], greedy)
     assert tuple(answer["choices"][0]["token_ids"]) == alone.token_ids
     assert "ParallelError" not in errors and "has ended" not in errors
+
+
+def test_a_server_whose_engine_is_given_up_drains_and_ends_with_the_sentence(model, monkeypatch):
+    engine = Engine(model)
+    engine.leader = SimpleNamespace(on_lost=None, close=lambda: None)
+    monkeypatch.setattr(verb, "_engine", lambda *_: engine)
+    monkeypatch.setattr(verb, "log_json_lines", lambda **_: None)
+    draining = []
+
+    def served(app, *_, **__):
+        engine.leader.on_lost("Process 1 is gone.")
+        draining.append(app.state.lifecycle.draining)
+
+    monkeypatch.setattr(verb, "serve", served)
+    with pytest.raises(ParallelError, match="Process 1 is gone"):
+        run(ServeOptions(model=model, port=0))
+    assert draining == [True]
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def lose(directory: str, plan: InferencePlan, how: str) -> tuple[list[str], floa
         except ParallelError as error:
             return str(error)
         return None
-    engine = Engine(directory, parallel=plan)
+    engine, noticed = Engine(directory, parallel=plan), []
+    engine.leader.on_lost = noticed.append
     if how == "killed":
         stream = engine.stream([5, 6, 7], SamplingParams(max_tokens=400, ignore_eos=True))
         next(iter(stream))
@@ -100,6 +101,7 @@ def lose(directory: str, plan: InferencePlan, how: str) -> tuple[list[str], floa
     engine.close()
     if how == "stopped":
         os.kill(pids[1], signal.SIGKILL)
+    assert noticed == told[:1]
     return told, seconds
 
 
