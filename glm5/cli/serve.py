@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from fastapi import FastAPI
 
 from glm5.bundled import bundled_model
 from glm5.engine import Engine, SamplingDefaults, follow
@@ -42,6 +43,9 @@ class ServeOptions:
     """Port to listen on; 0 takes a free one, which is printed."""
     name: str = "glm5"
     """The model's name in the API."""
+    record: Path | None = None
+    """Record requests that name a session (header X-Session-ID, or a base URL /s/SESSION/v1) into this directory, with
+    the rewards that are posted to /rl/sessions/SESSION/reward; glm5 rl --from-records learns from it."""
     api_key: str | None = None
     """Key that clients must send; better given by the variable GLM5_API_KEY, which other users cannot see."""
     backend: str | None = None
@@ -106,6 +110,10 @@ class ServeOptions:
             deadline_seconds=self.deadline, stall_seconds=self.stall,
         )  # fmt: skip
 
+    def directory(self) -> Path:
+        """Of the model."""
+        return bundled_model() if self.model is None else model_of(self.model)
+
     def plan(self) -> InferencePlan:
         """Over how many processes the engine is cut."""
         return InferencePlan(
@@ -116,7 +124,7 @@ class ServeOptions:
 def run(options: ServeOptions) -> int:
     """Serves until Ctrl-C or SIGTERM. Of the processes that torchrun started the first one serves."""
     limits, plan = options.limits(), options.plan()
-    directory = bundled_model() if options.model is None else model_of(options.model)
+    directory = options.directory()
     if options.weights_from is not None and options.backend is not None:
         raise InputError("--weights-from is for this server's own engine; give it to the server behind --backend.")
     defaults = SamplingDefaults.from_directory(directory) if options.generation_config else SamplingDefaults()
@@ -144,7 +152,7 @@ def _serve(options: ServeOptions, limits: Limits, source: Source, defaults: Samp
     key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     closed = key is None and is_loopback(options.host)
     hosts = (*OWN_NAMES, options.host, *options.allow_host) if closed else None
-    app = create_app(source, model_name=options.name, limits=limits, api_key=key, hosts=hosts, defaults=defaults)
+    app = _app(options, source, limits, defaults, key, hosts)
     lost: list[str] = []
     if isinstance(source, Engine) and source.leader is not None:
 
@@ -178,6 +186,23 @@ def _engine(options: ServeOptions, directory: Path) -> Engine:
         strict=options.strict, storage=options.cache, memory_bytes=options.cache_bytes,
         max_num_seqs=options.max_num_seqs, num_speculative_tokens=options.draft_tokens, parallel=options.plan(),
     )  # fmt: skip
+
+
+def _app(
+    options: ServeOptions, source: Source, limits: Limits, defaults: SamplingDefaults, key: str | None,
+    hosts: tuple[str, ...] | None,
+) -> FastAPI:  # fmt: skip
+    """The server, or with --record the gateway. Raises `RunError` when another process records to the directory."""
+    if options.record is None:
+        return create_app(source, model_name=options.name, limits=limits, api_key=key, hosts=hosts, defaults=defaults)
+    from glm5.rl.gateway import Sessions, create_gateway, fingerprint
+
+    began = fingerprint(options.directory())  # versions count from it, unless they are another run's
+    sessions = Sessions(options.record, weights=began if options.weights_from is None else f"versions after {began}")
+    print(f"Recording sessions, with all that is said in them, to {options.record}", file=sys.stderr, flush=True)
+    return create_gateway(
+        source, sessions, model_name=options.name, limits=limits, api_key=key, hosts=hosts, defaults=defaults
+    )
 
 
 def _backend(options: ServeOptions, directory: Path) -> Source:

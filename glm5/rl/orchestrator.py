@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ from glm5.train import RunDirectory, RunInterrupted
 from glm5.train.progress import interrupts
 from glm5.train.run_directory import directory_sha256, model_of
 
+Player = Callable[[Ticket], Awaitable[Rollout]]
+"""Makes the rollout of a ticket where this program does not play it: from a session of an outside agent."""
 GLANCE = 0.2
 """Seconds between two looks at the clock and at Ctrl-C."""
 
@@ -52,15 +54,16 @@ def train_rl(
     sources: Sequence[TaskSource] | None = None,
     make_fleet: MakeFleet | None = None,
     aids: Aids | None = None,
+    player: Player | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> RunDirectory:
     """Trains the parent's model on the environments; gives the finished run. With `resume`, goes on where it stopped.
 
     sources: how each environment takes part (share, concurrency, curriculum). make_fleet: where the engines are, by
-    default one in this process (`glm5.rl.executors` has others). aids: what the learner has beside its model. Ctrl-C
-    finishes the running step, saves and raises `RunInterrupted`; after a crash or kill nothing that was finished is
-    sampled again.
+    default one in this process (`glm5.rl.executors` has others). aids: what the learner has beside its model. player:
+    who plays the episodes, if not this program. Ctrl-C finishes the running step, saves and raises `RunInterrupted`;
+    after a crash or kill nothing that was finished is sampled again.
     """
     parent = model_of(config.parent)
     tokenizer = Tokenizer.from_pretrained(parent)
@@ -72,7 +75,7 @@ def train_rl(
         make = make_fleet or one_engine(config)
         fleet = make(session.learner.engine_model(), tokenizer, session.version)
         with LiveView(console) as view, interrupts() as stopped:
-            asyncio.run(Orchestrator(session, fleet, Watch(view.show, snapshot_of(run))).run(stopped))
+            asyncio.run(Orchestrator(session, fleet, Watch(view.show, snapshot_of(run)), player).run(stopped))
         finish_run(session, tokenizer)
     return run
 
@@ -101,8 +104,9 @@ def finish_run(session: Session, tokenizer: Tokenizer) -> None:
 class Orchestrator:
     """One run, from where its session stands to its last step."""
 
-    def __init__(self, session: Session, fleet: Fleet, watch: Watch) -> None:
-        self.session, self.fleet, self.watch = session, fleet, watch
+    def __init__(self, session: Session, fleet: Fleet, watch: Watch, player: Player | None = None) -> None:
+        """player: None plays the session's environments."""
+        self.session, self.fleet, self.watch, self.player = session, fleet, watch, player or self._episode
         self.config = session.config
         self.meter = Meter(fleet)
         self.playing: dict[str, asyncio.Task[None]] = {}
@@ -177,19 +181,23 @@ class Orchestrator:
         """One rollout, from what is known of it on; its end is news."""
         news: Rollout | BaseException
         try:
-            news = await play(
-                ticket,
-                self.session.environments[ticket.environment],
-                self.meter,
-                self.config.rollout,
-                progress=self._progress,
-                resume_from=self.session.unfinished.turns.get(ticket.id, ()),
-            )
+            news = await self.player(ticket)
         except asyncio.CancelledError:
             news = aborted(ticket)
         except BaseException as error:
             news = error
         self._news.put_nowait(news)
+
+    async def _episode(self, ticket: Ticket) -> Rollout:
+        """An episode of one of the session's environments."""
+        return await play(
+            ticket,
+            self.session.environments[ticket.environment],
+            self.meter,
+            self.config.rollout,
+            progress=self._progress,
+            resume_from=self.session.unfinished.turns.get(ticket.id, ()),
+        )
 
     def _progress(self, ticket: Ticket, number: int, turn: Turn) -> None:
         piece = self.session.report(ticket, number, turn)

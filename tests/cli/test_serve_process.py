@@ -21,6 +21,7 @@ from glm5.cli import serve as verb
 from glm5.cli.serve import ServeOptions, run
 from glm5.engine import SamplingDefaults
 from glm5.errors import InputError
+from glm5.rl.gateway import fingerprint, read_session
 
 SLOW = """
 import sys, time
@@ -182,3 +183,20 @@ def test_the_models_generation_config_gives_the_defaults(model, tmp_path, monkey
 def test_options_that_cannot_work_are_refused(model, options, sentence):
     with pytest.raises(InputError, match=sentence):
         run(ServeOptions(model=Path(model), port=0, **options))
+
+
+def test_recorded_use_is_on_the_disk_when_the_server_is_killed(model, tmp_path):
+    with server(model, "--port", 0, "--record", tmp_path) as (process, url):
+        assert post(f"{url}/s/mine", 3) == 3 and post(url, 3) == 3
+        request = urllib.request.Request(
+            f"{url}/rl/sessions/mine/reward",
+            data=b'{"value": 0.5, "reason": "useful"}',
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as reply:
+            assert json.load(reply)["reward"] == {"value": 0.5, "reason": "useful"}
+        process.kill()
+    (path,) = (tmp_path / "finished").iterdir()
+    session = read_session(path)
+    assert session.weights == fingerprint(Path(model)) and session.reward.value == 0.5
+    assert [len(recorded.turn.output_ids) for recorded in session.turns] == [3]

@@ -1,11 +1,13 @@
 """The gateway: outside agents are served, their sessions recorded, and learnt from."""
 
 from glm5.rl.gateway.app import create_gateway
+from glm5.rl.gateway.learning import Address, fingerprint, train_from_gateway, train_from_records
 from glm5.rl.gateway.reading import FinishedSessions
 from glm5.rl.gateway.sampling import OwnDistribution
 from glm5.rl.gateway.session import Session
 from glm5.rl.gateway.sessions import SessionLimits, Sessions, read_session
 
 __all__ = [
-    "FinishedSessions", "OwnDistribution", "Session", "SessionLimits", "Sessions", "create_gateway", "read_session",
+    "Address", "FinishedSessions", "OwnDistribution", "Session", "SessionLimits", "Sessions",
+    "create_gateway", "fingerprint", "read_session", "train_from_gateway", "train_from_records",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from pydantic import Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from glm5.engine import SamplingDefaults
 from glm5.rl.gateway.session import Session
 from glm5.rl.gateway.sessions import Sessions
 from glm5.serve import Limits, create_app
@@ -65,9 +66,12 @@ def create_gateway(
     limits: Limits | None = None,
     api_key: str | None = None,
     hosts: Iterable[str] | None = None,
+    defaults: SamplingDefaults | None = None,
 ) -> FastAPI:
     """The application of `glm5.serve.create_app`, recording to `sessions`."""
-    app = create_app(source, model_name=model_name, limits=limits, recorder=sessions, api_key=api_key, hosts=hosts)
+    app = create_app(
+        source, model_name=model_name, limits=limits, recorder=sessions, api_key=api_key, hosts=hosts, defaults=defaults
+    )
     install_sessions(app, sessions)
     app.add_middleware(SessionPaths)
     return app

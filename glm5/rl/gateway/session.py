@@ -131,7 +131,7 @@ class Session:
         first = self.turns[0].messages if self.turns else ()
         return Rollout(
             ticket=ticket,
-            task=Task(self.task or self.group or self.id, first, "", ENVIRONMENT),
+            task=Task(self.id, first, "", self.task or self.group or ENVIRONMENT),
             trajectories=EpisodeTree(turns).trajectories(),
             outcome="aborted" if self.reward is None else ended,
             reward=self.reward,

@@ -1,0 +1,259 @@
+"""Learning from outside agents: live, while they are served by the engines that learn, or later from their records.
+
+Both are the orchestrator's asynchronous mode with another player (`rollouts.py`). Live, the engines take new weights
+between two tokens, agents or no agents, and a session is as old as its oldest token. From records nothing is sampled:
+the weights that recorded are version 0, so batch n learns from sessions that are n versions old, and a run is at most
+`max_staleness` + 1 steps long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI
+from rich.console import Console
+from torch import Tensor
+
+from glm5.checkpoint import load_model
+from glm5.engine import SamplingParams, TokenDelta
+from glm5.envs.protocol import UniformGroups
+from glm5.errors import InputError
+from glm5.rl.admission import SchedulerConfig
+from glm5.rl.config import RLRunConfig
+from glm5.rl.fleet import FleetStats
+from glm5.rl.gateway.app import create_gateway
+from glm5.rl.gateway.reading import FinishedSessions
+from glm5.rl.gateway.rollouts import GatewayRollouts, OutsideAgents, sessions_had
+from glm5.rl.gateway.sampling import OwnDistribution
+from glm5.rl.gateway.sessions import SessionLimits, Sessions
+from glm5.rl.orchestrator import MakeFleet, Orchestrator, finish_run, one_engine, start_run
+from glm5.rl.records import Rollout, Ticket
+from glm5.rl.scheduler import Scheduler
+from glm5.rl.session import JOURNAL, Session
+from glm5.rl.tasks import TaskSource, TaskStream
+from glm5.serve import Limits, serve
+from glm5.serve.generation import TokenSource
+from glm5.text import Tokenizer
+from glm5.train import RunDirectory
+from glm5.train.progress import interrupts, progress_bar
+from glm5.train.run_directory import model_of
+
+FOREVER = 365 * 24 * 3600.0
+ENDS = 65_536
+"""Bytes of both ends of a file that go into a fingerprint."""
+
+
+def outside(config: RLRunConfig, *, patience: float) -> RLRunConfig:
+    """The settings of a run whose episodes are played elsewhere: nothing can be asked for again, nobody is in a hurry.
+
+    Bound, batch, group size, learner and seed stay; there is a place for every session that the bound lets in.
+    """
+    scheduler = config.scheduler
+    places = scheduler.groups_per_batch * scheduler.group_size * (scheduler.max_staleness + 1)
+    asynchronous = replace(scheduler, mode="async", stale="drop", max_attempts=1, max_running=places)
+    return replace(config, scheduler=asynchronous, patience=patience)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where outside agents find the gateway, and what it accepts."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = "glm5"
+    """The model's name in the API."""
+    api_key: str | None = None
+    hosts: tuple[str, ...] | None = None
+    """Names that it answers to; None: any."""
+    limits: Limits = field(default_factory=Limits)
+    sessions: SessionLimits = field(default_factory=SessionLimits)
+
+
+def train_from_gateway(
+    config: RLRunConfig,
+    run_directory: Path,
+    address: Address,
+    *,
+    uniform_groups: UniformGroups = "drop",
+    ready: Callable[[str], None] | None = None,
+    make_fleet: MakeFleet | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> RunDirectory:
+    """Serves outside agents and learns from their sessions until `steps` batches are done; gives the finished run.
+
+    ready: told the base URL once requests are taken. Sessions are kept in the run's folder `sessions`; a resumed run
+    goes on with those that are open. Ctrl-C finishes the running step, saves and raises `RunInterrupted`.
+    """
+    agents, settings = OutsideAgents(uniform_groups), outside(config, patience=FOREVER)
+    run = start_run(settings, [agents], run_directory, resume=resume)
+    if run.finished:
+        return run
+    parent = model_of(config.parent)
+    tokenizer = Tokenizer.from_pretrained(parent)
+    recorded = run.path / "sessions"
+    with run.exclusive():
+        sessions = Sessions(
+            recorded, weights=f"trained from {fingerprint(parent)}", limits=address.sessions, own_sampling=True
+        )
+        session = Session(settings, [agents], run, load_model(parent, dtype=torch.float32))
+        fleet = (make_fleet or one_engine(settings))(session.learner.model, tokenizer, session.learner.version)
+        app = create_gateway(
+            OwnDistribution(fleet, config.rollout.seed), sessions, model_name=address.name, limits=address.limits,
+            api_key=address.api_key, hosts=address.hosts,
+        )  # fmt: skip
+        finished = FinishedSessions(recorded, settings.scheduler.group_size)
+        rollouts = GatewayRollouts(finished, sessions_had(run.path / JOURNAL))
+        first = session.learner.version
+        with progress_bar("rl", first, config.steps, console) as show, interrupts() as stopped:
+            orchestrator = Orchestrator(session, fleet, show, rollouts.play)
+            with served(app, address, ready):
+                asyncio.run(orchestrator.run(stopped))
+        sessions.close()
+        finish_run(session, tokenizer)
+    return run
+
+
+def train_from_records(
+    config: RLRunConfig,
+    records: Path,
+    run_directory: Path,
+    *,
+    uniform_groups: UniformGroups = "drop",
+    resume: bool = False,
+    console: Console | None = None,
+) -> RunDirectory:
+    """Learns from the closed sessions of a directory, each at most once, in the order of their closing.
+
+    Only sessions of the parent's own weights are taken (`fingerprint`). Raises InputError when they give no batch.
+    """
+    parent, agents = model_of(config.parent), OutsideAgents(uniform_groups)
+    settings = outside(config, patience=config.patience)
+    size, weights = settings.scheduler.group_size, fingerprint(parent)
+    finished = FinishedSessions(records, size, weights)
+    groups = list(finished.poll())
+    steps = batches_of(settings.scheduler, agents, groups)
+    if steps == 0:
+        raise InputError(
+            f"{records} gives no batch of {settings.scheduler.groups_per_batch} groups of {size} sessions: "
+            f"{len(groups)} groups are complete (those with equal rewards teach nothing), {finished.waiting} sessions "
+            f"wait for the rest of theirs, {len(finished.others)} were recorded with other weights than {parent}."
+        )
+    settings = replace(settings, steps=min(config.steps, steps))
+    run = start_run(settings, [agents], run_directory, resume=resume)
+    if run.finished:
+        return run
+    tokenizer = Tokenizer.from_pretrained(parent)
+    with run.exclusive():
+        session = Session(settings, [agents], run, load_model(parent, dtype=torch.float32))
+        rollouts = GatewayRollouts(FinishedSessions(records, size, weights), sessions_had(run.path / JOURNAL))
+        with progress_bar("rl", session.learner.version, settings.steps, console) as show, interrupts() as stopped:
+            nobody = NoEngines(tokenizer, session.learner.version)
+            asyncio.run(Orchestrator(session, nobody, show, rollouts.play).run(stopped))
+        finish_run(session, tokenizer)
+    return run
+
+
+def batches_of(config: SchedulerConfig, agents: OutsideAgents, groups: Sequence[Sequence[Rollout]]) -> int:
+    """How many batches the scheduler makes of these groups, given in this order."""
+    scheduler = Scheduler(config, TaskStream([TaskSource.of(agents)]))
+    places: dict[Ticket, list[Ticket]] = {}
+    waiting = deque(groups)
+    while True:
+        for ticket in scheduler.admit():
+            places.setdefault(ticket.group, []).append(ticket)
+        place = next(iter(places), None)
+        if waiting and place is not None:
+            for rollout, ticket in zip(waiting.popleft(), places.pop(place), strict=True):
+                scheduler.finished(replace(rollout, ticket=ticket))
+        elif scheduler.next_batch() is not None:
+            scheduler.published(scheduler.step)
+        else:
+            return scheduler.step
+
+
+class NoEngines:
+    """A fleet for runs that sample nothing."""
+
+    def __init__(self, tokenizer: Tokenizer, version: int) -> None:
+        self.tokenizer: Tokenizer | None = tokenizer
+        self.max_model_len = 0
+        self.version = version
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        session_id: str | None,
+        priority: int,
+        deadline: float | None,
+        said: Sequence[TokenDelta] = (),
+    ) -> TokenSource:
+        """Refused."""
+        raise RuntimeError("a run from records samples nothing")
+
+    async def start(self) -> None:
+        """Nothing is there."""
+
+    async def publish(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
+        """Only the number."""
+        self.version = version
+
+    async def close(self) -> None:
+        """Nothing is there."""
+
+    def stats(self) -> FleetStats:
+        """Of no engine."""
+        return FleetStats(())
+
+
+@contextmanager
+def served(app: FastAPI, address: Address, ready: Callable[[str], None] | None) -> Iterator[None]:
+    """The app at its address, in a thread of its own. Running requests end with their fleet; then it ends."""
+    bound = threading.Event()
+    failed: list[BaseException] = []
+
+    def tell(url: str) -> None:
+        if ready is not None:
+            ready(url)
+        bound.set()
+
+    def run() -> None:
+        try:
+            serve(app, address.host, address.port, tell)
+        except BaseException as error:
+            failed.append(error)
+        bound.set()
+
+    thread = threading.Thread(target=run, name="gateway", daemon=True)
+    thread.start()
+    bound.wait()
+    if failed:
+        raise failed[0]
+    try:
+        yield
+    finally:
+        app.state.lifecycle.draining = True
+        thread.join()
+
+
+def fingerprint(directory: Path) -> str:
+    """Names the weights of a model directory without reading all of them: names, sizes and both ends of its files."""
+    digest = sha256()
+    for path in sorted(p for p in directory.iterdir() if p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(ENDS))
+            file.seek(max(0, size - ENDS))
+            digest.update(file.read(ENDS))
+    return digest.hexdigest()[:16]

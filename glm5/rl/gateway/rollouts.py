@@ -1,0 +1,111 @@
+"""Where the orchestrator's rollouts come from when outside agents make them: closed sessions fill its tickets.
+
+The scheduler gives out tickets as for environments of its own; here a ticket waits until a complete group of sessions
+is there for its group. So bound and sweep, repair, journal, resumption and all figures are those of any other run. A
+group is given whole, and groups in the order in which they became complete.
+
+A run that was killed finds in its journal which sessions it has had, and takes up a group where it was torn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from glm5.envs import Episode, EpisodeLimits, Task
+from glm5.envs.protocol import UniformGroups
+from glm5.rl.event_log import events_of
+from glm5.rl.events import Finished
+from glm5.rl.gateway.reading import FinishedSessions
+from glm5.rl.gateway.session import ENVIRONMENT
+from glm5.rl.journal import read_journal
+from glm5.rl.records import Rollout, Ticket
+
+GLANCE = 0.1
+"""Seconds between two looks at the directory."""
+
+
+class GatewayRollouts:
+    """`play` is the orchestrator's `Player`."""
+
+    def __init__(self, finished: FinishedSessions, had: Mapping[str, Ticket] | None = None) -> None:
+        """had: sessions that the run has learnt from, or decided about, with their tickets; see `sessions_had`."""
+        self.finished = finished
+        self._had = dict(had or {})
+        self._wanted: dict[str, tuple[Ticket, asyncio.Future[Rollout]]] = {}
+        self._ready: list[list[Rollout]] = []
+        self._watching: asyncio.Task[None] | None = None
+
+    async def play(self, ticket: Ticket) -> Rollout:
+        """The rollout of a ticket, when there are sessions for its group. Cancelling it gives the place up."""
+        future = asyncio.get_running_loop().create_future()
+        self._wanted[ticket.id] = (ticket, future)
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._watch())
+        try:
+            return await future
+        finally:
+            self._wanted.pop(ticket.id, None)
+
+    async def _watch(self) -> None:
+        """Fills tickets as long as somebody waits for one; what goes wrong is theirs to hear."""
+        try:
+            while self._wanted:
+                self.fill()
+                await asyncio.sleep(GLANCE)
+        except Exception as error:
+            for _, future in self._wanted.values():
+                if not future.done():
+                    future.set_exception(error)
+
+    def fill(self) -> None:
+        """Gives every complete group that there are tickets for to them."""
+        self._ready += self.finished.poll()
+        left = []
+        for group in self._ready:
+            fresh = [rollout for rollout in group if rollout.task.id not in self._had]
+            tickets = self._places(group, fresh)
+            if tickets is None:
+                left.append(group)
+                continue
+            for rollout, ticket in zip(fresh, tickets, strict=False):  # without places, the group was given up
+                self._had[rollout.task.id] = ticket
+                self._wanted.pop(ticket.id)[1].set_result(replace(rollout, ticket=ticket))
+        self._ready = left
+
+    def _places(self, group: list[Rollout], fresh: list[Rollout]) -> list[Ticket] | None:
+        """The tickets of the group's sessions that are new to the run; None: not yet."""
+        waiting: dict[Ticket, list[Ticket]] = {}
+        for ticket, future in self._wanted.values():
+            if not future.done():
+                waiting.setdefault(ticket.group, []).append(ticket)
+        torn = {self._had[r.task.id].group for r in group if r.task.id in self._had}
+        if torn:
+            return next((sorted(waiting[t]) for t in torn if t in waiting), [])
+        return next((sorted(tickets) for tickets in waiting.values() if len(tickets) == len(fresh)), None)
+
+
+def sessions_had(journal: Path) -> dict[str, Ticket]:
+    """The sessions in a run's journal, with their tickets."""
+    events = (event for record in read_journal(journal) for event in events_of(record))
+    return {event.rollout.task.id: event.rollout.ticket for event in events if isinstance(event, Finished)}
+
+
+class OutsideAgents:
+    """What stands for an environment in a run whose episodes are played elsewhere."""
+
+    name = ENVIRONMENT
+
+    def __init__(self, uniform_groups: UniformGroups = "drop") -> None:
+        self.uniform_groups: UniformGroups = uniform_groups
+        self.limits = EpisodeLimits(attempts=1)  # nobody can be asked to do it again
+
+    def task(self, seed: int, index: int) -> Task:
+        """Unknown before somebody does it."""
+        return Task(f"{self.name}/{index}", (), "", self.name)
+
+    def episode(self, task: Task) -> Episode:
+        """Refused: the orchestrator has a player instead."""
+        raise RuntimeError("episodes of outside agents are played by them")
