@@ -6,6 +6,8 @@
     glm5 rl --parent runs/sft --env sums --out runs/rl --replay-step 17           # that step again, without engines
     glm5 rl --parent runs/sft --env sums --out runs/two --executor processes --engines 2
     glm5 rl --simulate --like runs/rl                                             # other settings, in virtual time
+    glm5 rl --from-gateway --parent runs/sft --out runs/agents                    # agents of others, as they run
+    glm5 rl --from-records used --parent runs/sft --out runs/used                 # what glm5 serve --record used kept
     glm5 rl --parent runs/sft --env sums --out runs/exact --deterministic         # every run and resume the same bits
 
 Environments by name: `glm5.cli.rl_environments`. An environment of your own is passed in Python (`glm5.rl.train_rl`).
@@ -23,7 +25,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from glm5.cli import rl_simulate
+from glm5.cli import rl_outside, rl_simulate
 from glm5.cli.rl_engines import Executor, fleet_of
 from glm5.cli.rl_environments import Named, named_environment
 from glm5.cli.rl_flags import REGISTRY
@@ -79,6 +81,8 @@ def run(arguments: Sequence[str]) -> int:
     """Parses the flags and trains."""
     if any(argument.split("=")[0] in ("--simulate", "--like") for argument in arguments):
         return rl_simulate.run(arguments)
+    if any(argument.split("=")[0] in ("--from-gateway", "--from-records") for argument in arguments):
+        return rl_outside.run(arguments)
     flags = tyro.cli(Flags, prog="glm5 rl", args=list(arguments), registry=REGISTRY)
     options = flags.run
     use_threads(options.threads)

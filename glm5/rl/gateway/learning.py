@@ -12,38 +12,38 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
-import torch
 from fastapi import FastAPI
 from rich.console import Console
 from torch import Tensor
 
-from glm5.checkpoint import load_model
 from glm5.engine import SamplingParams, TokenDelta
 from glm5.envs.protocol import UniformGroups
 from glm5.errors import InputError
+from glm5.model import GLM5
 from glm5.rl.admission import SchedulerConfig
+from glm5.rl.aids import Aids
 from glm5.rl.config import RLRunConfig
-from glm5.rl.fleet import FleetStats
+from glm5.rl.executors import MakeFleet, one_engine
+from glm5.rl.fleet import Fleet, FleetStats
 from glm5.rl.gateway.app import create_gateway
 from glm5.rl.gateway.reading import FinishedSessions
-from glm5.rl.gateway.rollouts import GatewayRollouts, OutsideAgents, sessions_had
+from glm5.rl.gateway.rollouts import GatewayRollouts, OutsideAgents
 from glm5.rl.gateway.sampling import OwnDistribution
 from glm5.rl.gateway.sessions import SessionLimits, Sessions
-from glm5.rl.orchestrator import MakeFleet, Orchestrator, finish_run, one_engine, start_run
+from glm5.rl.orchestrator import train_rl
 from glm5.rl.records import Rollout, Ticket
 from glm5.rl.scheduler import Scheduler
-from glm5.rl.session import JOURNAL, Session
+from glm5.rl.session import JOURNAL
 from glm5.rl.tasks import TaskSource, TaskStream
 from glm5.serve import Limits, serve
 from glm5.serve.generation import TokenSource
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory
-from glm5.train.progress import interrupts, progress_bar
 from glm5.train.run_directory import model_of
 
 FOREVER = 365 * 24 * 3600.0
@@ -82,44 +82,33 @@ def train_from_gateway(
     run_directory: Path,
     address: Address,
     *,
-    uniform_groups: UniformGroups = "drop",
     ready: Callable[[str], None] | None = None,
+    uniform_groups: UniformGroups = "drop",
     make_fleet: MakeFleet | None = None,
+    aids: Aids | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> RunDirectory:
     """Serves outside agents and learns from their sessions until `steps` batches are done; gives the finished run.
 
-    ready: told the base URL once requests are taken. Sessions are kept in the run's folder `sessions`; a resumed run
-    goes on with those that are open. Ctrl-C finishes the running step, saves and raises `RunInterrupted`.
+    ready: told the base URL once requests are taken. uniform_groups: whether groups of equal rewards are learnt from.
+    Sessions are kept in the run's folder `sessions`; a resumed run goes on with those that are open. The rest is as in
+    `train_rl`.
     """
-    agents, settings = OutsideAgents(uniform_groups), outside(config, patience=FOREVER)
-    run = start_run(settings, [agents], run_directory, resume=resume)
-    if run.finished:
-        return run
-    parent = model_of(config.parent)
-    tokenizer = Tokenizer.from_pretrained(parent)
-    recorded = run.path / "sessions"
-    with run.exclusive():
-        sessions = Sessions(
-            recorded, weights=f"trained from {fingerprint(parent)}", limits=address.sessions, own_sampling=True
-        )
-        session = Session(settings, [agents], run, load_model(parent, dtype=torch.float32))
-        fleet = (make_fleet or one_engine(settings))(session.learner.model, tokenizer, session.learner.version)
-        app = create_gateway(
-            OwnDistribution(fleet, config.rollout.seed), sessions, model_name=address.name, limits=address.limits,
-            api_key=address.api_key, hosts=address.hosts,
-        )  # fmt: skip
-        finished = FinishedSessions(recorded, settings.scheduler.group_size)
-        rollouts = GatewayRollouts(finished, sessions_had(run.path / JOURNAL))
-        first = session.learner.version
-        with progress_bar("rl", first, config.steps, console) as show, interrupts() as stopped:
-            orchestrator = Orchestrator(session, fleet, show, rollouts.play)
-            with served(app, address, ready):
-                asyncio.run(orchestrator.run(stopped))
-        sessions.close()
-        finish_run(session, tokenizer)
-    return run
+    settings = outside(config, patience=FOREVER)
+    engines = make_fleet or one_engine(settings, max_num_seqs=address.limits.max_concurrent)
+    recorded, size = run_directory / "sessions", settings.scheduler.group_size
+    weights = f"trained from {fingerprint(model_of(config.parent))}"
+
+    def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
+        sessions = Sessions(recorded, weights=weights, limits=address.sessions, own_sampling=True)
+        return OpenFleet(engines(model, tokenizer, version), sessions, address, config.rollout.seed, ready)
+
+    rollouts = GatewayRollouts(FinishedSessions(recorded, size), run_directory / JOURNAL)
+    return train_rl(
+        settings, [OutsideAgents(uniform_groups)], run_directory, make_fleet=make, aids=aids, player=rollouts.play,
+        resume=resume, console=console,
+    )  # fmt: skip
 
 
 def train_from_records(
@@ -128,6 +117,7 @@ def train_from_records(
     run_directory: Path,
     *,
     uniform_groups: UniformGroups = "drop",
+    aids: Aids | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> RunDirectory:
@@ -138,6 +128,8 @@ def train_from_records(
     parent, agents = model_of(config.parent), OutsideAgents(uniform_groups)
     settings = outside(config, patience=config.patience)
     size, weights = settings.scheduler.group_size, fingerprint(parent)
+    if not (records / "finished").is_dir():
+        raise InputError(f"There are no recorded sessions in {records}; record some with glm5 serve --record DIR.")
     finished = FinishedSessions(records, size, weights)
     groups = list(finished.poll())
     steps = batches_of(settings.scheduler, agents, groups)
@@ -147,19 +139,11 @@ def train_from_records(
             f"{len(groups)} groups are complete (those with equal rewards teach nothing), {finished.waiting} sessions "
             f"wait for the rest of theirs, {len(finished.others)} were recorded with other weights than {parent}."
         )
-    settings = replace(settings, steps=min(config.steps, steps))
-    run = start_run(settings, [agents], run_directory, resume=resume)
-    if run.finished:
-        return run
-    tokenizer = Tokenizer.from_pretrained(parent)
-    with run.exclusive():
-        session = Session(settings, [agents], run, load_model(parent, dtype=torch.float32))
-        rollouts = GatewayRollouts(FinishedSessions(records, size, weights), sessions_had(run.path / JOURNAL))
-        with progress_bar("rl", session.learner.version, settings.steps, console) as show, interrupts() as stopped:
-            nobody = NoEngines(tokenizer, session.learner.version)
-            asyncio.run(Orchestrator(session, nobody, show, rollouts.play).run(stopped))
-        finish_run(session, tokenizer)
-    return run
+    rollouts = GatewayRollouts(FinishedSessions(records, size, weights), run_directory / JOURNAL)
+    return train_rl(
+        replace(settings, steps=min(config.steps, steps)), [agents], run_directory, aids=aids, player=rollouts.play,
+        make_fleet=lambda model, tokenizer, version: NoEngines(tokenizer, version), resume=resume, console=console,
+    )  # fmt: skip
 
 
 def batches_of(config: SchedulerConfig, agents: OutsideAgents, groups: Sequence[Sequence[Rollout]]) -> int:
@@ -178,6 +162,49 @@ def batches_of(config: SchedulerConfig, agents: OutsideAgents, groups: Sequence[
             scheduler.published(scheduler.step)
         else:
             return scheduler.step
+
+
+class OpenFleet:
+    """A fleet that outside agents reach over HTTP from its `start` to its `close`."""
+
+    def __init__(
+        self, fleet: Fleet, sessions: Sessions, address: Address, seed: int, ready: Callable[[str], None] | None
+    ) -> None:
+        self.fleet, self.sessions, self.address, self.ready = fleet, sessions, address, ready
+        self.app = create_gateway(
+            OwnDistribution(fleet, seed), sessions, model_name=address.name, limits=address.limits,
+            api_key=address.api_key, hosts=address.hosts,
+        )  # fmt: skip
+        self._doors = ExitStack()
+        self.stream = fleet.stream
+        self.publish = fleet.publish
+        self.stats = fleet.stats
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The fleet's."""
+        return self.fleet.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """The fleet's."""
+        return self.fleet.max_model_len
+
+    @property
+    def version(self) -> int:
+        """The fleet's."""
+        return self.fleet.version
+
+    async def start(self) -> None:
+        """Opens when the engines are ready."""
+        await self.fleet.start()
+        self._doors.enter_context(served(self.app, self.address, self.ready))
+
+    async def close(self) -> None:
+        """Ends every request, then the server; open sessions stay open on the disk."""
+        await self.fleet.close()
+        await asyncio.to_thread(self._doors.close)
+        self.sessions.close()
 
 
 class NoEngines:

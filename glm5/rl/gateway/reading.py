@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glm5.errors import InputError
 from glm5.rl.gateway.session import ENVIRONMENT
 from glm5.rl.gateway.sessions import read_session
 from glm5.rl.records import Rollout, Ticket
@@ -41,10 +40,6 @@ class FinishedSessions:
     """Those that were left out."""
 
     def __post_init__(self) -> None:
-        if not (self.directory / "finished").is_dir():
-            raise InputError(
-                f"There are no recorded sessions in {self.directory}; record some with glm5 serve --record DIR."
-            )
         self._seen: set[str] = set()
         self._waiting: dict[str, list[Rollout]] = {}
         self._numbers: dict[str, int] = {}

@@ -10,7 +10,6 @@ A run that was killed finds in its journal which sessions it has had, and takes 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,10 +29,11 @@ GLANCE = 0.1
 class GatewayRollouts:
     """`play` is the orchestrator's `Player`."""
 
-    def __init__(self, finished: FinishedSessions, had: Mapping[str, Ticket] | None = None) -> None:
-        """had: sessions that the run has learnt from, or decided about, with their tickets; see `sessions_had`."""
-        self.finished = finished
-        self._had = dict(had or {})
+    def __init__(self, finished: FinishedSessions, journal: Path) -> None:
+        """journal: the run's, which is read when the first ticket comes."""
+        self.finished, self.journal = finished, journal
+        self._had: dict[str, Ticket] | None = None
+        """Sessions that the run has learnt from, or decided about, with their tickets."""
         self._wanted: dict[str, tuple[Ticket, asyncio.Future[Rollout]]] = {}
         self._ready: list[list[Rollout]] = []
         self._watching: asyncio.Task[None] | None = None
@@ -62,11 +62,13 @@ class GatewayRollouts:
 
     def fill(self) -> None:
         """Gives every complete group that there are tickets for to them."""
+        if self._had is None:
+            self._had = sessions_had(self.journal)
         self._ready += self.finished.poll()
         left = []
         for group in self._ready:
             fresh = [rollout for rollout in group if rollout.task.id not in self._had]
-            tickets = self._places(group, fresh)
+            tickets = self._places({self._had[r.task.id].group for r in group if r.task.id in self._had}, len(fresh))
             if tickets is None:
                 left.append(group)
                 continue
@@ -75,16 +77,15 @@ class GatewayRollouts:
                 self._wanted.pop(ticket.id)[1].set_result(replace(rollout, ticket=ticket))
         self._ready = left
 
-    def _places(self, group: list[Rollout], fresh: list[Rollout]) -> list[Ticket] | None:
-        """The tickets of the group's sessions that are new to the run; None: not yet."""
+    def _places(self, torn: set[Ticket], count: int) -> list[Ticket] | None:
+        """Tickets for so many sessions, in the group that others of theirs are in already; None: not yet."""
         waiting: dict[Ticket, list[Ticket]] = {}
         for ticket, future in self._wanted.values():
             if not future.done():
                 waiting.setdefault(ticket.group, []).append(ticket)
-        torn = {self._had[r.task.id].group for r in group if r.task.id in self._had}
         if torn:
             return next((sorted(waiting[t]) for t in torn if t in waiting), [])
-        return next((sorted(tickets) for tickets in waiting.values() if len(tickets) == len(fresh)), None)
+        return next((sorted(tickets) for tickets in waiting.values() if len(tickets) == count), None)
 
 
 def sessions_had(journal: Path) -> dict[str, Ticket]:

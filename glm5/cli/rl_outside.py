@@ -1,0 +1,125 @@
+"""`glm5 rl --from-gateway` and `--from-records`: learning from agents that other people run.
+
+    glm5 rl --from-gateway --parent runs/sft --out runs/agents --port 8000      # serves them and learns
+    glm5 rl --from-records used --parent runs/sft --out runs/used               # what glm5 serve --record used has kept
+
+Engine processes, environments, deterministic mode and replay of a step belong to `glm5 rl` without these flags.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from glm5.cli.rl_flags import REGISTRY
+from glm5.cli.threads import use_threads
+from glm5.envs.protocol import UniformGroups
+from glm5.errors import InputError
+from glm5.rl.config import RLRunConfig
+from glm5.rl.gateway import Address, train_from_gateway, train_from_records
+from glm5.serve import is_loopback
+from glm5.serve.auth import check_key
+from glm5.serve.host_check import OWN_NAMES
+from glm5.train import RunDirectory
+
+KEY_VARIABLE = "GLM5_API_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutsideOptions:
+    """Where the episodes come from, and where the run goes."""
+
+    from_gateway: bool = False
+    """Serve agents and learn from their sessions while they run."""
+    from_records: Path | None = None
+    """Learn from the sessions that glm5 serve --record kept in this directory."""
+    out: Path
+    """The run directory."""
+    host: str = "127.0.0.1"
+    """Address of the gateway. The default is reachable from this machine only; the key is GLM5_API_KEY."""
+    allow_host: tuple[str, ...] = ()
+    """More names that agents may use; on a loopback address without a key only the machine's own are answered."""
+    port: int = 8000
+    """Port of the gateway; 0 takes a free one, which is printed."""
+    name: str = "glm5"
+    """The model's name in the API."""
+    uniform_groups: UniformGroups = "drop"
+    """Whether groups whose rewards are all equal are learnt from: keep, where that is what must be seen."""
+    resume: bool = False
+    """Go on where the run stopped, with the sessions that are open."""
+    threads: int | None = None
+    """Processor threads; all cores when left out."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+    def address(self) -> Address:
+        """Where agents find the gateway. Raises `InputError` for a key that no header carries."""
+        key = os.environ.get(KEY_VARIABLE) or None
+        closed = key is None and is_loopback(self.host)
+        hosts = (*OWN_NAMES, self.host, *self.allow_host) if closed else None
+        if key is not None:
+            check_key(key)
+        return Address(host=self.host, port=self.port, name=self.name, api_key=key, hosts=hosts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Reinforcement learning from agents that other people run: live behind a gateway, or from recorded use."""
+
+    config: Annotated[RLRunConfig, tyro.conf.arg(name="")]
+    run: Annotated[OutsideOptions, tyro.conf.arg(name="")]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parses the flags and trains."""
+    flags = tyro.cli(Flags, prog="glm5 rl", args=list(arguments), registry=REGISTRY)
+    options, console = flags.run, Console(stderr=flags.run.json)
+    if options.from_gateway == (options.from_records is not None):
+        raise InputError("Episodes come either from a gateway or from records; give one of --from-gateway, "
+                         "--from-records DIR.")  # fmt: skip
+    use_threads(options.threads)
+    common: dict[str, Any] = {
+        "uniform_groups": options.uniform_groups,
+        "resume": options.resume,
+        "console": console,
+    }
+    if options.from_records is not None:
+        done = train_from_records(flags.config, options.from_records, options.out, **common)
+    else:
+        address = options.address()
+        if address.api_key is None and not is_loopback(options.host):
+            print(f"Warning: everybody who reaches {options.host} may use and teach this model; set {KEY_VARIABLE} to "
+                  "require a key.", file=sys.stderr, flush=True)  # fmt: skip
+        ready = lambda url: print(f"Agents: {url}/s/SESSION/v1 (OpenAI), {url}/s/SESSION (Anthropic)", flush=True)
+        done = train_from_gateway(flags.config, options.out, address, ready=ready, **common)
+    summarise(done, console, as_json=options.json)
+    return 0
+
+
+def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
+    """Rewards of what was learnt from, at the beginning and at the end, and where the model is."""
+    rewards = [line["trained_reward"] for line in run.read("metrics")]
+    fifth = max(1, len(rewards) // 5)
+    result = {
+        "run": str(run.path),
+        "steps": len(rewards),
+        "reward_first_fifth": sum(rewards[:fifth]) / fifth,
+        "reward_last_fifth": sum(rewards[-fifth:]) / fifth,
+        "model": str(run.model_directory),
+    }
+    if as_json:
+        print(json.dumps(result))
+        return
+    console.print(
+        f"rl: {run.path}, {len(rewards)} steps, reward of what was learnt from: {result['reward_first_fifth']:.3f} in "
+        f"the first fifth, {result['reward_last_fifth']:.3f} in the last; model: {run.model_directory}",
+        soft_wrap=True,
+    )

@@ -1,0 +1,81 @@
+"""`glm5 rl --from-records` and `--from-gateway` from the command line."""
+
+import json
+import threading
+
+import httpx
+import pytest
+from speaker import speaker_model, speaker_tokenizer
+
+import glm5
+from glm5.cli.main import main
+from glm5.engine import Engine, SamplingParams
+from glm5.rl.gateway import Sessions, fingerprint
+from glm5.rl.records import Turn
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("parent")
+    glm5.save_model(speaker_model(), directory, speaker_tokenizer())
+    return directory
+
+
+@pytest.fixture
+def records(parent, tmp_path):
+    """Four sessions of real tokens, two of them good."""
+    sessions = Sessions(tmp_path / "records", weights=fingerprint(parent))
+    (output,) = Engine(parent).generate([[40, 41]], SamplingParams(n=4, max_tokens=5, seed=0))
+    for number, said in enumerate(output.outputs):
+        session = sessions.open(f"s{number}")
+        turn = Turn((40, 41), said.token_ids, said.logprobs, said.versions, said.finish_reason)
+        sessions._write(session.id, session.turn_event(turn, learnt=True))
+        sessions.reward(session.id, float(number % 2))
+    sessions.close()
+    return sessions.directory
+
+
+def flags(parent, out, *more):
+    return ["rl", "--parent", str(parent), "--out", str(out), "--scheduler.groups-per-batch", "1",
+            "--scheduler.group-size", "4", "--threads", "1", "--json", *map(str, more)]  # fmt: skip
+
+
+def test_records_become_a_model(parent, records, tmp_path, capsys):
+    assert main(flags(parent, tmp_path / "run", "--from-records", records)) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["steps"], result["reward_first_fifth"]) == (1, 0.5)
+    before, after = (glm5.load_model(d).state_dict() for d in (parent, result["model"]))
+    assert any(not (tensor == before[name]).all() for name, tensor in after.items())
+
+
+def test_agents_reach_the_gateway_and_the_run_ends_when_its_steps_are_done(parent, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("GLM5_API_KEY", "secret")
+    http, replies = httpx.Client(headers={"x-api-key": "secret"}), []
+
+    def use(url):
+        body = {"model": "glm5", "max_tokens": 4, "messages": [{"role": "user", "content": "?"}]}
+        for number in range(4):
+            assert httpx.post(f"{url}/s/{number}/v1/messages", json=body).status_code == 401
+            replies.append(http.post(f"{url}/s/{number}/v1/messages", json=body, timeout=60).status_code)
+            http.post(f"{url}/rl/sessions/{number}/reward", json={"value": number % 2})
+
+    def said(text, **_):
+        threading.Thread(target=use, args=(text.split("/s/")[0].removeprefix("Agents: "),)).start()
+
+    monkeypatch.setattr("builtins.print", lambda text, **k: said(text) if str(text).startswith("Agents") else None)
+    assert main(flags(parent, tmp_path / "run", "--from-gateway", "--port", 0, "--steps", 1)) == 0
+    assert replies == [200] * 4
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line["trained"] == 4 and line["trained_reward"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--from-gateway", "--from-records", "x"], "give one of"),
+        (["--from-records", "nowhere"], "no recorded sessions"),
+    ],
+)
+def test_what_is_refused(parent, tmp_path, capsys, more, says):
+    assert main(flags(parent, tmp_path / "run", *more)) != 0
+    assert says in capsys.readouterr().err
