@@ -66,7 +66,7 @@ def create_gateway(
     limits: Limits | None = None,
     api_key: str | None = None,
     hosts: Iterable[str] | None = None,
-    defaults: SamplingDefaults | None = None,
+    defaults: SamplingDefaults = SamplingDefaults(),
 ) -> FastAPI:
     """The application of `glm5.serve.create_app`, recording to `sessions`."""
     app = create_app(
