@@ -47,7 +47,7 @@ class Gateway:
 @contextmanager
 def gateway(directory, *, source=None, api_key=None, **options):
     """A gateway over a speaker with random weights."""
-    engine = source or Engine(speaker_model(positions=2048), speaker_tokenizer())
+    engine = source or Engine(speaker_model(positions=2048), speaker_tokenizer(), strict=True)
     sessions = Sessions(directory, **options)
     try:
         with live(create_gateway(engine, sessions, model_name="tiny", api_key=api_key)) as url:

@@ -62,22 +62,25 @@ def test_a_growing_conversation_is_one_trajectory_of_sampled_tokens(random):
     assert len(found.messages) == 8 and found.messages[-1]["role"] == "assistant"
 
 
-def test_whole_and_streamed_answers_of_all_three_protocols_are_continued(random):
-    client = random.openai("protocols")
-    text = "".join(c.choices[0].delta.content or "" for c in ask(client, [USER], stream=True) if c.choices)
-    ask(client, [USER, {"role": "assistant", "content": text}, MORE])
-    off = {"reasoning": {"effort": "none"}, "max_output_tokens": 12}
-    first = client.responses.create(model="tiny", input="hello", **off)
-    client.responses.create(model="tiny", input="more", previous_response_id=first.id, **off)
-    agent = random.anthropic("protocols")
-    reply = agent.messages.create(model="tiny", max_tokens=12, messages=[USER])
-    agent.messages.create(
-        model="tiny", max_tokens=12, messages=[USER, {"role": "assistant", "content": reply.content}, MORE]
-    )
-    turns = random.turns("protocols")
-    for earlier, later in [turns[0:2], turns[2:4], turns[4:6]]:
-        assert later.prompt_ids[: len(full(earlier))] == full(earlier)
-    assert len(rollout(random, "protocols").trajectories) == 3
+def test_whole_and_streamed_answers_of_all_three_protocols_are_continued(tmp_path):
+    with scripted(tmp_path, "the fox\n\n jumps") as running:
+        client = running.openai("s")
+        text = "".join(
+            c.choices[0].delta.content or "" for c in ask(client, [USER], stream=True, max_tokens=60) if c.choices
+        )
+        ask(client, [USER, {"role": "assistant", "content": text}, MORE], max_tokens=60)
+        off = {"reasoning": {"effort": "none"}, "max_output_tokens": 60}
+        first = client.responses.create(model="tiny", input="hello", **off)
+        client.responses.create(model="tiny", input="more", previous_response_id=first.id, **off)
+        agent = running.anthropic("s")
+        reply = agent.messages.create(model="tiny", max_tokens=60, messages=[USER])
+        agent.messages.create(
+            model="tiny", max_tokens=60, messages=[USER, {"role": "assistant", "content": reply.content}, MORE]
+        )
+        turns = running.turns("s")
+        for earlier, later in [turns[0:2], turns[2:4], turns[4:6]]:
+            assert later.prompt_ids[: len(full(earlier))] == full(earlier)
+        assert len(rollout(running, "s").trajectories) == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
