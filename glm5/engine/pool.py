@@ -8,6 +8,8 @@ within 2^-17 m. Reading goes by the bits: shifted into an fp32, the byte is the 
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -24,6 +26,8 @@ LARGEST = 448.0
 """Of e4m3."""
 BIAS = 127
 """Of the exponents in scale bytes."""
+LARGE = 1 << 22
+"""Bytes from which on rows lie in huge pages: two of them."""
 
 
 def check_storage(storage: str) -> None:
@@ -39,7 +43,7 @@ class Pool:
     def __init__(self, slots: int, width: int, storage: Storage, device: torch.device) -> None:
         self.storage, self.width = storage, width
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}[storage]
-        self.rows_XW = torch.empty(slots, width, dtype=dtype, device=device)
+        self.rows_XW = _empty(slots, width, dtype, device)
         self.scales_XG: Tensor | None = None
         if storage == "fp8":
             self.scales_XG = torch.empty(slots, -(-width // GROUP), dtype=torch.uint8, device=device)
@@ -71,6 +75,18 @@ class Pool:
             if rows is not None:
                 blocks = rows.view(-1, size, rows.shape[1])
                 blocks[to_P] = blocks[from_P]
+
+
+def _empty(slots: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows that the system gives the memory of when they are first written, in huge pages where it knows them: a step
+    reads rows from everywhere, and every new page of 4 KB costs a walk through the page tables."""
+    size = slots * width * dtype.itemsize
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < LARGE:
+        return torch.empty(slots, width, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size)  # the tensor keeps it
+    with contextlib.suppress(OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(slots, width)
 
 
 def to_fp8(rows_NW: Tensor) -> tuple[Tensor, Tensor]:

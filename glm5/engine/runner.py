@@ -25,6 +25,7 @@ from glm5.model import GLM5
 from glm5.model.checks import check_attention
 from glm5.model.decode import Decoder
 from glm5.model.slots import Slots
+from glm5.ops.decoding import Stored
 
 FEW_TOKENS = 16
 """Sequences with at most this many new tokens share a pass."""
@@ -78,9 +79,12 @@ class Runner:
             raise InputError("Strict mode computes and keeps fp32; use a cache of fp32, or leave strict out.")
         check_attention(attention)
         self.model, self.cache, self.attention, self.strict = model, cache, attention, strict
-        # The pools as a decoder reads them; only fp32 ones are
-        self._latents = {layer: pool.rows_XW for layer, pool in cache.latents.items()}
-        self._keys = {layer: pool.rows_XW for layer, pool in cache.keys.items()}
+        self._in_memory = cache.dtype == torch.float32 and cache.device.type == "cpu"
+        """Whether a decoder can read the pools."""
+        self._latents, self._keys = (
+            {layer: Stored.of(pool.rows_XW, pool.scales_XG) for layer, pool in pools.items()} if self._in_memory else {}
+            for pools in (cache.latents, cache.keys)
+        )
 
     def run(self, chunks: list[Chunk]) -> list[Tensor]:
         """fp32 logits [logits_to_keep, V] on the CPU, one per chunk. Raises InputError for a chunk that cannot run."""
@@ -120,8 +124,7 @@ class Runner:
 
     def _fitting(self, decoder: Decoder | None) -> Decoder | None:
         """The decoder, if it can read this cache."""
-        plain = (self.cache.dtype, self.cache.storage, self.cache.device.type) == (torch.float32, "fp32", "cpu")
-        return decoder if decoder is not None and plain and decoder.fits(self.cache) else None
+        return decoder if decoder is not None and self._in_memory and decoder.fits(self.cache) else None
 
     def _by_rows(self, decoder: Decoder, chunks: list[Chunk]) -> list[Output]:
         """All tokens of all chunks by the decoder."""

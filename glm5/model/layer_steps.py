@@ -75,7 +75,7 @@ class Seen:
             if not sparse:
                 self._everything = torch.empty(rows.batch, slots.longest, dtype=torch.int64)
                 self.places = Matrix.of(self._everything)
-            do.select(self.places, None, None, slots.keys(0), slots.sequences)
+            do.select(self.places, None, None, slots.keys[0], slots.sequences)
 
 
 class AttentionStep:
@@ -102,11 +102,14 @@ class AttentionStep:
             self.index = IndexStep(weights, weights.module(attention, "indexer", Indexer), config, self.layer)
 
     def __call__(self, rows: Rows, seen: Seen) -> None:
-        c, latents = self.config, seen.slots.latents(self.layer)
+        c, latents = self.config, seen.slots.latents[self.layer]
         cos, sin = rows.angles[c.rope_interleave]
         do.rms_norm(rows.x, rows.h, *self.input_norm)
         do.linear(rows.c_q, rows.x, self.q_a, 1.0, False)
         do.rms_norm(rows.c_q, rows.c_q, *self.q_a_norm)
+        if self.index is not None:
+            self.index(rows, seen)  # and the chosen latents arrive while the queries are made
+
         do.linear(rows.q, rows.c_q, self.q_b, 1.0, False)
         do.combine_heads(rows.absorbed_plain, rows.q_plain, self.kv_b, c.num_attention_heads, 0)
         do.rotate(rows.absorbed_rotary, rows.q_rotary, cos, sin, c.rope_interleave)
@@ -116,8 +119,6 @@ class AttentionStep:
         do.rotate(rows.kv_rotary, rows.kv_rotary, cos, sin, c.rope_interleave)
         do.scatter(rows.kv, latents, seen.slots.new)
 
-        if self.index is not None:
-            self.index(rows, seen)
         do.attend(rows.o_latent, rows.absorbed, latents, seen.places, self.scale)
         do.split_heads(rows.o_heads, rows.o_latent, self.kv_b, c.num_attention_heads, c.qk_nope_head_dim)
         do.linear(rows.h, rows.o, self.o_proj, 1.0, True)
@@ -138,7 +139,7 @@ class IndexStep:
         self.scale = (c.index_n_heads * width) ** -0.5
 
     def __call__(self, rows: Rows, seen: Seen) -> None:
-        c, keys = self.config, seen.slots.keys(self.layer)
+        c, keys = self.config, seen.slots.keys[self.layer]
         cos, sin = rows.angles[c.indexer_rope_interleave]
         do.linear(rows.index_k, rows.x, self.wk, 1.0, False)
         do.layer_norm(rows.index_k, rows.index_k, self.k_weight, self.k_bias, self.eps)
@@ -149,7 +150,8 @@ class IndexStep:
         do.linear(rows.index_q, rows.c_q, self.wq_b, 1.0, False)
         do.rotate(rows.index_q_rotary, rows.index_q_rotary, cos, sin, c.indexer_rope_interleave)
         do.linear(rows.index_w, rows.x, self.weights_proj, self.scale, False)
-        do.select(seen.places, rows.index_q_heads, rows.index_w, keys, seen.slots.sequences)
+        latents = seen.slots.latents[self.layer]
+        do.select(seen.places, rows.index_q_heads, rows.index_w, keys, seen.slots.sequences, ask=latents)
 
 
 class FeedForwardStep:

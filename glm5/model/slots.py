@@ -9,28 +9,26 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
 from glm5.model.cache import LatentCache
-from glm5.ops.decoding import Matrix, Sequences
+from glm5.ops.decoding import Matrix, Sequences, Stored
 
 
 class Slots:
     """The new rows of a step: for each its position, its slot and the blocks of its sequence.
 
-    latents, keys: layer -> fp32 rows, whose leading dimensions are slots. tables: the blocks of every sequence. rows:
+    latents, keys: layer -> the slots of its pool. tables: the blocks of every sequence. rows:
     (sequence, position) of each new row; those of one sequence in order. A row sees its sequence up to itself.
     """
 
     def __init__(
         self,
-        latents: Mapping[int, Tensor],
-        keys: Mapping[int, Tensor],
+        latents: Mapping[int, Stored],
+        keys: Mapping[int, Stored],
         page: int,
         tables: Sequence[Sequence[int]],
         rows: Sequence[tuple[int, int]],
     ) -> None:
-        self._latents, self._keys = latents, keys
+        self.latents, self.keys = latents, keys
         self._tables = [array("q", table) for table in tables]
         self.positions = [position for _, position in rows]
         self.longest = max(self.positions) + 1
@@ -48,14 +46,7 @@ class Slots:
     def next_of(cls, cache: LatentCache) -> Slots:
         """One more token in every row of a contiguous cache."""
         rows = range(cache.batch)
-        return cls(
-            cache.latents, cache.keys, cache.capacity, [[row] for row in rows], [(row, cache.length) for row in rows]
+        latents, keys = (
+            {layer: Stored.of(rows_BSX) for layer, rows_BSX in pools.items()} for pools in (cache.latents, cache.keys)
         )
-
-    def latents(self, layer: int) -> Matrix:
-        """The pool of a layer's latents."""
-        return Matrix.of(self._latents[layer])
-
-    def keys(self, layer: int) -> Matrix:
-        """The pool of a layer's indexer keys."""
-        return Matrix.of(self._keys[layer])
+        return cls(latents, keys, cache.capacity, [[row] for row in rows], [(row, cache.length) for row in rows])

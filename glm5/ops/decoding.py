@@ -24,7 +24,9 @@ try:
 except ImportError:
     _decoding = _lightning = None  # type: ignore[assignment]
 
-INTERFACE = 2
+INTERFACE = 3
+GROUP = 64
+"""Columns of an fp8 row that share a scale."""
 if _decoding is not None and {getattr(x, "INTERFACE", 1) for x in (_decoding, _lightning)} != {INTERFACE}:
     _decoding = _lightning = None  # type: ignore[assignment]
 
@@ -71,6 +73,35 @@ class Matrix(NamedTuple):
         return Matrix(self.address, self.rows * heads, width, width)
 
 
+class Stored(NamedTuple):
+    """Rows of a cache in memory that tensors elsewhere own: fp32, bf16, or fp8 as `glm5/engine/pool.py` keeps it."""
+
+    address: int
+    rows: int
+    columns: int
+    format: int
+    """0 for fp32, 1 for bf16, 2 for fp8."""
+    scales: int
+    """Address of the scale bytes of fp8 [rows, groups], else 0."""
+
+    @classmethod
+    def of(cls, rows: Tensor, scales: Tensor | None = None) -> Stored:
+        """Contiguous CPU tensors; leading dimensions become rows. Bytes come with their scales."""
+        known = (torch.float32, torch.bfloat16, torch.uint8)
+        for tensor in (rows,) if scales is None else (rows, scales):
+            if not tensor.is_contiguous() or tensor.device.type != "cpu" or tensor.dtype not in known:
+                raise ValueError(
+                    f"a store is contiguous fp32, bf16 or bytes on the CPU, not {tensor.dtype} on {tensor.device}"
+                )
+        columns = rows.shape[-1]
+        count = rows.numel() // max(columns, 1)
+        if (rows.dtype == torch.uint8) != (scales is not None):
+            raise ValueError("bytes need scales, and nothing else has any")
+        if scales is not None and (scales.dtype != torch.uint8 or scales.shape != (count, -(-columns // GROUP))):
+            raise ValueError(f"the scales of {count} rows of {columns} are no bytes of shape {tuple(scales.shape)}")
+        return cls(rows.data_ptr(), count, columns, known.index(rows.dtype), 0 if scales is None else scales.data_ptr())
+
+
 class Sequences(NamedTuple):
     """Where the keys of some queries lie, in blocks of a pool."""
 
@@ -81,12 +112,20 @@ class Sequences(NamedTuple):
 
 
 def select(
-    chosen: Matrix, q: Matrix | None, w: Matrix | None, pool: Matrix, sequences: Sequences, *, variant: int = 0
+    chosen: Matrix,
+    q: Matrix | None,
+    w: Matrix | None,
+    pool: Stored,
+    sequences: Sequences,
+    *,
+    ask: Stored | None = None,
+    variant: int = 0,
 ) -> None:
     """The lightning indexer's choice for queries [T * H, I], each among its own keys: slots (int64 [T, K]), -1 padded.
 
     Slots ascend by position, and the lowest position wins a tie. A query of at most K keys takes them all; if every
-    query does, q and w (head weights [T, H]) may be left out. Long work runs on `torch.get_num_threads()` threads.
+    query does, q and w (head weights [T, H]) may be left out. Long work runs on `torch.get_num_threads()` threads. The
+    memory is asked for the chosen rows of the pool `ask`: they arrive while something else is computed.
     """
     tokens, where = chosen.rows, sequences.where
     if where.typecode != "q" or len(where) != 3 * tokens:
@@ -96,11 +135,15 @@ def select(
         heads = w.columns
         if (q.rows, q.columns, w.rows) != (tokens * heads, pool.columns, tokens) or q.stride != q.columns:
             raise ValueError("the indexer's queries and weights do not fit together")
-    if chosen.stride != chosen.columns or pool.stride != pool.columns:
-        raise ValueError("pool and choices must be without gaps")
-    addresses = q.address if q else 0, w.address if w else 0, pool.address, where.buffer_info()[0], chosen.address
-    sizes = tokens, pool.rows, sequences.page, heads, pool.columns, chosen.columns
-    _lightning.select_paged(*addresses, *sizes, torch.get_num_threads(), variant)
+    if chosen.stride != chosen.columns:
+        raise ValueError("choices must be without gaps")
+    queries = q.address if q else 0, w.address if w else 0
+    if ask is not None and ask.rows < pool.rows:
+        raise ValueError(f"the pool to ask for has {ask.rows} rows, fewer than the {pool.rows} to choose among")
+    addresses = *queries, pool.address, pool.scales, where.buffer_info()[0], chosen.address, ask.address if ask else 0
+    sizes = pool.format, tokens, pool.rows, sequences.page, heads, pool.columns, chosen.columns
+    row_bytes = ask.columns * (4, 2, 1)[ask.format] if ask else 0
+    _lightning.select_paged(*addresses, row_bytes, *sizes, torch.get_num_threads(), variant)
 
 
 if _decoding is not None:

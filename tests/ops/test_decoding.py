@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glm5.ops import decoding, reference
-from glm5.ops.decoding import Matrix
+from glm5.ops.decoding import Matrix, Stored
 from glm5.ops.rotary import rotate, rotation
 
 if not decoding.available():
@@ -110,7 +110,7 @@ def test_attention_of_every_token_to_its_own_rows(counts):
     places = [torch.randperm(90, generator=g)[:count].sort().values for count in counts]
     selected = torch.stack([F.pad(at, (0, 45 - len(at)), value=-1) for at in places])
     y = torch.empty(tokens, 3, 13)
-    decoding.attend(Matrix.of(y), Matrix.of(q), Matrix.of(keys), Matrix.of(selected), 0.3)
+    decoding.attend(Matrix.of(y), Matrix.of(q), Stored.of(keys), Matrix.of(selected), 0.3)
     expected = reference.sparse_attention(q[None], keys[None], selected[None], 13, 0.3)[0]
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
 
@@ -118,7 +118,7 @@ def test_attention_of_every_token_to_its_own_rows(counts):
 def test_attention_with_large_scores():
     q, keys = random(2, 16) * 50, random(100, 16)
     y, places = torch.empty(2, 16), torch.arange(100)
-    decoding.attend(Matrix.of(y), Matrix.of(q), Matrix.of(keys), Matrix.of(places), 1.0)
+    decoding.attend(Matrix.of(y), Matrix.of(q), Stored.of(keys), Matrix.of(places), 1.0)
     torch.testing.assert_close(y, torch.softmax(q @ keys.T, -1) @ keys, rtol=1e-5, atol=1e-6)
 
 
@@ -127,7 +127,7 @@ def test_rows_from_and_to_places():
     y = torch.empty(3, 5)
     decoding.gather(Matrix.of(y), Matrix.of(pool), Matrix.of(places))
     assert torch.equal(y, pool[places])
-    decoding.scatter(Matrix.of(rows), Matrix.of(pool), Matrix.of(places))
+    decoding.scatter(Matrix.of(rows), Stored.of(pool), Matrix.of(places))
     assert torch.equal(pool[places], rows)
     for wrong in ([0, 9, 1], [0, -1, 1], [0, 1]):
         with pytest.raises(ValueError, match="do not fit"):
@@ -177,7 +177,7 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="do not fit"):
         decoding.rms_norm(x, x, Matrix.of(random(5)), 1e-5)
     with pytest.raises(ValueError, match="do not fit"):
-        decoding.attend(y.cut(0, 1), x, Matrix.of(random(3, 6)), Matrix.of(torch.tensor([3])), 1.0)
+        decoding.attend(y.cut(0, 1), x, Stored.of(random(3, 6)), Matrix.of(torch.tensor([3])), 1.0)
     with pytest.raises(ValueError, match="do not fit"):  # more of a head than it has
         decoding.combine_heads(Matrix.of(random(2, 6)), x, Matrix.of(random(10, 6)), 2, 0)
     with pytest.raises(ValueError, match="do not fit"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glm5.ops import decoding, lightning, reference
-from glm5.ops.decoding import Matrix, Sequences
+from glm5.ops.decoding import Matrix, Sequences, Stored
 
 if not decoding.available():
     pytest.skip("the install found no C compiler", allow_module_level=True)
@@ -51,7 +51,7 @@ class Paged:
     def chosen(self, k: int, variant: int = 0) -> Tensor:
         at_TK = torch.full((len(self.lengths), k), -7)
         q, w = Matrix.of(self.q_THI), Matrix.of(self.w_TH)
-        decoding.select(Matrix.of(at_TK), q, w, Matrix.of(self.pool_XI), self.sequences(), variant=variant)
+        decoding.select(Matrix.of(at_TK), q, w, Stored.of(self.pool_XI), self.sequences(), variant=variant)
         return at_TK
 
     def truth(self, k: int) -> Tensor:
@@ -104,7 +104,7 @@ def test_few_keys_are_all_chosen_whatever_they_score():
     paged = Paged([3, 8], page=4)
     paged.pool_XI.fill_(float("nan"))
     at_TK = torch.empty(2, 8, dtype=torch.int64)
-    decoding.select(Matrix.of(at_TK), None, None, Matrix.of(paged.pool_XI), paged.sequences())
+    decoding.select(Matrix.of(at_TK), None, None, Stored.of(paged.pool_XI), paged.sequences())
     assert torch.equal(at_TK[1], paged.slots(1)) and at_TK[0].tolist() == [*paged.slots(0).tolist(), *[-1] * 5]
 
 
@@ -113,7 +113,7 @@ def test_refuses_memory_that_it_would_misread(fault):
     paged = Paged([30, 9], page=4)
     at_TK = torch.empty(2, 3, dtype=torch.int64)
     q, w = Matrix.of(paged.q_THI), Matrix.of(paged.w_TH)
-    pool, sequences = Matrix.of(paged.pool_XI), paged.sequences()
+    pool, sequences = Stored.of(paged.pool_XI), paged.sequences()
     if fault == "outside":
         paged.tables[0][2] = 100
     elif fault == "negative":

@@ -18,10 +18,12 @@
 #include <immintrin.h>
 #endif
 
+#include "storage.h"
+
 #include "matrix.h"
 
 enum {
-    INTERFACE = 2, /* counts changes of what Python calls: an older build is not used */
+    INTERFACE = 3, /* counts changes of what Python calls: an older build is not used */
     OUTPUTS = 8, /* rows of a weight that are multiplied together: enough sums to hide the latency of an addition */
 };
 
@@ -38,7 +40,7 @@ typedef struct { /* one instruction set */
     void (*combine_heads)(matrix y, matrix x, matrix weight, int64_t heads, int64_t step);
     void (*split_heads)(matrix y, matrix x, matrix weight, int64_t heads, int64_t step);
     void (*swiglu)(matrix y, matrix gate, matrix up);
-    void (*attend)(matrix y, matrix q, matrix keys, const int64_t *places, int64_t count, float *p, float scale);
+    void (*attend)(matrix y, matrix q, const float *const *keys, int64_t count, float *p, float scale);
     void (*sigmoid)(float *x, int64_t count);
 } kernels;
 
@@ -91,23 +93,17 @@ ENTRY(copy) {
     Py_RETURN_NONE;
 }
 
-/* Rows of a pool from or to the places (int64) that a vector names. */
-static PyObject *by_place(PyObject *const *args, Py_ssize_t given, int gather) {
-    matrix m[3]; /* rows, pool, places */
+ENTRY(gather) {
+    matrix m[3]; /* rows, table, places (int64) */
     if (!read_all(args, given, 3, m, 0, &args)) return NULL;
     const int64_t *places = (const int64_t *)(const void *)m[2].at;
     if (!fits(m[0].columns == m[1].columns && vector_of(m[2], m[0].rows))) return NULL;
     for (int64_t r = 0; r < m[0].rows; r++) {
         if (!fits(places[r] >= 0 && places[r] < m[1].rows)) return NULL;
-        float *own = row(m[0], r), *pooled = row(m[1], places[r]);
-        memmove(gather ? own : pooled, gather ? pooled : own, sizeof(float) * (size_t)m[0].columns);
+        memmove(row(m[0], r), row(m[1], places[r]), sizeof(float) * (size_t)m[0].columns);
     }
     Py_RETURN_NONE;
 }
-
-ENTRY(gather) { return by_place(args, given, 1); }
-
-ENTRY(scatter) { return by_place(args, given, 0); }
 
 ENTRY(rms_norm) {
     matrix m[3];
@@ -186,33 +182,7 @@ ENTRY(swiglu) {
     Py_RETURN_NONE;
 }
 
-/* Attention of the heads of every token (rows of q follow each other) to the rows of the pool that its places name. */
-ENTRY(attend) {
-    matrix m[4]; /* y, q, pool, places (int64, -1 padded) */
-    float scale;
-    if (!read_all(args, given, 4, m, 1, &args) || !real(args[0], &scale)) return NULL;
-    const matrix y = m[0], q = m[1], pool = m[2], places = m[3];
-    if (!fits(y.rows == q.rows && q.columns == pool.columns && y.columns <= pool.columns)) return NULL;
-    if (!fits(places.rows > 0 && places.columns >= 0 && y.rows % places.rows == 0)) return NULL;
-    const int64_t heads = y.rows / places.rows, *at = (const int64_t *)(const void *)places.at;
-    for (int64_t t = 0; t < places.rows; t++)
-        for (int64_t i = 0; i < places.columns && at[t * places.stride + i] >= 0; i++)
-            if (!fits(at[t * places.stride + i] < pool.rows)) return NULL;
-    float *p = PyMem_Malloc(sizeof(float) * (size_t)(places.columns + 1));
-    if (!p) return PyErr_NoMemory();
-    PyThreadState *own = let_others_run(2 * size_of(places) * (double)heads * (double)q.columns);
-    for (int64_t t = 0; t < places.rows; t++) {
-        const int64_t *mine = at + t * places.stride;
-        const matrix y_t = {row(y, t * heads), heads, y.columns, y.stride};
-        const matrix q_t = {row(q, t * heads), heads, q.columns, q.stride};
-        int64_t count = 0;
-        while (count < places.columns && mine[count] >= 0) count++;
-        use->attend(y_t, q_t, pool, mine, count, p, scale);
-    }
-    if (own) PyEval_RestoreThread(own);
-    PyMem_Free(p);
-    Py_RETURN_NONE;
-}
+#include "decoding_cache.h"
 
 /* The best of what is left; a NaN counts as largest, so that an expert is found whatever the scores are. */
 static int64_t best_of(const float *choice, const char *taken, int64_t count) {
@@ -301,8 +271,8 @@ static PyObject *py_use_variant(PyObject *self, PyObject *index) {
 
 static PyMethodDef methods[] = {
     FAST(copy, "copy(y, x)"),
-    FAST(gather, "gather(y, pool, places): y[r] = pool[places[r]]"),
-    FAST(scatter, "scatter(x, pool, places): pool[places[r]] = x[r]"),
+    FAST(gather, "gather(y, table, places): y[r] = table[places[r]]"),
+    FAST(scatter, "scatter(x, pool, places): pool[places[r]] = x[r]; the pool is a store"),
     FAST(rms_norm, "rms_norm(y, x, weight, eps)"),
     FAST(layer_norm, "layer_norm(y, x, weight, bias, eps)"),
     FAST(linear, "linear(y, x, weight, scale, add): y (+)= scale * x @ weight.T"),
@@ -310,7 +280,7 @@ static PyMethodDef methods[] = {
     FAST(split_heads, "split_heads(y, x, weight, heads, first): y[h] = weight[h] @ x[h]"),
     FAST(rotate, "rotate(y, x, cos, sin, interleaved): rows of angles serve equal runs of rows"),
     FAST(swiglu, "swiglu(y, gate, up)"),
-    FAST(attend, "attend(y, q, pool, places, scale)"),
+    FAST(attend, "attend(y, q, pool, places, scale): the pool is a store"),
     FAST(route, "route(chosen, weights, scores, bias, normalise, factor)"),
     FAST(experts, "experts(y, x, chosen, weights, gate_up, down, hidden)"),
     {"variants", py_variants, METH_NOARGS, "How many instruction sets this processor runs; variant 0 is the widest."},

@@ -174,16 +174,14 @@ TARGET static void NAME(softmax)(float *p, int64_t count) {
     for (int64_t i = 0; i < count; i++) p[i] *= scale;
 }
 
-TARGET static void NAME(attend)(matrix y, matrix q, matrix keys, const int64_t *places, int64_t count, float *p,
-                                float scale) {
+TARGET static void NAME(attend)(matrix y, matrix q, const float *const *keys, int64_t count, float *p, float scale) {
     for (int64_t h = 0; h < q.rows; h++) {
         float *to = row(y, h);
         memset(to, 0, sizeof(float) * (size_t)y.columns);
         if (!count) continue; /* what selected nothing attends to nothing */
-        for (int64_t i = 0; i < count; i++)
-            p[i] = scale * NAME(dot)(row(q, h), row(keys, places[i]), q.columns);
+        for (int64_t i = 0; i < count; i++) p[i] = scale * NAME(dot)(row(q, h), keys[i], q.columns);
         NAME(softmax)(p, count);
-        for (int64_t i = 0; i < count; i++) NAME(add_scaled)(to, p[i], row(keys, places[i]), y.columns);
+        for (int64_t i = 0; i < count; i++) NAME(add_scaled)(to, p[i], keys[i], y.columns);
     }
 }
 

@@ -30,15 +30,6 @@
 #include <immintrin.h>
 #endif
 
-enum {
-    INTERFACE = 2,          /* counts changes of what Python calls: an older build is not used */
-    PANEL = 48,             /* keys per panel: three AVX-512 registers */
-    TILE = 8,               /* (query, head) rows that are multiplied with a panel together */
-    MOST_QUERIES = 16,      /* queries per block: each reads every panel while it is in the first cache */
-    BLOCK_FLOATS = 1 << 15, /* of a block's packed queries: 128 KiB, well inside the second cache */
-    MOST_THREADS = 256,
-};
-
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define UNROLL16 UNROLL
@@ -47,221 +38,18 @@ enum {
 #define UNROLL16 _Pragma("GCC unroll 16")
 #endif
 
-typedef struct { /* the candidates of one query, in order of position */
-    float *value;
-    int32_t *place;
-    int64_t count;
-    float floor; /* k earlier candidates are at least this good */
-} candidates;
+#include "storage.h"
 
-typedef struct { /* the keys of one query in a paged pool: blocks of `block` slots, of which `length` hold keys */
-    const int64_t *table;
-    int64_t blocks, length;
-} sequence;
-
-typedef struct { /* what one thread owns */
-    float *queries; /* [rows / TILE][width][TILE] */
-    float *weights; /* [rows] */
-    float *panel; /* [width][PANEL], when keys are packed on the fly */
-    float *rows; /* [PANEL][width], when keys are collected from blocks */
-    float **targets; /* [rows] the score row that a row adds to */
-    float *scores; /* [queries + 1][PANEL]; rows that only fill the last tile add to the last one */
-    candidates *best; /* [queries] */
-    int64_t room; /* of each candidate list */
-    char *memory;
-} scratch;
-
-typedef struct job {
-    const float *q, *k, *w;        /* [T, H, I], [S, I], [T, H] */
-    const float *panels;           /* [ceil(S / PANEL), I, PANEL], or NULL: pack on the fly */
-    const int64_t *lo, *hi;        /* [T] */
-    int64_t *chosen;               /* [T, best] */
-    int64_t tokens, keys, heads, width;
-    int64_t best;                  /* how many keys a query chooses */
-    int64_t block;                 /* queries per block */
-    const struct kernel *use;
-    const sequence *where;         /* [T], if the keys lie in blocks of a pool; the choices are then slots of it */
-    int64_t page;                  /* slots per block of the pool */
-    int64_t parts;                 /* of every query's keys, for as many threads */
-    candidates *partial;           /* [T, parts], if there are several */
-    atomic_llong next;
-    atomic_int out_of_memory;
-} job;
-
-typedef struct kernel { /* one instruction set */
-    void (*select_block)(const job *, scratch *, int64_t first, int64_t last);
-    void (*select_part)(const job *, scratch *, int64_t unit);
-    void (*keep_best)(candidates *, int64_t k);
-} kernel;
-
-/* The visible interval of a query, cut to the keys that exist. */
-static inline int64_t low_of(const job *work, int64_t t) {
-    return work->lo[t] > 0 ? work->lo[t] : 0;
-}
-
-static inline int64_t high_of(const job *work, int64_t t) {
-    return work->hi[t] < work->keys ? work->hi[t] : work->keys;
-}
-
-/* A float's place in the order of all floats, and back. */
-static inline int32_t rank_of(float value) {
-    int32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits ^ (bits >> 31 & 0x7fffffff);
-}
-
-static inline float float_of(int64_t rank) {
-    const int32_t bits = rank < 0 ? (int32_t)rank ^ 0x7fffffff : (int32_t)rank;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-/* [queries, heads, width] to [rows / TILE][width][TILE]; zero rows with zero weight fill the last tile. */
-static void load_queries(const job *work, scratch *own, int64_t first, int64_t last) {
-    const int64_t rows = (last - first) * work->heads, width = work->width;
-    for (int64_t row = 0; row < (rows + TILE - 1) / TILE * TILE; row++) {
-        const int real = row < rows;
-        const float *q = work->q + (first * work->heads + row) * width;
-        float *packed = own->queries + row / TILE * TILE * width + row % TILE;
-        for (int64_t i = 0; i < width; i++) packed[i * TILE] = real ? q[i] : 0.0f;
-        own->weights[row] = real ? work->w[first * work->heads + row] : 0.0f;
-        own->targets[row] = own->scores + (real ? row / work->heads : last - first) * PANEL;
-    }
-}
-
-/* The panel of keys that begins at `start`: [PANEL, width] to [width, PANEL], zeros beyond the last key. */
-static void pack_panel(const float *keys, float *panel, int64_t start, int64_t count, int64_t width) {
-    const int64_t real = count - start < PANEL ? count - start : PANEL;
-    int64_t whole_keys = 0, whole_width = 0; /* what 4 x 4 blocks cover */
-    keys += start * width;
-    if (real < PANEL) memset(panel, 0, sizeof(float) * PANEL * (size_t)width);
-#if defined(__x86_64__)
-    whole_keys = real / 4 * 4, whole_width = width / 4 * 4;
-    for (int64_t s = 0; s < whole_keys; s += 4) {
-        for (int64_t i = 0; i < whole_width; i += 4) {
-            const float *from = keys + s * width + i;
-            float *to = panel + i * PANEL + s;
-            __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + width);
-            __m128 c = _mm_loadu_ps(from + 2 * width), d = _mm_loadu_ps(from + 3 * width);
-            _MM_TRANSPOSE4_PS(a, b, c, d);
-            _mm_storeu_ps(to, a), _mm_storeu_ps(to + PANEL, b);
-            _mm_storeu_ps(to + 2 * PANEL, c), _mm_storeu_ps(to + 3 * PANEL, d);
-        }
-    }
-#endif
-    for (int64_t s = 0; s < real; s++)
-        for (int64_t i = s < whole_keys ? whole_width : 0; i < width; i++) panel[i * PANEL + s] = keys[s * width + i];
-}
+#include "lightning_job.h"
 
 #include "lightning_paged.h"
 
-#if defined(__x86_64__)
+#include "lightning_variants.h"
 
-#include "transpose.h"
-
-#define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f,avx2,fma,popcnt")))
-#define LANES 16
-#define ROWS 8
-#define RELU(v) ((vector_avx512)_mm512_max_ps(_mm512_setzero_ps(), (__m512)(v)))
-#define COMPRESS
-#define KEYS 16
-#define VECTORS 1
-#define TRANSPOSE(v) transpose_16((__m512 *)(v))
-#include "lightning_kernel.h"
-#undef NAME
-#undef TARGET
-#undef LANES
-#undef ROWS
-#undef RELU
-#undef COMPRESS
-#undef KEYS
-#undef VECTORS
-#undef TRANSPOSE
-
-#define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define LANES 8
-#define ROWS 4
-#define RELU(v) ((vector_avx2)_mm256_max_ps(_mm256_setzero_ps(), (__m256)(v)))
-#define KEYS 6
-#define VECTORS 2
-#define TRANSPOSE(v) transpose_8((__m256 *)(v))
-#include "lightning_kernel.h"
-#undef NAME
-#undef TARGET
-#undef LANES
-#undef ROWS
-#undef RELU
-#undef KEYS
-#undef VECTORS
-#undef TRANSPOSE
-
-#define NAME(x) x##_plain
-#define TARGET
-#define LANES 4
-#define ROWS 4
-#define RELU(v) ((vector_plain)_mm_max_ps(_mm_setzero_ps(), (__m128)(v)))
-#include "lightning_kernel.h"
-
-#else
-
-typedef int32_t bits4 __attribute__((vector_size(16)));
-#define NAME(x) x##_plain
-#define TARGET
-#define LANES 4
-#define ROWS 8
-#define RELU(v) ((vector_plain)((bits4)(v) & ~(bits4)((v) < 0)))
-#include "lightning_kernel.h"
-
-#endif
-
-/* The variants that this processor runs, the widest first. Returns how many. */
-static int find_variants(const kernel *found[3]) {
-    int count = 0;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f")) found[count++] = &kernel_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = &kernel_avx2;
-#endif
-    found[count++] = &kernel_plain;
-    return count;
-}
-
-static int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-static int open_scratch(const job *work, scratch *own) {
-    const int64_t queries = work->block, rows = queries * ((work->heads + 15) / 16 * 16);
-    own->room = padded(4 * (2 * work->best + 2 * PANEL + 16)) / 4; /* both lists begin on a cache line */
-    const int64_t sizes[] = {
-        padded(4 * rows * work->width),
-        padded(4 * rows),
-        padded(4 * work->width * PANEL),
-        padded(4 * work->width * PANEL),
-        padded((int64_t)sizeof(float *) * rows),
-        padded(4 * (queries + 1) * PANEL),
-        padded((int64_t)sizeof(candidates) * queries),
-        padded(8 * own->room) * queries,
-    };
-    int64_t total = 0;
-    for (int i = 0; i < 8; i++) total += sizes[i];
-    void *memory;
-    if (posix_memalign(&memory, 64, (size_t)total)) return 0;
-    char *at = own->memory = memory;
-    own->queries = (float *)at, at += sizes[0];
-    own->weights = (float *)at, at += sizes[1];
-    own->panel = (float *)at, at += sizes[2];
-    own->rows = (float *)at, at += sizes[3];
-    own->targets = (float **)at, at += sizes[4];
-    own->scores = (float *)at, at += sizes[5];
-    own->best = (candidates *)at, at += sizes[6];
-    for (int64_t t = 0; t < queries; t++, at += padded(8 * own->room)) {
-        own->best[t].value = (float *)at;
-        own->best[t].place = (int32_t *)at + own->room;
-    }
-    return 1;
-}
+enum {
+    INTERFACE = 3, /* counts changes of what Python calls: an older build is not used */
+    MOST_THREADS = 256,
+};
 
 static void *worker(void *shared) {
     job *work = shared;
@@ -274,7 +62,7 @@ static void *worker(void *shared) {
         const int64_t first = (int64_t)atomic_fetch_add(&work->next, work->block);
         if (first >= work->tokens * work->parts) break;
         const int64_t last = first + work->block < work->tokens ? first + work->block : work->tokens;
-        if (work->where) work->use->select_part(work, &own, first);
+        if (work->where) run_part(work, &own, first);
         else work->use->select_block(work, &own, first, last);
     }
     free(own.memory);
@@ -303,7 +91,7 @@ static int64_t block_size(const job *work, int threads) {
 
 /* The kernel of a call, or NULL with an exception set: for a variant that is not there, or sizes that cannot be. */
 static const kernel *kernel_of(int variant, int *threads, const int64_t *sizes, int count) {
-    const kernel *found[3];
+    const kernel *found[VARIANTS];
     if (variant < 0 || variant >= find_variants(found)) {
         PyErr_SetString(PyExc_ValueError, "this processor has no such variant");
         return NULL;
@@ -344,20 +132,25 @@ static PyObject *py_select(PyObject *self, PyObject *args) {
 }
 
 static PyObject *py_select_paged(PyObject *self, PyObject *args) {
-    unsigned long long q, w, pool, where, chosen;
-    long long tokens, slots, page, heads, width, best;
+    unsigned long long q, w, pool, scales, where, chosen, ask;
+    long long ask_bytes, format, tokens, slots, page, heads, width, best;
     int threads, variant;
-    if (!PyArg_ParseTuple(args, "KKKKKLLLLLLii", &q, &w, &pool, &where, &chosen, &tokens, &slots, &page, &heads,
-                          &width, &best, &threads, &variant))
+    if (!PyArg_ParseTuple(args, "KKKKKKKLLLLLLLLii", &q, &w, &pool, &scales, &where, &chosen, &ask, &ask_bytes, &format, &tokens,
+                          &slots, &page, &heads, &width, &best, &threads, &variant))
         return NULL;
     const kernel *use = kernel_of(variant, &threads, (const int64_t[]){tokens, page, heads, width, best}, 5);
     if (!use) return NULL;
+    if (format < FP32 || format >= FORMATS || (format == FP8) != (scales != 0)) {
+        PyErr_SetString(PyExc_ValueError, "the pool has no such format, or lacks its scales");
+        return NULL;
+    }
     job work = {
-        .q = (const float *)(uintptr_t)q, .k = (const float *)(uintptr_t)pool, .w = (const float *)(uintptr_t)w,
+        .q = (const float *)(uintptr_t)q, .w = (const float *)(uintptr_t)w,
+        .pool = {(char *)(uintptr_t)pool, (uint8_t *)(uintptr_t)scales, slots, width, format},
         .where = (const sequence *)(uintptr_t)where, .chosen = (int64_t *)(uintptr_t)chosen,
         .tokens = tokens, .heads = heads, .width = width, .best = best, .page = page, .block = 1, .use = use,
     };
-    const double products = check_sequences(&work, slots);
+    const double products = check_sequences(&work);
     if (products < 0) return NULL;
     work.parts = products < LONG_WORK ? 1 : (threads + tokens - 1) / tokens;
     if (work.parts > 1 && !open_partial(&work)) return PyErr_NoMemory();
@@ -366,6 +159,9 @@ static PyObject *py_select_paged(PyObject *self, PyObject *args) {
     if (own) PyEval_RestoreThread(own);
     const int failed = atomic_load(&work.out_of_memory);
     if (work.parts > 1) join_parts(&work, failed);
+    const store rows = {(char *)(uintptr_t)ask, NULL, slots, ask_bytes, FP8}; /* a column being a byte */
+    for (int64_t i = 0; ask && !failed && i < tokens * best; i++)
+        if (work.chosen[i] >= 0) fetch(&rows, work.chosen[i]);
     return failed ? PyErr_NoMemory() : Py_NewRef(Py_None);
 }
 
@@ -385,7 +181,7 @@ static PyObject *py_pack(PyObject *self, PyObject *args) {
 }
 
 static PyObject *py_variants(PyObject *self, PyObject *none) {
-    const kernel *variants[3];
+    const kernel *variants[VARIANTS];
     return PyLong_FromLong(find_variants(variants));
 }
 
@@ -395,8 +191,8 @@ static PyMethodDef methods[] = {
      "select(q, k, panels, w, lo, hi, chosen, tokens, keys, heads, width, best, threads, variant): seven addresses, "
      "then sizes. panels may be 0."},
     {"select_paged", py_select_paged, METH_VARARGS,
-     "select_paged(q, w, pool, where, chosen, tokens, slots, page, heads, width, best, threads, variant): five "
-     "addresses, then sizes. where: (address of a block table, blocks, length) of every query."},
+     "select_paged(q, w, pool, scales, where, chosen, ask, bytes, format, tokens, slots, page, heads, width, best, "
+     "threads, variant): seven addresses, then sizes. where: (address of a block table, blocks, length) of every query."},
     {"variants", py_variants, METH_NOARGS, "How many instruction sets this processor runs; variant 0 is the widest."},
     {NULL, NULL, 0, NULL},
 };

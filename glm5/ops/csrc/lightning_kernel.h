@@ -1,5 +1,5 @@
-/* One query block of the fused indexer, written once and compiled once per instruction set by lightning.c, which
- * defines before each inclusion:
+/* The scores of the fused indexer and its passes over the keys, written once and compiled once per instruction set by
+ * lightning_variants.h, which defines before each inclusion:
  *
  *   NAME(x)   the function's name in this variant        TARGET   the function attribute that allows the instructions
  *   LANES     floats in one vector register              ROWS     (query, head) rows held in registers at once
@@ -12,6 +12,8 @@
  * the same sum in the same order (width first, then heads) whatever tile it falls into: that is what makes a query's
  * result independent of its neighbours.
  */
+
+#include "lightning_best.h"
 
 typedef float NAME(vector) __attribute__((vector_size(4 * LANES), may_alias));
 
@@ -47,92 +49,6 @@ TARGET static void NAME(score_tile)(const float *queries, const float *weights, 
             sum[0] = a, sum[1] = b, sum[2] = c;
         }
     }
-}
-
-#ifdef COMPRESS
-/* Append those of 16 candidates that `mask` names and return the new count. Writes 16 places beyond the old one. */
-TARGET static inline int64_t NAME(append)(candidates *to, int64_t count, __m512 value, __m512i place, __mmask16 mask) {
-    _mm512_storeu_ps(to->value + count, _mm512_maskz_compress_ps(mask, value));
-    _mm512_storeu_si512(to->place + count, _mm512_maskz_compress_epi32(mask, place));
-    return count + __builtin_popcount(mask);
-}
-#endif
-
-/* Cut the candidates to the `k` best. They stay in order of position, so among equals the first ones are kept. */
-TARGET static void NAME(keep_best)(candidates *have, int64_t k) {
-    const float *value = have->value;
-    const int64_t count = have->count;
-    int32_t least = INT32_MAX, most = INT32_MIN;
-    for (int64_t i = 0; i < count; i++) {
-        const int32_t rank = rank_of(value[i]);
-        least = rank < least ? rank : least;
-        most = rank > most ? rank : most;
-    }
-    /* Bisect over the representable floats for the largest bound that k candidates reach: counting is a vector loop. */
-    int64_t low = least, high = most;
-    while (low < high) {
-        const int64_t middle = low + (high - low + 1) / 2;
-        const float bound = float_of(middle);
-        int32_t reach = 0;
-        for (int64_t i = 0; i < count; i++) reach += value[i] >= bound;
-        if (reach < k) high = middle - 1;
-        else low = middle;
-        if (reach == k) break;
-    }
-    const float bound = float_of(low);
-    int32_t above = 0;
-    for (int64_t i = 0; i < count; i++) above += value[i] > bound;
-    int64_t equals = k - above, kept = 0;
-#ifdef COMPRESS
-    for (int64_t i = 0; i < count; i += 16) {
-        const __mmask16 real = count - i < 16 ? (1u << (count - i)) - 1 : 0xffff;
-        const __m512 v = _mm512_load_ps(value + i);
-        const __mmask16 over = _mm512_mask_cmp_ps_mask(real, v, _mm512_set1_ps(bound), _CMP_GT_OQ);
-        uint32_t equal = _mm512_mask_cmp_ps_mask(real, v, _mm512_set1_ps(bound), _CMP_EQ_OQ);
-        while (__builtin_popcount(equal) > equals) equal ^= 1u << (31 - __builtin_clz(equal));
-        equals -= __builtin_popcount(equal);
-        kept = NAME(append)(have, kept, v, _mm512_load_si512(have->place + i), over | (__mmask16)equal);
-    }
-#else
-    for (int64_t i = 0; i < count; i++) {
-        const float v = value[i];
-        const int equal = (v == bound) & (equals > 0);
-        have->value[kept] = v;
-        have->place[kept] = have->place[i];
-        kept += (v > bound) | equal;
-        equals -= equal;
-    }
-#endif
-    have->count = kept;
-    have->floor = bound;
-}
-
-/* Append the scores above the floor. NaN and -inf never are; an equal of the floor comes later and so loses the tie. */
-TARGET static void NAME(push)(candidates *have, const float *scores, int64_t start) {
-    const float floor = have->floor;
-    int64_t count = have->count;
-#ifdef COMPRESS
-    __m512i place = _mm512_add_epi32(_mm512_set1_epi32((int32_t)start),
-                                     _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    for (int s = 0; s < PANEL; s += 16) {
-        const __m512 v = _mm512_load_ps(scores + s);
-        const __mmask16 over = _mm512_cmp_ps_mask(v, _mm512_set1_ps(floor), _CMP_GT_OQ);
-        if (over) count = NAME(append)(have, count, v, place, over);
-        place = _mm512_add_epi32(place, _mm512_set1_epi32(16));
-    }
-#else
-    for (int s = 0; s < PANEL; s += 16) {
-        int over = 0;
-        for (int j = s; j < s + 16; j++) over |= scores[j] > floor;
-        if (!over) continue;
-        for (int j = s; j < s + 16; j++) {
-            have->value[count] = scores[j];
-            have->place[count] = (int32_t)start + j;
-            count += scores[j] > floor;
-        }
-    }
-#endif
-    have->count = count;
 }
 
 #ifdef KEYS
@@ -216,6 +132,23 @@ TARGET static void NAME(score_panel)(const job *work, scratch *own, int64_t firs
     }
 }
 
+#if !defined(KEYS) || defined(COMPRESS) /* the sieve of AVX-512 packs what passed */
+/* Scores of `count` keys [count, width] for the one query that was loaded, packed first. */
+TARGET static void NAME(score_collected)(const job *work, scratch *own, const float *keys, int64_t count) {
+    pack_panel(keys, own->panel, 0, count, work->width);
+    memset(own->scores, 0, sizeof(float) * PANEL);
+    for (int64_t row = 0; row < work->heads; row += TILE)
+        NAME(score_tile)(own->queries + row * work->width, own->weights + row, own->targets + row, own->panel, work->width);
+}
+#endif
+
+/* Adds the scores of PANEL keys to the candidates of a query, of those keys that lie before `end`. */
+TARGET static void NAME(offer)(const job *work, scratch *own, candidates *best, float *scores, int64_t start, int64_t end) {
+    for (int64_t s = end - start; s < PANEL; s++) scores[s] = -INFINITY;
+    if (best->count > own->room - PANEL - 16) NAME(keep_best)(best, work->best);
+    NAME(push)(best, scores, start);
+}
+
 /* Select for the queries `first` to `last`, panel of keys after panel of keys. */
 TARGET static void NAME(select_block)(const job *work, scratch *own, int64_t first, int64_t last) {
     const int64_t queries = last - first;
@@ -245,9 +178,7 @@ TARGET static void NAME(select_block)(const job *work, scratch *own, int64_t fir
             if (unpacked) NAME(score_unpacked)(work, own, t, start);
 #endif
             for (int64_t s = 0; s < lo; s++) scores[s] = -INFINITY;
-            for (int64_t s = hi; s < PANEL; s++) scores[s] = -INFINITY;
-            if (own->best[t].count > own->room - PANEL - 16) NAME(keep_best)(&own->best[t], work->best);
-            NAME(push)(&own->best[t], scores, start);
+            NAME(offer)(work, own, &own->best[t], scores, start, start + hi);
         }
     }
     for (int64_t t = 0; t < queries; t++) {
@@ -258,47 +189,23 @@ TARGET static void NAME(select_block)(const job *work, scratch *own, int64_t fir
     }
 }
 
-/* Select for one part of the keys of one query, which lie in blocks of a pool. */
-TARGET static void NAME(select_part)(const job *work, scratch *own, int64_t unit) {
-    const int64_t t = unit / work->parts, part = unit % work->parts, length = work->where[t].length;
-    if (length <= work->best) {
-        if (!part) write_everything(work, t);
-        return;
-    }
-    const int64_t panels = (length + PANEL - 1) / PANEL, last = panels * (part + 1) / work->parts;
-    candidates *best = own->best;
-    best->count = 0;
-    best->floor = -INFINITY;
+/* Selects for one query among its keys from position `begin` to `end`, which lie in blocks of a pool. */
+TARGET static void NAME(select_part)(const job *work, scratch *own, int64_t t, int64_t begin, int64_t end) {
 #ifdef KEYS
     NAME(load_rows)(work, own, t, t + 1);
 #else
     load_queries(work, own, t, t + 1);
 #endif
-    for (int64_t panel = panels * part / work->parts; panel < last; panel++) {
-        const int64_t start = panel * PANEL;
+    for (int64_t start = begin; start < end; start += PANEL) {
         const float *keys = panel_of(work, own, t, start);
-        fetch_next(work, t, start);
+        fetch_ahead(work, t, start);
 #ifdef KEYS
         NAME(score_rows)(own->queries, own->weights, own->scores, keys, work->heads, work->width);
 #else
-        pack_panel(keys, own->panel, 0, PANEL, work->width);
-        memset(own->scores, 0, sizeof(float) * PANEL);
-        for (int64_t row = 0; row < work->heads; row += TILE)
-            NAME(score_tile)(own->queries + row * work->width, own->weights + row, own->targets + row, own->panel, work->width);
+        NAME(score_collected)(work, own, keys, PANEL);
 #endif
-        for (int64_t s = length - start; s < PANEL; s++) own->scores[s] = -INFINITY;
-        if (best->count > own->room - PANEL - 16) NAME(keep_best)(best, work->best);
-        NAME(push)(best, own->scores, start);
+        NAME(offer)(work, own, own->best, own->scores, start, end);
     }
-    if (best->count > work->best) NAME(keep_best)(best, work->best);
-    if (work->parts == 1) {
-        write_slots(work, t, best);
-        return;
-    }
-    candidates *kept = work->partial + unit;
-    kept->count = best->count;
-    memcpy(kept->value, best->value, sizeof(float) * (size_t)best->count);
-    memcpy(kept->place, best->place, sizeof(int32_t) * (size_t)best->count);
 }
 
 static const kernel NAME(kernel) = {NAME(select_block), NAME(select_part), NAME(keep_best)};

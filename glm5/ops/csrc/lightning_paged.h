@@ -1,9 +1,10 @@
 /* Queries whose keys lie in blocks of a pool: which memory a panel of keys is, and choices that several threads share.
  *
- * Position p of a sequence lies in slot table[p / page] * page + p % page. Keys that follow each other in the pool are
- * read where they lie; a panel that jumps from one block to another is collected first. A query of at most `best` keys
- * takes them all, whatever its scores are. With more threads than queries the keys of each are cut into parts; the
- * best of the parts' best are the best of all, so the choice does not depend on the number of threads.
+ * Position p of a sequence lies in slot table[p / page] * page + p % page. fp32 keys that follow each other in the pool
+ * are read where they lie; a panel that jumps from one block to another, or is kept in fewer bits, is collected first. A
+ * query of at most `best` keys takes them all, whatever its scores are. With more threads than queries the keys of each
+ * are cut into parts; the best of the parts' best are the best of all, so the choice does not depend on the number of
+ * threads.
  */
 
 enum { LONG_WORK = 1 << 21 }; /* multiplications, about 0.1 ms: less is not worth a thread, nor handing over to others */
@@ -12,14 +13,24 @@ static inline int64_t slot_of(const job *work, int64_t t, int64_t position) {
     return work->where[t].table[position / work->page] * work->page + position % work->page;
 }
 
+/* The slots of the positions from `begin` to `end`; how many there are. */
+static inline int64_t slots_of(const job *work, int64_t t, int64_t begin, int64_t end, int64_t *slots) {
+    for (int64_t at = begin, next; at < end; at = next) {
+        const int64_t first = slot_of(work, t, at) - at, page_end = at - at % work->page + work->page;
+        next = page_end < end ? page_end : end;
+        for (int64_t i = at; i < next; i++) slots[i - begin] = first + i;
+    }
+    return end > begin ? end - begin : 0;
+}
+
 /* The products that all queries need, or -1 with an exception set for a sequence that leaves the pool. */
-static double check_sequences(const job *work, int64_t slots) {
+static double check_sequences(const job *work) {
     double products = 0;
     for (int64_t t = 0; t < work->tokens; t++) {
         const sequence from = work->where[t];
         int holds = from.length >= 0 && from.length < INT32_MAX && from.length <= from.blocks * work->page;
         for (int64_t i = 0; holds && i * work->page < from.length; i++)
-            holds = from.table[i] >= 0 && from.table[i] < slots / work->page;
+            holds = from.table[i] >= 0 && from.table[i] < work->pool.rows / work->page;
         if (from.length > work->best) holds = holds && work->q;
         if (!holds) {
             PyErr_SetString(PyExc_ValueError, "a sequence's blocks do not lie in the pool, or it lacks its query");
@@ -32,31 +43,23 @@ static double check_sequences(const job *work, int64_t slots) {
 
 /* PANEL keys of a query from position `start` on, [PANEL, width], zeros beyond the last. */
 static const float *panel_of(const job *work, scratch *own, int64_t t, int64_t start) {
-    const int64_t end = work->where[t].length - start < PANEL ? work->where[t].length : start + PANEL;
-    const int64_t width = work->width, first = slot_of(work, t, start);
-    int64_t next = start - start % work->page + work->page; /* where the following block begins */
-    int together = end - start == PANEL;
-    for (; together && next < end; next += work->page) together = slot_of(work, t, next) == first + next - start;
-    if (together) return work->k + first * width;
-    if (end - start < PANEL) memset(own->rows, 0, sizeof(float) * PANEL * (size_t)width);
-    for (int64_t at = start; at < end; at = next) {
-        next = at - at % work->page + work->page < end ? at - at % work->page + work->page : end;
-        memcpy(own->rows + (at - start) * width, work->k + slot_of(work, t, at) * width,
-               sizeof(float) * (size_t)((next - at) * width));
-    }
+    int64_t slots[PANEL];
+    const int64_t length = work->where[t].length, end = length - start < PANEL ? length : start + PANEL;
+    const int64_t count = slots_of(work, t, start, end, slots);
+    int together = count == PANEL && work->pool.format == FP32 && slots[PANEL - 1] - slots[0] == PANEL - 1;
+    for (int64_t i = 1; together && i < PANEL; i++) together = slots[i] == slots[0] + i;
+    if (together) return (const float *)(const void *)stored_row(&work->pool, slots[0]);
+    for (int64_t i = 0; i < count; i++) widen(own->rows + i * work->width, &work->pool, slots[i]);
+    memset(own->rows + count * work->width, 0, sizeof(float) * (size_t)((PANEL - count) * work->width));
     return own->rows;
 }
 
-/* Asks the memory for the keys of the panel after the one at `start`: blocks lie anywhere, which no processor foresees. */
-static void fetch_next(const job *work, int64_t t, int64_t start) {
-    const int64_t begin = start + PANEL, length = work->where[t].length;
-    const int64_t end = begin + PANEL < length ? begin + PANEL : length;
-    for (int64_t at = begin, next; at < end; at = next) {
-        next = at - at % work->page + work->page < end ? at - at % work->page + work->page : end;
-        const char *key = (const char *)(work->k + slot_of(work, t, at) * work->width);
-        for (const char *last = key + sizeof(float) * (size_t)((next - at) * work->width); key < last; key += 64)
-            __builtin_prefetch(key);
-    }
+/* Asks the memory for the keys of the panel after the next one: blocks lie anywhere, which no processor foresees. */
+static void fetch_ahead(const job *work, int64_t t, int64_t start) {
+    int64_t slots[PANEL];
+    const int64_t begin = start + 2 * PANEL, length = work->where[t].length;
+    const int64_t count = slots_of(work, t, begin, begin + PANEL < length ? begin + PANEL : length, slots);
+    for (int64_t i = 0; i < count; i++) fetch(&work->pool, slots[i]);
 }
 
 static void write_slots(const job *work, int64_t t, const candidates *best) {
@@ -67,6 +70,29 @@ static void write_slots(const job *work, int64_t t, const candidates *best) {
 static void write_everything(const job *work, int64_t t) {
     int64_t *chosen = work->chosen + t * work->best;
     for (int64_t i = 0; i < work->best; i++) chosen[i] = i < work->where[t].length ? slot_of(work, t, i) : -1;
+}
+
+/* Select for one part of the keys of one query. */
+static void run_part(const job *work, scratch *own, int64_t unit) {
+    const int64_t t = unit / work->parts, part = unit % work->parts, length = work->where[t].length;
+    if (length <= work->best) {
+        if (!part) write_everything(work, t);
+        return;
+    }
+    const int64_t panels = (length + PANEL - 1) / PANEL, last = panels * (part + 1) / work->parts * PANEL;
+    candidates *best = own->best;
+    best->count = 0;
+    best->floor = -INFINITY;
+    work->use->select_part(work, own, t, panels * part / work->parts * PANEL, last < length ? last : length);
+    if (best->count > work->best) work->use->keep_best(best, work->best);
+    if (work->parts == 1) {
+        write_slots(work, t, best);
+        return;
+    }
+    candidates *kept = work->partial + unit;
+    kept->count = best->count;
+    memcpy(kept->value, best->value, sizeof(float) * (size_t)best->count);
+    memcpy(kept->place, best->place, sizeof(int32_t) * (size_t)best->count);
 }
 
 /* Room for the best of every part, two lists of `best` one behind the other so that a query's can be joined in place. */

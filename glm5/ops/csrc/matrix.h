@@ -1,4 +1,5 @@
-/* Matrices as they travel from Python to decoding.c: tuples (address, rows, columns, stride) and how they are read. */
+/* Matrices and stores as they travel from Python to decoding.c, and how they are read: tuples (address, rows, columns,
+ * stride) and (address, rows, columns, format, address of the scales). */
 
 typedef struct {
     float *at;
@@ -6,6 +7,11 @@ typedef struct {
 } matrix;
 
 static inline float *row(matrix m, int64_t r) { return m.at + r * m.stride; }
+
+static int takes(Py_ssize_t given, int wanted) {
+    if (given != wanted) PyErr_Format(PyExc_TypeError, "expected %d arguments, not %zd", wanted, given);
+    return given == wanted;
+}
 
 static int whole(PyObject *value, int64_t *to) {
     *to = PyLong_AsLongLong(value);
@@ -31,12 +37,28 @@ static int read_matrix(PyObject *tuple, matrix *to) {
     return 1;
 }
 
-/* Reads `count` matrices, then numbers; false with an exception set when something is amiss. */
-static int read_all(PyObject *const *args, Py_ssize_t given, int matrices, matrix *m, int numbers, PyObject *const **rest) {
-    if (given != matrices + numbers) {
-        PyErr_Format(PyExc_TypeError, "expected %d arguments, not %zd", matrices + numbers, given);
+static int read_store(PyObject *tuple, store *to) {
+    int64_t address, scales;
+    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != 5) {
+        PyErr_SetString(PyExc_TypeError, "a store is a tuple (address, rows, columns, format, scales)");
         return 0;
     }
+    if (!whole(PyTuple_GetItem(tuple, 0), &address) || !whole(PyTuple_GetItem(tuple, 1), &to->rows) ||
+        !whole(PyTuple_GetItem(tuple, 2), &to->columns) || !whole(PyTuple_GetItem(tuple, 3), &to->format) ||
+        !whole(PyTuple_GetItem(tuple, 4), &scales))
+        return 0;
+    to->at = (char *)(uintptr_t)address;
+    to->scales = (uint8_t *)(uintptr_t)scales;
+    if (to->format < FP32 || to->format >= FORMATS || (to->format == FP8) != (scales != 0)) {
+        PyErr_SetString(PyExc_ValueError, "a store has no such format, or lacks its scales");
+        return 0;
+    }
+    return 1;
+}
+
+/* Reads `count` matrices, then numbers; false with an exception set when something is amiss. */
+static int read_all(PyObject *const *args, Py_ssize_t given, int matrices, matrix *m, int numbers, PyObject *const **rest) {
+    if (!takes(given, matrices + numbers)) return 0;
     for (int i = 0; i < matrices; i++)
         if (!read_matrix(args[i], &m[i])) return 0;
     *rest = args + matrices;
