@@ -83,7 +83,7 @@ def _empty(slots: int, width: int, dtype: torch.dtype, device: torch.device) -> 
     size = slots * width * dtype.itemsize
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < LARGE:
         return torch.empty(slots, width, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size)  # the tensor keeps it
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # the tensor keeps it
     with contextlib.suppress(OSError):  # a system without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(slots, width)

@@ -129,9 +129,9 @@ def test_rows_from_and_to_places():
     assert torch.equal(y, pool[places])
     decoding.scatter(Matrix.of(rows), Stored.of(pool), Matrix.of(places))
     assert torch.equal(pool[places], rows)
-    for wrong in ([0, 9, 1], [0, -1, 1], [0, 1]):
+    for wrong in (torch.tensor([0, 9, 1]), torch.tensor([0, -1, 1]), torch.tensor([0, 1])):
         with pytest.raises(ValueError, match="do not fit"):
-            decoding.gather(Matrix.of(y), Matrix.of(pool), Matrix.of(torch.tensor(wrong)))
+            decoding.gather(Matrix.of(y), Matrix.of(pool), Matrix.of(wrong))
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -176,8 +176,9 @@ def test_sizes_that_do_not_fit_are_refused():
         decoding.linear(y, x, weight, 1.0, False)
     with pytest.raises(ValueError, match="do not fit"):
         decoding.rms_norm(x, x, Matrix.of(random(5)), 1e-5)
+    pool, three = random(3, 6), torch.tensor([3])
     with pytest.raises(ValueError, match="do not fit"):
-        decoding.attend(y.cut(0, 1), x, Stored.of(random(3, 6)), Matrix.of(torch.tensor([3])), 1.0)
+        decoding.attend(y.cut(0, 1), x, Stored.of(pool), Matrix.of(three), 1.0)
     with pytest.raises(ValueError, match="do not fit"):  # more of a head than it has
         decoding.combine_heads(Matrix.of(random(2, 6)), x, Matrix.of(random(10, 6)), 2, 0)
     with pytest.raises(ValueError, match="do not fit"):

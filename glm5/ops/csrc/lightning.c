@@ -12,9 +12,16 @@
  * shared counter, because causal rows differ in length; POSIX threads rather than OpenMP, which Apple's compiler lacks
  * and which would bring a second OpenMP runtime beside PyTorch's.
  *
- * Where keys lie in the blocks of a paged pool (decoding), every query has its own: `lightning_paged.h`.
+ * Where keys lie in the blocks of a paged pool (decoding), every query has its own, in fp32, bf16 or fp8.
  *
- * Left out: bf16 keys (the caller widens them), batches (one call per row), gradients (a selection has none).
+ *   storage.h             rows of a cache in the three formats
+ *   lightning_job.h       what a call computes with, and what each thread owns
+ *   lightning_kernel.h    scores and passes over the keys, once per instruction set; lightning_best.h: top-k
+ *   lightning_paged.h     keys in the blocks of a pool; choices that several threads share
+ *   lightning_sieve.h     which keys need a score at all, where the processor multiplies bf16 (AVX512_BF16)
+ *   lightning_variants.h  the instruction sets
+ *
+ * Left out: bf16 keys without blocks (the caller widens them), batches (one call per row), gradients (there are none).
  */
 
 #include <Python.h>
