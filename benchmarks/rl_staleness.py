@@ -11,8 +11,9 @@ A small replica of AReaL's table (arXiv 2505.24298, blog v0.3, table 3). Every a
 - `naive`: the same with PPO's clip around the sampler's policy, no correction.
 
 In the asynchronous arms the sampler is always ahead, so nearly every batch is as old as the bound allows: the mean and
-the largest age are printed. The judged number is the mean sampled reward of the last fifth of the steps on fresh
-training questions. `ddis` reaches `sync` when its mean lies within one standard deviation of sync's seeds, or above.
+the largest age are printed. The judged number is the mean reward of the finished model, sampled at temperature 1 on the
+same `--questions` of the task. `ddis` reaches `sync` when its mean lies within one standard deviation of
+sync's seeds, or above; `naive` does worse when its seed-by-seed difference to `ddis` is below 0 in the mean.
 Finished runs stay below --work and are not done again.
 """
 
@@ -31,6 +32,7 @@ import tyro
 
 from benchmarks.measure import machine
 from benchmarks.rl_tasks import TASKS, environment, warmed
+from glm5.engine import Engine, SamplingParams
 from glm5.envs import SingleTurn
 from glm5.files import write_json
 from glm5.optim import OptimizerConfig
@@ -40,7 +42,9 @@ from glm5.rl.learner import LearnerConfig
 from glm5.rl.losses import DDIS, PPO, AnyLoss, IcePop
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.runner import RolloutConfig
+from glm5.text import parse_assistant
 
+EVALUATION_SEED = 5_000_001
 ARMS: dict[str, tuple[Mode, AnyLoss]] = {
     "sync": ("sync", IcePop()),
     "ddis": ("async", DDIS()),
@@ -59,6 +63,8 @@ class Options:
     staleness: int = 8
     prompts: int = 8
     group_size: int = 8
+    questions: int = 64
+    """For the judgement, eight samples each."""
     rate: float = 3e-4
     threads: int = 1
     quick: bool = False
@@ -89,20 +95,21 @@ def config_of(arm: str, parent: Path, seed: int, options: Options) -> RLRunConfi
 
 def done(task: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
     """The result of a run: found, or made."""
-    path = options.work / f"{task}-{arm}-{seed}-{options.steps}-{options.staleness}-{options.rate:g}"
+    path = (
+        options.work / f"{task}-{arm}-{seed}-{options.steps}-{options.staleness}-{options.rate:g}-{options.group_size}"
+    )
     file = path.with_suffix(path.suffix + ".json")
     if not file.exists():
         parent = warmed(TASKS[task], options.work)
         config = config_of(arm, parent, seed, options)
         run = train_rl(config, [SingleTurn(environment(TASKS[task]))], path, resume=(path / "run.json").exists())
         lines = run.read("metrics")
-        fifth = max(1, len(lines) // 5)
         write_json(
             file,
             {
                 "rewards": [line["reward"] for line in lines],
-                "last": statistics.fmean(line["reward"] for line in lines[-fifth:]),
-                "first": statistics.fmean(line["reward"] for line in lines[:fifth]),
+                "last": sampled_reward(run.model_directory, task, options.questions),
+                "first": sampled_reward(parent, task, options.questions),
                 "age": statistics.fmean(line["mean_staleness"] for line in lines),
                 "oldest": max(line["max_staleness"] for line in lines),
             },
@@ -110,6 +117,23 @@ def done(task: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
         shutil.rmtree(path)  # a run holds its journal and its models
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
+
+
+def sampled_reward(model: Path, task: str, questions: int) -> float:
+    """Mean reward of eight samples to each of the questions, which are the same for every model."""
+    asked = environment(TASKS[task])
+    tasks = [asked.task(EVALUATION_SEED, index) for index in range(questions)]
+    engine = Engine(model)
+    assert engine.tokenizer is not None
+    prompts = [
+        engine.tokenizer.apply_chat_template(t.messages, enable_thinking=False, escape_special=True) for t in tasks
+    ]
+    outputs = engine.generate(prompts, SamplingParams(n=8, temperature=1.0, max_tokens=8, seed=EVALUATION_SEED))
+    return statistics.fmean(
+        asked.score(question, parse_assistant(completion.text, thinking=False)).value
+        for question, output in zip(tasks, outputs, strict=True)
+        for completion in output.outputs
+    )
 
 
 def spread(values: list[float]) -> str:
@@ -163,7 +187,7 @@ def main(options: Options) -> None:
                 last = results[task][arm][-1]
                 print(f"{task} {arm} seed {seed}: {last['first']:.3f} -> {last['last']:.3f}, age {last['age']:.1f}",
                       flush=True)  # fmt: skip
-    rows = ["| task | arm | reward, first fifth | reward, last fifth | mean age | oldest |", "|---" * 6 + "|"]
+    rows = ["| task | arm | reward before | reward after | mean age | oldest |", "|---" * 6 + "|"]
     for task, arms in results.items():
         for arm, runs in arms.items():
             first, last, age = (spread([run[key] for run in runs]) for key in ("first", "last", "age"))
@@ -174,12 +198,14 @@ def main(options: Options) -> None:
         [
             "# Learning from old samples",
             f"`python -m benchmarks.rl_staleness --seeds {options.seeds} --steps {options.steps} --staleness "
-            f"{options.staleness} --rate {options.rate:g}`, commit {here['commit']}, {here['cpu']}, PyTorch "
-            f"{here['torch']}; {options.prompts} questions x {options.group_size} samples a batch. Mean ± standard "
+            f"{options.staleness} --rate {options.rate:g} --group-size {options.group_size}`,"
+            f"\ncommit {here['commit']}, {here['cpu']}, PyTorch {here['torch']}; "
+            f"{options.prompts} questions x {options.group_size} samples a batch. Mean ± standard "
             "deviation over the seeds; ages in weight versions.",
             "\n".join(rows),
             verdicts,
-            "Mean reward over all seeds, by tenths of the run:",
+            "Mean reward of the rollouts over all seeds, by tenths of the run (asynchronous ones were sampled some "
+            "versions earlier):",
             curves(results),
         ]
     )
