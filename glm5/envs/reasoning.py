@@ -10,12 +10,17 @@ finds. Left out: `composite`, which mixes other tasks (mix environments instead)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from glm5.data.corpus import Split, is_held_out
+from glm5.envs.answer_guard import may_be_shown
 from glm5.envs.protocol import EnvironmentFailure, Message, Reward, Task
 from glm5.errors import InputError, did_you_mean
 from glm5.scoring import Grade, extract_answer
@@ -61,6 +66,8 @@ class ReasoningGym:
         answer = _tagged(content) or extract_answer(content)
         if not answer:
             return Reward(0.0, Grade("not_attempted", "the response is empty"))
+        if not may_be_shown(answer, self.task_name):
+            return Reward(0.0, Grade("incorrect", "the verifier would run it as a program", answer))
         try:
             value = float(dataset.score_answer(answer, entry))
         except Exception as error:
@@ -80,8 +87,10 @@ class ReasoningGym:
     def _made(self, seed: int, index: int) -> tuple[dict[str, Any], Any]:
         for trial in range(TRIES):
             digest = hashlib.sha256(f"{self.task_name}/{seed}/{index}/{trial}".encode()).digest()
-            dataset = self._dataset(int.from_bytes(digest[:4], "little") >> 1)
-            entry = dataset[0]
+            number = int.from_bytes(digest[:4], "little") >> 1
+            with _global_chance(number):
+                dataset = self._dataset(number)
+                entry = dataset[0]
             hashed = hashlib.sha256(entry["question"].encode()).hexdigest()
             if is_held_out(hashed, HELD_OUT_PER_THOUSAND) == (self.split == "heldout"):
                 return entry, dataset
@@ -92,6 +101,19 @@ class ReasoningGym:
             return _package().create_dataset(self.task_name, size=1, seed=seed, **self.config)
         except (TypeError, AssertionError, ValueError) as error:
             raise InputError(f"reasoning-gym's {self.task_name} refuses {self.config}: {error}") from None
+
+
+@contextlib.contextmanager
+def _global_chance(seed: int) -> Iterator[None]:
+    """Seeds the generators that a few problems (`codeio`) draw from beside their own, and puts them back."""
+    before, before_numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(before_numpy)
 
 
 def _package() -> Any:
