@@ -1,9 +1,9 @@
 """What may be shown to verifiers that evaluate the model's answer as Python or with sympy, which is no sandbox.
 
 Some verifiers of reasoning-gym do, so that `__import__("os").system(...)` would run and `9**9**9**9` would never end.
-Such an answer is wrong without being shown to them. Literals (lists, texts, numbers) pass where lists are expected; where
-a formula is, arithmetic over names and a few functions passes while its size stays small: digits, terms and degree are
-bounded before anything is computed.
+Such an answer is wrong without being shown to them. Literals (lists, texts, numbers) pass where lists are expected;
+where a formula is, arithmetic over names and a few functions passes while its size stays small: digits, terms and
+degree are bounded before anything is computed.
 """
 
 from __future__ import annotations
