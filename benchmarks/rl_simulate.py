@@ -14,6 +14,7 @@ load on the machine spoils it.
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -61,6 +62,7 @@ class Options:
     """Seconds of the environment, at least."""
     longest: float = 4.0
     """At most."""
+    seed: int = 0
     out: Path | None = None
 
 
@@ -106,7 +108,7 @@ def settings(options: Options, mode: Mode) -> SchedulerConfig:
 def real(options: Options, mode: Mode, environment: Environment, out: Path) -> RunDirectory:
     """A run."""
     config = RLRunConfig(
-        parent=bundled_model(), steps=options.steps, rollout=RolloutConfig(max_tokens=16),
+        parent=bundled_model(), steps=options.steps, rollout=RolloutConfig(seed=options.seed, max_tokens=16),
         scheduler=settings(options, mode), checkpoint_every=options.steps,
     )  # fmt: skip
     return train_rl(config, [environment], out)
@@ -184,7 +186,7 @@ def shared_speed() -> float:
 def main(options: Options) -> None:
     """Measures, predicts, prints."""
     torch.set_num_threads(1)
-    environment = Delayed(SingleTurn(Parity()), Latency(options.shortest, options.longest))
+    environment = Delayed(SingleTurn(Parity()), Latency(options.shortest, options.longest, options.seed))
     with tempfile.TemporaryDirectory() as work:
         runs = {mode: real(options, mode, environment, Path(work) / mode) for mode in MODES}
         measured = Measured.from_records(records_of(runs["sync"].path))
@@ -193,17 +195,20 @@ def main(options: Options) -> None:
         shared = shared_speed()
         rows = []
         for mode in MODES:
-            config = SimulationConfig(scheduler=settings(options, mode), batches=200, warmup=20, shared=shared)
+            config = SimulationConfig(scheduler=settings(options, mode), batches=200, warmup=20, shared=shared,
+                                      seed=options.seed)  # fmt: skip
+
             it = simulate(replace(config.as_measured(measured), engine=speed, publish_seconds=swap, swap_seconds=swap))
             predicted = Figures(it.steps_per_hour, it.trainer_idle, it.sampler_idle, dict(it.staleness))
             found = figures(runs[mode], options.warmup)
             rows += [f"| {mode} | measured | {found.row()} |", f"| | predicted | {predicted.row()} |"]
             ratio = predicted.steps_per_hour / found.steps_per_hour
             print(f"{mode}: predicted {ratio:.2f} of the measured steps per hour", flush=True)
+            rows.append(f"| | ratio | {ratio:.2f} | | | |")
     points = ", ".join(f"{n}: {rate:.0f}" for n, rate in speed.points)
     text = "\n".join([
         "# The simulator against real runs", "",
-        f"`python -m benchmarks.rl_simulate --steps {options.steps} --groups {options.groups}`: {machine()}.", "",
+        f"`{' '.join(['python -m benchmarks.rl_simulate', *sys.argv[1:]])}`: {machine()}.", "",
         f"{options.groups} groups of {options.samples}, at most {options.max_running} rollouts at once, environment "
         f"{options.shortest:g} to {options.longest:g} s (log-uniform), bound {options.max_staleness} in async mode, "
         f"the first {options.warmup} of {options.steps} steps left out. Measured: answers of "
