@@ -194,7 +194,7 @@ class Scheduler(SchedulerState):
         elif len(group.valid) + len(reasons) == size:
             keep = self._source(group).uniform_groups == "keep"
             verdict = None if keep else uniform(group.rewards)
-            for sample in set(reasons) - group.settled:
+            for sample in sorted(set(reasons) - group.settled):
                 self._emit(Dropped(sibling(group.ticket, sample), reasons[sample]))
             if verdict is None:
                 self._emit(Accepted(Selection(group.ticket, repeated(group.valid, size))))
