@@ -32,7 +32,7 @@ class RLRunConfig:
     patience: float = 600.0
     """Seconds without a token, a finished rollout or a step, after which the run stops and says what it waits for."""
     groups_in_vain: int = 256
-    """Groups in a row that teach nothing, because all their rewards are equal, after which the run stops."""
+    """Groups in a row that teach nothing (all rewards equal, or too many failures), after which the run stops."""
     checkpoint_every: int = 10
     keep_checkpoints: int = 2
 

@@ -27,8 +27,6 @@ from glm5.rl.window import Window
 from glm5.train import RunDirectory
 
 JOURNAL = "journal"
-UNIFORM = ("all right", "all wrong")
-"""Why a group is dropped whose rewards are all equal."""
 
 
 class Session:
@@ -61,7 +59,7 @@ class Session:
         self.batch_tick = 0
         self._window, self._figures = Window(), dict[str, Any]()
         self._in_vain: Counter[str] = Counter()
-        """Samples of uniform groups that were dropped since the last batch."""
+        """Samples that were dropped since the last batch, by reason."""
         for record in read_journal(self.path):
             self._replay(record)
         if self.scheduler.step < first:
@@ -137,9 +135,9 @@ class Session:
         self.journal.commit()
         counts = " and ".join(f"{count} {reason}" for reason, count in sorted(self._in_vain.items()))
         raise RunError(
-            f"No batch came together from the last {self.config.groups_in_vain} groups, because nothing was to choose "
-            f"between their rollouts ({counts}); take easier or harder tasks or larger groups, or keep such groups "
-            "(uniform_groups of a TaskSource)."
+            f"No batch came together from the last {self.config.groups_in_vain} groups: their samples were dropped "
+            f"({counts}); take easier or harder tasks or larger groups, keep uniform ones (uniform_groups of a "
+            "TaskSource), or mend an environment that fails."
         )
 
     def next_batch(self) -> tuple[Batch | None, list[Ticket]]:
@@ -191,7 +189,7 @@ class Session:
             elif isinstance(event, Finished):
                 self._window.add(event.rollout)
                 self.started_at.pop(event.rollout.id, None)
-            elif isinstance(event, Dropped) and event.reason in UNIFORM:
+            elif isinstance(event, Dropped):
                 self._in_vain[event.reason] += 1
             elif isinstance(event, Published):
                 while self.version < event.version:
