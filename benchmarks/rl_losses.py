@@ -1,6 +1,6 @@
 """The losses on stale samples, where the truth is known: a table instead of a model, thousands of steps in a minute.
 
-    python -m benchmarks.rl_losses [--steps 120] [--seeds 5] [--rates 0.05 0.1 0.2] [--lags 0 4 8] [--only DDIS]
+    python -m benchmarks.rl_losses [--steps 60] [--seeds 5] [--rates 0.1 0.3] [--lags 0 4 8] [--only DDIS]
                                    [--reset]
 
 The policy is a table of logits for each question and each of 6 positions over 32 tokens; an answer is right when at
@@ -10,8 +10,8 @@ deviation, weighs every answer the same, and moves the table by Adam (0.9, 0.98)
 of 1. Printed is the exact chance of a right answer at the end, over all questions, mean and spread over seeds, and the
 share of tokens that got no gradient or a clipped one. `--reset`: Adam forgets its moments after every step, too.
 
-This is a model of staleness alone: trainer and sampler compute the same, and nothing generalises. It chose the default
-bounds of DDIS; whole runs on real tasks are in `benchmarks.rl_staleness`.
+This is a model of staleness alone: trainer and sampler compute the same, and nothing generalises. It is why DDIS
+has the default bounds that it has; whole runs on real tasks are in `benchmarks.rl_staleness`.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ def learn(loss: PolicyLoss, *, lag: int, rate: float, steps: int, seed: int, res
 def main() -> None:
     """Prints one table for each learning rate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.3])
     parser.add_argument("--lags", type=int, nargs="+", default=[0, 4, 8])
     parser.add_argument("--only", default="", help="losses whose name begins so")
     parser.add_argument("--reset", action="store_true")
