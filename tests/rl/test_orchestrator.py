@@ -1,6 +1,5 @@
 """The run loop in its modes: sync equals the plain loop to the bit, async learns and loses nothing."""
 
-import contextlib
 import copy
 import os
 import signal
@@ -194,9 +193,15 @@ def test_one_step_off_publishes_between_samplings(parent, tmp_path):
 def test_an_interrupted_run_says_so_and_goes_on(parent, tmp_path, monkeypatch):
     config, environment = config_of(parent, steps=5), [SingleTurn(Letters())]
     learnt = []
-    monkeypatch.setattr("glm5.rl.orchestrator.interrupts", lambda: contextlib.nullcontext(lambda: len(learnt) >= 2))
-    step = glm5.rl.learner.Learner.step
-    monkeypatch.setattr(glm5.rl.learner.Learner, "step", lambda self, batch: (step(self, batch), learnt.append(1))[0])
+    step = Learner.step
+
+    def interrupting(self, batch):
+        learnt.append(batch.step)
+        if len(learnt) == 2:  # Ctrl-C while the second step runs
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(Learner, "step", interrupting)
     with pytest.raises(RunInterrupted, match="Stopped after step 2 of 5 of rl"):
         train_rl(config, environment, tmp_path / "run")
     monkeypatch.undo()
