@@ -42,6 +42,7 @@ typedef struct { /* one instruction set */
     void (*swiglu)(matrix y, matrix gate, matrix up);
     void (*attend)(matrix y, matrix q, const float *const *keys, int64_t count, float *p, float scale);
     void (*sigmoid)(float *x, int64_t count);
+    void (*widen)(float *to, const store *from, int64_t r);
 } kernels;
 
 #if defined(__x86_64__)

@@ -49,7 +49,7 @@ ENTRY(attend) {
         for (; count < places.columns && mine[count] >= 0; count++) {
             float *to = widened + count * pool.columns;
             keys[count] = wide ? to : (const float *)(const void *)stored_row(&pool, mine[count]);
-            if (wide) widen(to, &pool, mine[count]);
+            if (wide) use->widen(to, &pool, mine[count]);
         }
         use->attend(y_t, q_t, keys, count, p, scale);
     }

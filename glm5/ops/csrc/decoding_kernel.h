@@ -185,9 +185,12 @@ TARGET static void NAME(attend)(matrix y, matrix q, const float *const *keys, in
     }
 }
 
+/* `widen` of storage.h by these instructions. */
+TARGET static void NAME(widen_row)(float *to, const store *from, int64_t r) { widen(to, from, r); }
+
 static const kernels NAME(kernels) = {
-    NAME(rms_norm),    NAME(layer_norm), NAME(linear), NAME(combine_heads),
-    NAME(split_heads), NAME(swiglu),     NAME(attend), NAME(sigmoid),
+    NAME(rms_norm), NAME(layer_norm), NAME(linear),  NAME(combine_heads), NAME(split_heads),
+    NAME(swiglu),   NAME(attend),     NAME(sigmoid), NAME(widen_row),
 };
 
 #undef VECTOR

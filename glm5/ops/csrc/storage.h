@@ -35,8 +35,8 @@ static inline uint32_t bits_of_float(float value) {
 /* What a scale byte stands for: 2^(byte - 127), or NaN. */
 static inline float scale_of(uint8_t byte) { return byte == 255 ? NAN : float_of_bits((uint32_t)byte << 23); }
 
-/* One row in fp32. */
-static inline void widen(float *to, const store *from, int64_t r) {
+/* One row in fp32. Inlined: each caller's instruction set is used. */
+static inline __attribute__((always_inline)) void widen(float *to, const store *from, int64_t r) {
     const char *at = stored_row(from, r);
     if (from->format == FP32) {
         memcpy(to, at, sizeof(float) * (size_t)from->columns);
