@@ -1,0 +1,86 @@
+"""Closed sessions fill the scheduler's tickets: whole groups, in order, each session once, also after a crash."""
+
+import asyncio
+
+import pytest
+
+from glm5.errors import RunError
+from glm5.rl.event_log import write_events
+from glm5.rl.events import Finished
+from glm5.rl.gateway import FinishedSessions, Sessions
+from glm5.rl.gateway.rollouts import GatewayRollouts, sessions_had
+from glm5.rl.journal import Journal
+from glm5.rl.records import Ticket, Turn
+
+
+def tickets(index, samples=range(2)):
+    return [Ticket("gateway", index, 0, sample) for sample in samples]
+
+
+def close(sessions, name, group=None):
+    session = sessions.open(name, group=group)
+    sessions._write(name, session.turn_event(Turn((1,), (2,), (-0.5,), (0,), "stop"), learnt=True))
+    sessions.reward(name, 1.0)
+
+
+async def played(rollouts, wanted, seconds=0.5):
+    """What comes for the tickets within a moment, by ticket."""
+    tasks = {ticket: asyncio.create_task(rollouts.play(ticket)) for ticket in wanted}
+    await asyncio.wait(tasks.values(), timeout=seconds)
+    done = {ticket: task.result() for ticket, task in tasks.items() if task.done()}
+    for task in tasks.values():
+        task.cancel()
+    await asyncio.gather(*tasks.values(), return_exceptions=True)
+    return done
+
+
+@pytest.fixture
+def sessions(tmp_path):
+    found = Sessions(tmp_path / "sessions")
+    yield found
+    found.close()
+
+
+def test_a_group_is_given_whole_and_in_the_order_of_becoming_complete(sessions, tmp_path):
+    for name, group in [("a", "g"), ("b", "h"), ("c", "h"), ("d", "g"), ("e", "i")]:
+        close(sessions, name, group)
+    rollouts = GatewayRollouts(FinishedSessions(sessions.directory, 2), tmp_path / "journal")
+    done = asyncio.run(played(rollouts, [*tickets(0), *tickets(1), *tickets(2)]))
+    assert {t: r.task.id for t, r in done.items()} == dict(
+        zip([*tickets(0), *tickets(1)], ["b", "c", "a", "d"], strict=True)
+    )
+    assert all(rollout.ticket == ticket for ticket, rollout in done.items())
+    close(sessions, "f", "i")
+    assert [r.task.id for r in asyncio.run(played(rollouts, tickets(2))).values()] == ["e", "f"]
+
+
+def test_a_group_with_a_place_missing_is_not_filled(sessions, tmp_path):
+    for name in "ab":
+        close(sessions, name)
+    rollouts = GatewayRollouts(FinishedSessions(sessions.directory, 2), tmp_path / "journal")
+    assert asyncio.run(played(rollouts, tickets(0)[:1])) == {}
+    assert len(asyncio.run(played(rollouts, tickets(1)))) == 2
+
+
+def test_a_torn_group_goes_on_where_it_was_torn_and_no_session_comes_twice(sessions, tmp_path):
+    for name in "abcdefgh":
+        close(sessions, name, "g" if name < "e" else "h")
+    first = GatewayRollouts(FinishedSessions(sessions.directory, 4), tmp_path / "none")
+    done = asyncio.run(played(first, tickets(0, range(4))))
+    journal = Journal(tmp_path / "journal")
+    write_events(journal, [Finished(done[ticket]) for ticket in tickets(0, (0, 2))], 0)
+    journal.close()
+    assert sessions_had(tmp_path / "journal") == {"a": tickets(0)[0], "c": tickets(0, (2,))[0]}
+    again = GatewayRollouts(FinishedSessions(sessions.directory, 4), tmp_path / "journal")
+    done = asyncio.run(played(again, [*tickets(0, (1, 3)), *tickets(1, range(4))]))
+    assert [done[ticket].task.id for ticket in [*tickets(0, (1, 3)), *tickets(1, range(4))]] == list("bdefgh")
+
+
+def test_a_damaged_record_stops_the_run_in_a_sentence(sessions, tmp_path):
+    close(sessions, "a")
+    path = next(sessions.finished.iterdir())
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b"x" + lines[1], *lines[2:]]))
+    rollouts = GatewayRollouts(FinishedSessions(sessions.directory, 1), tmp_path / "journal")
+    with pytest.raises(RunError, match="is damaged at line 2"):
+        asyncio.run(played(rollouts, tickets(0, (0,))))
