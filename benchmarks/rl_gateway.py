@@ -5,8 +5,8 @@
 
 The agent is a plain program: base URL, tool loop, answer. Its tasks are fresh requests for the tools of
 `glm5.data.tools` (calculator, weather, alarm, letters), `--group-size` attempts at each, those of a round side by side
-over HTTP. An attempt is worth 1 if the right call was made and the answer says its result, 0.5 for the right call
-alone. Before and after, the same agent does `--judged` held-out requests against a plain server, at temperature 1.
+over HTTP. An attempt is worth 0.2 for the right tool, 0.4 for its arguments, 0.4 for an answer that says its result.
+Before and after, the same agent does `--judged` held-out requests against a plain server, at temperature 1.
 """
 
 from __future__ import annotations
@@ -74,11 +74,13 @@ class Attempt:
     said: str
 
     def reward(self, request: ToolRequest) -> float:
-        """Half for the right call, all with its result in the answer."""
-        if (request.name, request.arguments) not in self.calls:
+        """Of the first call: 0.2 for the right tool, up to 0.4 for its arguments; 0.4 more for saying its result."""
+        if not self.calls or self.calls[0][0] != request.name:
             return 0.0
-        result = str(json.loads(run_tool(request.name, request.arguments))["result"])
-        return 1.0 if result in self.said else 0.5
+        given, wanted = self.calls[0][1], request.arguments
+        right = sum(given.get(name) == value for name, value in wanted.items()) / len(wanted)
+        result = str(json.loads(run_tool(request.name, wanted))["result"])
+        return 0.2 + 0.4 * right + 0.4 * (given == wanted and result in self.said)
 
 
 def openai_agent(base_url: str, request: ToolRequest) -> Attempt:

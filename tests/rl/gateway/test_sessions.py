@@ -310,7 +310,8 @@ def test_closed_sessions_become_groups_in_the_order_of_closing(tmp_path):
     for name in "adefg":
         sessions.abandon(name, "") if name == "d" else sessions.reward(name, 1.0)
     groups = list(finished.poll())
-    assert [[r.task.id for r in group] for group in groups] == [["g", "g"], ["d", "e"], ["g", "g"]]
+    assert [[r.task.id for r in group] for group in groups] == [["c", "a"], ["d", "e"], ["f", "g"]]
+    assert [group[0].task.category for group in groups] == ["g", "gateway", "g"]
     assert [group[0].ticket for group in groups] == [
         Ticket("gateway", 1), Ticket("gateway", 2), Ticket("gateway", 1, 1)
     ]  # fmt: skip
