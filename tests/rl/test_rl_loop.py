@@ -176,11 +176,12 @@ def test_a_killed_and_resumed_run_is_the_same_run(parent, tmp_path):
 def test_it_learns(parent, tmp_path):
     optimizer = OptimizerConfig(name="adamw", lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
     config = config_of(
-        parent, steps=20, prompts_per_step=4, group_size=8, checkpoint_every=20, rows=64, optimizer=optimizer
+        parent, steps=40, prompts_per_step=4, group_size=8, checkpoint_every=40, rows=64, optimizer=optimizer
     )
     run = train_policy(config, Letters(), tmp_path / "run")
     rewards = [line["reward"] for line in run.read("metrics")]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
+    # Three seeds went from about 0.4 to 0.99; after half of the steps they lay anywhere between 0.5 and 0.9.
+    assert sum(rewards[:5]) / 5 < 0.6 and sum(rewards[-5:]) / 5 > 0.9
 
 
 def test_frozen_parts_do_not_move(parent, tmp_path):
