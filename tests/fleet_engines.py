@@ -9,7 +9,23 @@ import torch
 from speaker import speaker_model, speaker_tokenizer
 
 from glm5.engine import Engine, SamplingParams
+from glm5.envs import Reward, Task
 from glm5.errors import CheckpointError
+from glm5.scoring import Grade
+
+
+class Letters:
+    """Reward for an answer that holds an "e": about half of those of random weights do."""
+
+    name = "letters"
+
+    def task(self, seed, index):
+        return Task(f"letters/{seed}/{index}", ({"role": "user", "content": f"{index % 5}"},), "e", "one")
+
+    def score(self, task, response):
+        said = "e" in (response["content"] or "")
+        return Reward(float(said), Grade("correct" if said else "incorrect", "an e" if said else "no e"))
+
 
 PROMPTS = [[7, 9, 11 + i, 3] for i in range(6)]
 

@@ -97,7 +97,10 @@ class DirectoryPublisher:
             at: int | None = version
             while at is not None and at not in needed:
                 needed.add(at)
-                at = _manifest(self.path, at).base
+                try:
+                    at = _manifest(self.path, at).base
+                except (WeightsError, FileNotFoundError):  # readers refuse what cannot be read; it needs nothing
+                    at = None
         for version in set(found) - needed:
             shutil.rmtree(self.path / _name(version))
 

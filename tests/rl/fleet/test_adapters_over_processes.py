@@ -1,11 +1,11 @@
 """Runs over engines in processes to which the adapters alone are sent."""
 
 import pytest
+from fleet_engines import Letters
 from speaker import speaker_model, speaker_tokenizer
 
 import glm5
 from glm5.envs import SingleTurn
-from glm5.envs.sums import Sums
 from glm5.optim import OptimizerConfig
 from glm5.rl.adapters import LoRA
 from glm5.rl.admission import SchedulerConfig
@@ -29,5 +29,5 @@ def test_adapters_are_sent_alone(parent, tmp_path):
         parent=parent, steps=2, rollout=RolloutConfig(max_tokens=8), learner=learner,
         scheduler=SchedulerConfig(groups_per_batch=2, group_size=4, max_running=8, max_staleness=2),
     )  # fmt: skip
-    run = train_rl(config, [SingleTurn(Sums())], tmp_path / "run", make_fleet=engine_processes(config, 1))
+    run = train_rl(config, [SingleTurn(Letters())], tmp_path / "run", make_fleet=engine_processes(config, 1))
     assert [line["step"] for line in run.read("metrics")] == [0, 1]

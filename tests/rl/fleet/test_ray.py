@@ -7,12 +7,11 @@ from contextlib import asynccontextmanager
 
 import fleet_engines
 import pytest
-from fleet_engines import play, undisturbed
+from fleet_engines import Letters, play, undisturbed
 from speaker import speaker_model, speaker_tokenizer
 
 import glm5
 from glm5.envs import SingleTurn
-from glm5.envs.sums import Sums
 from glm5.errors import FleetError
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
@@ -96,7 +95,7 @@ def test_a_training_run_loses_a_node_and_no_rollout(cluster, tmp_path, monkeypat
     parent, fleets, step = tmp_path / "parent", [], Learner.step
     glm5.save_model(speaker_model(), parent, speaker_tokenizer())
     config = RLRunConfig(
-        parent=parent, steps=5, patience=300.0, rollout=RolloutConfig(max_tokens=24),
+        parent=parent, steps=5, patience=300.0, rollout=RolloutConfig(max_tokens=6),
         scheduler=SchedulerConfig(groups_per_batch=2, group_size=4, max_running=16, max_staleness=2),
     )  # fmt: skip
 
@@ -112,7 +111,7 @@ def test_a_training_run_loses_a_node_and_no_rollout(cluster, tmp_path, monkeypat
         return step(self, batch)
 
     monkeypatch.setattr(Learner, "step", killing)
-    run = train_rl(config, [SingleTurn(Sums())], tmp_path / "run", make_fleet=make)
+    run = train_rl(config, [SingleTurn(Letters())], tmp_path / "run", make_fleet=make)
     lines = run.read("metrics")
     assert run.finished and [line["step"] for line in lines] == list(range(5))
     assert sum(state.restarts for state in fleets[0].stats().engines) >= 1
