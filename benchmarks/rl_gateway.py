@@ -135,7 +135,7 @@ class Use:
     """Sends the agent on one request after the other, and rewards what it did."""
 
     def __init__(self, options: Options) -> None:
-        self.options, self.http = options, httpx.Client(timeout=600)
+        self.options, self.http = options, httpx.Client(timeout=600, limits=httpx.Limits(max_connections=None))
         self.requests = ToolRequests(options.seed, TOWNS)
         self.over = threading.Event()
 
@@ -157,10 +157,16 @@ class Use:
     def _attempt(self, place: tuple[str, str, ToolRequest]) -> None:
         url, group, request = place
         try:
-            opened = self.http.post(f"{url}/rl/sessions", json={"group": group, "task": request.name}).json()
-            done = AGENTS[self.options.agent](url + opened["anthropic_base_url"], request)
-            self.http.post(f"{url}/rl/sessions/{opened['session']}/reward", json={"value": done.reward(request)})
-        except (httpx.HTTPError, openai.APIError, anthropic.APIError, KeyError):
+            opened = self.http.post(f"{url}/rl/sessions", json={"group": group, "task": request.name})
+            session = f"{url}/rl/sessions/{opened.raise_for_status().json()['session']}"
+            try:
+                base_url = url + opened.json()["anthropic_base_url"]
+                reward = AGENTS[self.options.agent](base_url, request).reward(request)
+            except (openai.APIStatusError, anthropic.APIStatusError) as error:  # the agent's own mistake
+                self.http.post(f"{session}/abandon", json={"reason": str(error)[:200]})
+            else:
+                self.http.post(f"{session}/reward", json={"value": reward})
+        except (httpx.HTTPError, openai.APIError, anthropic.APIError):
             self.over.set()  # the run is over and its gateway closed
 
 
