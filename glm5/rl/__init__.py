@@ -1,15 +1,17 @@
-"""Reinforcement learning: rollouts, losses, accounts, and the synchronous loop."""
+"""slime: reinforcement learning, asynchronous unless told otherwise. docs/slime.md is its page."""
 
-from glm5.rl.advantages import group_advantages
-from glm5.rl.loss import PolicyLoss, PolicyLossResult, PolicyTokens, token_weights
-from glm5.rl.losses import IcePop
-from glm5.rl.plain.ledger import Ledger
-from glm5.rl.plain.loop import RLConfig, train_policy
-from glm5.rl.plain.records import Group, Sample
-from glm5.rl.plain.rollout import Sampler, Ticket
+from glm5.rl.admission import SchedulerConfig
+from glm5.rl.config import RLRunConfig
+from glm5.rl.learner import Learner
+from glm5.rl.learner_config import LearnerConfig
+from glm5.rl.lockstep import train_in_lockstep
+from glm5.rl.orchestrator import train_rl
+from glm5.rl.replay import replay_step
 from glm5.rl.report import write_rl_report
+from glm5.rl.runner import RolloutConfig
+from glm5.rl.tasks import TaskSource
 
 __all__ = [
-    "Group", "IcePop", "Ledger", "PolicyLoss", "PolicyLossResult", "PolicyTokens", "RLConfig", "Sample", "Sampler",
-    "Ticket", "group_advantages", "token_weights", "train_policy", "write_rl_report",
+    "Learner", "LearnerConfig", "RLRunConfig", "RolloutConfig", "SchedulerConfig", "TaskSource", "replay_step",
+    "train_in_lockstep", "train_rl", "write_rl_report",
 ]  # fmt: skip

@@ -14,8 +14,11 @@ from glm5.engine import Engine
 from glm5.envs import EnvironmentFailure, Reward, Task
 from glm5.errors import ConfigError, RunError
 from glm5.optim import OptimizerConfig
-from glm5.rl import Group, IcePop, Ledger, RLConfig, Sampler, Ticket, train_policy
-from glm5.rl.plain.loop import TaskQueue
+from glm5.rl.losses import IcePop
+from glm5.rl.plain.ledger import Ledger
+from glm5.rl.plain.loop import RLConfig, TaskQueue, train_policy
+from glm5.rl.plain.records import Group
+from glm5.rl.plain.rollout import Sampler, Ticket
 from glm5.rl.plain.update import Lesson, backward, sampled_logprobs, select
 from glm5.scoring import Grade
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from glm5.errors import ConfigError
-from glm5.rl import IcePop, PolicyTokens, group_advantages, token_weights
+from glm5.rl.advantages import group_advantages
+from glm5.rl.loss import PolicyTokens, token_weights
+from glm5.rl.losses import IcePop
 
 
 def one_token(theta_V, action, *, old, sampled, advantage, weight, loss):
