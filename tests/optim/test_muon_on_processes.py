@@ -82,4 +82,4 @@ def test_the_others_too_and_clipping(config):
     for result, theirs in run(2, train, plan, config, 8, 1.0):
         assert theirs == pytest.approx(norms, rel=1e-6)
         for key, value in expected.items():
-            torch.testing.assert_close(result[key], value, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(result[key], value, rtol=1e-4, atol=1e-5)  # sums in another order

@@ -223,8 +223,9 @@ serve(app, ready=lambda url: print(url, flush=True))
 def test_a_killed_server_keeps_every_answer_that_a_client_has(tmp_path, kills):
     answers = []
     for _ in range(kills):
-        process = subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        command = [sys.executable, "-c", SERVER, str(tmp_path)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         url = process.stdout.readline().strip()
         body = {"model": "tiny", "messages": USER, "max_tokens": 6, "return_token_ids": True, **OFF}
         for _ in range(2):
