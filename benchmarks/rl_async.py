@@ -39,10 +39,11 @@ from glm5.envs import Delayed, Environment, SingleTurn
 from glm5.optim import OptimizerConfig
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
-from glm5.rl.learner import LearnerConfig
+from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.losses import DDIS, IcePop
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.runner import RolloutConfig
+from glm5.rl.tasks import TaskSource
 
 Part = Literal["compute", "latency"]
 COMPUTE_TASK = "chain_sum"
@@ -131,12 +132,15 @@ def train(run: OwnRun) -> Result:
         ),
         learner=LearnerConfig(
             loss=IcePop() if run.mode == "sync" else DDIS(),
+            mtp="frozen",  # TRL's side has none
             optimizer=OptimizerConfig(name="adamw", lr=run.rate, betas=(0.9, 0.98), weight_decay=0.0),
         ),
         checkpoint_every=run.steps,
     )  # fmt: skip
     wall, cpu = time.perf_counter(), processor()
-    done = train_rl(config, [env], Path(run.out))
+    # As TRL does, the compute part learns from groups whose rewards are all equal too: every step has the same work.
+    source = TaskSource.of(env, uniform_groups="keep" if run.part == "compute" else "drop")
+    done = train_rl(config, [env], Path(run.out), sources=[source])
     wall, cpu = time.perf_counter() - wall, processor() - cpu
     speed = done.read("speed")
     clock, total = [], 0.0
