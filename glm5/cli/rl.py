@@ -43,8 +43,9 @@ from glm5.train import RunDirectory
 class RLOptions:
     """What to do, beside the settings of the run."""
 
-    env: tuple[str, ...] = ()
-    """Environments: sums, arithmetic, gym:TASK, calculator, lookup, facts, openenv:URL; @2 for twice the share."""
+    env: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An environment: sums, arithmetic, gym:TASK, calculator, lookup, facts, openenv:URL; @2 for twice the share. May
+    be given several times."""
     out: Path
     """The run directory."""
     world: Path | None = None

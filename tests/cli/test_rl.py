@@ -22,7 +22,8 @@ def parent(tmp_path_factory):
 
 def flags(parent, out, *more):
     return [
-        "rl", "--parent", str(parent), "--env", "gym:spell_backward@2", "sums", "--out", str(out), "--steps", "2",
+        "rl", "--parent", str(parent), "--env", "gym:spell_backward@2", "--env", "sums", "--out", str(out),
+        "--steps", "2",
         "--rollout.max-tokens", "4", "--scheduler.groups-per-batch", "2", "--scheduler.group-size", "2",
         "--threads", "1", "--json", *more,
     ]  # fmt: skip
