@@ -13,7 +13,7 @@ A small replica of AReaL's table (arXiv 2505.24298, blog v0.3, table 3). Every a
 In the asynchronous arms the sampler is always ahead, so nearly every batch is as old as the bound allows: the mean and
 the largest age are printed. The judged number is the mean reward of the finished model, sampled at temperature 1 on the
 same `--questions` of the task. `ddis` reaches `sync` when its mean lies within one standard deviation of
-sync's seeds, or above; `naive` does worse when its seed-by-seed difference to `ddis` is below 0 in the mean.
+sync's seeds, or above; `naive` does worse when its seed-by-seed difference to `ddis` lies two standard errors below 0.
 Finished runs stay below --work and are not done again.
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import statistics
 from dataclasses import dataclass
@@ -151,7 +152,8 @@ def verdict(task: dict[str, list[dict[str, Any]]]) -> str:
     room = statistics.stdev(last["sync"]) if len(last["sync"]) > 1 else 0.0
     reached = "met" if mean["ddis"] >= mean["sync"] - room else "MISSED"
     difference = [naive - ddis for naive, ddis in zip(last["naive"], last["ddis"], strict=True)]
-    worse = "met" if statistics.fmean(difference) < 0 else "MISSED"
+    error = statistics.stdev(difference) / len(difference) ** 0.5 if len(difference) > 1 else math.inf
+    worse = "met" if statistics.fmean(difference) < -2 * error else "MISSED"
     return f"ddis reaches sync: {reached}; naive does worse, seed by seed less ddis {spread(difference)}: {worse}"
 
 

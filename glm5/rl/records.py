@@ -42,12 +42,12 @@ class Ticket:
 
     @property
     def id(self) -> str:
-        """Unique in the run."""
+        """Unique in the run, and the session under which its requests reach an engine."""
         return f"{self.environment}/{self.task_index}/{self.attempt}/{self.sample}"
 
     @property
     def group(self) -> Ticket:
-        """The ticket of the group's first sample, which names the group and, to engines, the session."""
+        """The ticket of the group's first sample, which names the group."""
         return Ticket(self.environment, self.task_index, self.attempt)
 
     def seed(self, run_seed: int, turn: int = 0) -> int:

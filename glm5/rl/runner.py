@@ -236,7 +236,7 @@ class _Player:
             seed=self.ticket.seed(self.config.seed, number),
         )
         stream = self.source.stream(
-            (*begun.prompt_ids, *ids), params, session_id=self.ticket.group.id, priority=0, deadline=None
+            (*begun.prompt_ids, *ids), params, session_id=self.ticket.id, priority=0, deadline=None
         )
 
         def so_far(reason: str) -> Turn:

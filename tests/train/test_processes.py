@@ -50,6 +50,14 @@ def assert_near(one: RunDirectory, two: RunDirectory, tolerance=2e-4, without=fr
     for a, b in zip(first, second, strict=True):
         assert a.keys() - without == b.keys()
         for name, value in ((name, a[name]) for name in b):
+            if name == "expert_load":  # a token between two experts may go either way
+                for layer, counts in value.items():
+                    moved = sum(abs(x - y) for x, y in zip(counts, b[name][layer], strict=True))
+                    assert moved <= 0.02 * sum(counts), layer
+                continue
+            if name == "busiest_expert":
+                assert b[name] == pytest.approx(value, rel=0.02)
+                continue
             assert b[name] == (pytest.approx(value, rel=tolerance) if isinstance(value, float) else value), name
     a, b = state_of(one), state_of(two)
     assert a.keys() == b.keys()
