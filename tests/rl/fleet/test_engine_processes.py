@@ -82,8 +82,8 @@ def test_tokens_weights_and_refusals():
                 await fleet.publish(5, {n: t for n, t in new.state_dict().items() if n != "lm_head.weight"})
             assert [state.version for state in fleet.stats().engines] == [4, 4]
 
-            short = fleet.stream(PROMPTS[0], params_of(0, max_tokens=None), deadline=0.2)
-            assert len([delta async for delta in short]) > 0 and short.finish_reasons == ("abort",)
+            short = fleet.stream(PROMPTS[0], params_of(0, max_tokens=None), deadline=0.02)
+            assert len([delta async for delta in short]) < 508 and short.finish_reasons == ("abort",)
             left = fleet.stream(PROMPTS[0], params_of(0, max_tokens=None))
             await anext(left)
             left.close()
