@@ -147,12 +147,15 @@ def train(run: OwnRun) -> Result:
     for line in speed:
         total += line["seconds"]
         clock.append(total)
+    rewards: list[float] = []
+    for line in done.read("metrics"):  # a batch that was ready with the one before came with no new reward
+        rewards.append(rewards[-1] if line["reward"] is None else line["reward"])
     idle = {
         name: statistics.fmean(line[name] for line in speed)
         for name in ("trainer_idle", "sampler_idle")
         if name in speed[0]
     }
-    return Result([line["reward"] for line in done.read("metrics")], clock, wall, cpu, idle)
+    return Result(rewards, clock, wall, cpu, idle)
 
 
 def processor() -> float:
@@ -256,9 +259,10 @@ def main(options: Options) -> None:
     tables = [compute(options) if part == "compute" else latency(options) for part in options.parts]
     here = machine()
     head = (
-        f"`python -m benchmarks.rl_async --seeds {options.seeds} --steps {options.steps} --latency-steps "
-        f"{options.latency_steps}`, commit {here['commit']}, {here['cpu']}, PyTorch {here['torch']}, "
-        f"{options.threads} thread(s), staleness at most {options.staleness}. Median (least to most) over the seeds."
+        f"`python -m benchmarks.rl_async --parts {' '.join(options.parts)} --seeds {options.seeds} --steps "
+        f"{options.steps} --latency-steps {options.latency_steps} --staleness {options.staleness}`,\ncommit "
+        f"{here['commit']}, {here['cpu']}, PyTorch {here['torch']}, {options.threads} thread(s). Median (least "
+        "to most) over the seeds."
     )
     text = "\n\n".join(["# Speed of reinforcement learning", head, *tables])
     print(text)

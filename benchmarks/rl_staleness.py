@@ -108,7 +108,7 @@ def done(task: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
         write_json(
             file,
             {
-                "rewards": [line["reward"] for line in lines],
+                "rewards": [line["reward"] for line in lines if line["reward"] is not None],
                 "last": sampled_reward(run.model_directory, task, options.questions),
                 "first": sampled_reward(parent, task, options.questions),
                 "age": statistics.fmean(line["mean_staleness"] for line in lines),

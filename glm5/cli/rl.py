@@ -142,12 +142,13 @@ def sources_of(environments: Sequence[Named]) -> list[TaskSource]:
 def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
     """Rewards at the beginning and at the end, and where the report is."""
     metrics = run.read("metrics")
-    fifth = max(1, len(metrics) // 5)
+    rewards = [line["reward"] for line in metrics if line["reward"] is not None]
+    fifth = max(1, len(rewards) // 5)
     result: dict[str, Any] = {
         "run": str(run.path),
         "steps": len(metrics),
-        "reward_first_fifth": mean([line["reward"] for line in metrics[:fifth]]),
-        "reward_last_fifth": mean([line["reward"] for line in metrics[-fifth:]]),
+        "reward_first_fifth": mean(rewards[:fifth]),
+        "reward_last_fifth": mean(rewards[-fifth:]),
         "max_staleness": max((line.get("max_staleness", 0) for line in metrics), default=0),
     }
     if as_json:

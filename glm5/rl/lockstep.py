@@ -28,6 +28,7 @@ from glm5.engine.outputs import PromptLogprob
 from glm5.envs import Environment
 from glm5.errors import ConfigError, RunError
 from glm5.rl.aids import Aids
+from glm5.rl.around import AroundSource
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece
 from glm5.rl.orchestrator import aborted, finish_run, start_run
@@ -197,26 +198,20 @@ class Lockstep:
         if version > self.engine.version:
             self.engine.update_weights(version, session.learner.weights())
         await self._call_off(cancelled)
-        self.show(version, f"reward {metrics['reward']:.3f}", 0.0)
+        self.show(version, f"reward of the batch {metrics['trained_reward']:.3f}", 0.0)
         if version % self.config.checkpoint_every == 0 and version < self.config.steps:
             session.checkpoint()
 
 
-class TokenGate:
+class TokenGate(AroundSource[Engine]):
     """An engine as a source of tokens that come out only when `deliver` is called, one for everybody who waits."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.tokenizer, self.max_model_len = engine.tokenizer, engine.max_model_len
+        super().__init__(engine)
         self.waiting: dict[str, GatedStream] = {}
         """By session."""
         self.changed = asyncio.Event()
         """Set when somebody begins to wait."""
-
-    @property
-    def version(self) -> int:
-        """Of the engine's weights."""
-        return self.engine.version
 
     def stream(
         self,
@@ -229,12 +224,12 @@ class TokenGate:
     ) -> GatedStream:
         """One request of a session, which has no other one open."""
         assert session_id is not None
-        stream = self.engine.stream(prompt_ids, params, session_id=session_id, priority=priority, deadline=deadline)
+        stream = self.source.stream(prompt_ids, params, session_id=session_id, priority=priority, deadline=deadline)
         return GatedStream(self, session_id, stream)
 
     def deliver(self) -> None:
         """Runs the engine until everybody who waits has a token, and hands them out."""
-        while self.engine.step():
+        while self.source.step():
             pass
         waiting, self.waiting = self.waiting, {}
         for stream in waiting.values():

@@ -8,8 +8,8 @@ from typing import Any
 
 from glm5.engine import SamplingParams, TokenDelta
 from glm5.engine.outputs import PromptLogprob
+from glm5.rl.around import AroundSource
 from glm5.serve.generation import Source, TokenSource
-from glm5.text import Tokenizer
 
 
 class BusyTime:
@@ -37,11 +37,11 @@ class BusyTime:
         return self._total + (time.perf_counter() - self._since if self.open else 0.0)
 
 
-class Meter:
+class Meter(AroundSource[Source]):
     """A source of tokens that counts what another one gives."""
 
     def __init__(self, source: Source) -> None:
-        self.source = source
+        super().__init__(source)
         self.sampling, self.learning = BusyTime(), BusyTime()
         self.tokens = 0
         self.moved_at = time.monotonic()
@@ -69,21 +69,6 @@ class Meter:
         }
 
     # ---- a source of tokens ---------------------------------------------------------------------------------------
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """Of the source."""
-        return self.source.tokenizer
-
-    @property
-    def max_model_len(self) -> int:
-        """Of the source."""
-        return self.source.max_model_len
-
-    @property
-    def version(self) -> int:
-        """Of the source."""
-        return self.source.version
-
     def stream(
         self,
         prompt_ids: Sequence[int],

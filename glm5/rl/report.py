@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,11 +60,14 @@ def write_rl_report(run_directory: Path) -> Path:
 def _summary(metrics: Lines) -> str:
     if not metrics:
         return "<p>No step has been taken yet.</p>"
-    third = max(1, len(metrics) // 3)
-    begin = sum(line["reward"] for line in metrics[:third]) / third
-    end = sum(line["reward"] for line in metrics[-third:]) / third
+    rewards = [line["reward"] for line in metrics if line["reward"] is not None]
+    third = max(1, len(rewards) // 3)
+    said = "nothing was scored"
+    if rewards:
+        begin, end = statistics.fmean(rewards[:third]), statistics.fmean(rewards[-third:])
+        said = f"mean reward {begin:.3f} over the first {third} with one, {end:.3f} over the last {third}"
     return (
-        f"<p>{len(metrics)} steps; mean reward {begin:.3f} over the first {third}, {end:.3f} over the last {third}. "
+        f"<p>{len(metrics)} steps; {said}. "
         f"Largest mismatch of trainer and sampler: {max(line.get('mismatch', 0.0) for line in metrics):.1e} nats.</p>"
     )
 
@@ -78,6 +82,7 @@ def _link(run: RunDirectory) -> str:
 
 def reward_figure(metrics: Lines) -> str:
     """Mean reward of every step as a point, and the running mean of five steps as a line. An inline SVG."""
+    metrics = [line for line in metrics if line["reward"] is not None]
     if len(metrics) < 2:
         return "<p class=faint>Not enough steps for a curve.</p>"
     rewards = [line["reward"] for line in metrics]

@@ -23,6 +23,8 @@ class Window:
     def close(self, batch: Batch, accounts: Accounts) -> dict[str, Any]:
         """Means over the rollouts that came back, fates of the samples settled meanwhile, ages of what is learnt.
 
+        `reward` and `surprise` are None when nothing was scored or sampled since: that is not a 0.
+
         `staleness`: tokens of the batch by the versions between the weights that sampled them and those that learn.
         """
         rollouts = sorted(self._rollouts, key=lambda rollout: rollout.ticket)
@@ -33,14 +35,14 @@ class Window:
         outcomes = Counter(rollout.outcome for rollout in rollouts)
         ages = Counter(batch.version - version for rollout in batch.rollouts for version in rollout.versions)
         return {
-            "reward": sum(rewards) / len(rewards) if rewards else 0.0,
+            "reward": sum(rewards) / len(rewards) if rewards else None,
             "rewards": {name: sum(some) / len(some) for name, some in sorted(_by_environment(rollouts).items())},
             "scored": len(rewards),
             "truncated": outcomes["truncated"] / len(rollouts) if rollouts else 0.0,
             "outcomes": dict(sorted(outcomes.items())),
             "tokens": len(logprobs),
             "turns": len(turns) / len(rollouts) if rollouts else 0.0,
-            "surprise": -sum(logprobs) / len(logprobs) if logprobs else 0.0,
+            "surprise": -sum(logprobs) / len(logprobs) if logprobs else None,
             **self._fates(accounts),
             "staleness": {str(age): count for age, count in sorted(ages.items())},
         }

@@ -257,12 +257,12 @@ def test_a_mistake_of_the_engine_stops_the_run_with_its_sentence(parent, tmp_pat
 
 def test_it_learns_asynchronously(parent, tmp_path):
     config = config_of(
-        parent, steps=20, learner={"rows": 64}, checkpoint_every=20,
+        parent, steps=40, learner={"rows": 64}, checkpoint_every=40,
         scheduler={"groups_per_batch": 4, "group_size": 8, "max_staleness": 2, "max_running": 64},
     )  # fmt: skip
     run = train_rl(config, [SingleTurn(Letters())], tmp_path / "run")
-    rewards = [line["reward"] for line in run.read("metrics") if line["scored"]]  # two batches may be ready at once
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1
+    rewards = [line["reward"] for line in run.read("metrics") if line["reward"] is not None]
+    assert sum(rewards[:4]) / 4 < 0.6 and sum(rewards[-4:]) / 4 > 0.85
 
 
 def test_the_last_step_is_recorded_however_late_its_news_is(parent, tmp_path, monkeypatch):

@@ -36,4 +36,4 @@ def test_a_window_counts_what_came_back_and_what_is_learnt_apart():
     assert (figures["sampled"], figures["trained"], figures["requeued"]) == (4, 2, 1)
     assert figures["requeued_because"] == {"stale": 1} and figures["dropped"] == {"env_failure": 1}
     empty = window.close(Batch(6, 6, ()), accounts)
-    assert (empty["sampled"], empty["reward"], empty["tokens"], empty["staleness"]) == (0, 0.0, 0, {})
+    assert (empty["sampled"], empty["reward"], empty["tokens"], empty["staleness"]) == (0, None, 0, {})

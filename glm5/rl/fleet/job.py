@@ -21,6 +21,9 @@ PROGRESS = 64
 UNBOUNDED = 1 << 40
 """A fleet's mailbox never pauses its request: a rollout is read as it is written."""
 
+OVERDUE_SECONDS = 2.0
+"""After its deadline an engine ends a request itself; so much later the fleet does."""
+
 
 @dataclass(frozen=True, slots=True)
 class Order:
@@ -74,6 +77,10 @@ class Job:
         self.begun_with = len(self.said)
         left = None if self.until is None else max(self.until - time.monotonic(), 1e-3)
         return Order(self.number, self.prompt_ids, self.params, self.session_id, self.priority, left, tuple(self.said))
+
+    def overdue(self, now: float) -> bool:
+        """Whether the fleet ends it: at its deadline, or later when an engine has it, which should have done so."""
+        return self.until is not None and now > self.until + OVERDUE_SECONDS * (self.member is not None)
 
     def orphaned(self, *, blamed: bool) -> bool:
         """Its engine died; True if it had got nothing from it."""

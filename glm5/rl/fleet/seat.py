@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from glm5.rl.fleet.config import FleetConfig
 from glm5.rl.fleet.member import Member
+from glm5.rl.fleet.protocol import EngineState
 
 FIRST_DELAY, DOUBLINGS = 0.05, 7
 """Seconds before an engine is started again, and how often they double with each failure after the first."""
@@ -26,6 +27,11 @@ class Seat:
     """When its engines died or did not come up, within the window."""
     given_up: str | None = None
     """Why it stays empty."""
+
+    def state(self) -> EngineState:
+        """What a person wants to know."""
+        stats = None if self.member is None else self.member.stats()
+        return EngineState(self.name, self.member is not None, self.version, self.requests, self.restarts, stats)
 
     def failed(self, reason: str, now: float, config: FleetConfig, *, final: bool) -> float | None:
         """Counts a failure; the seconds until the next try, or None when the seat is given up (at once if `final`)."""

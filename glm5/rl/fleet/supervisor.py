@@ -33,7 +33,7 @@ from glm5.errors import FleetError, GLM5Error
 from glm5.rl.fleet.config import FleetConfig
 from glm5.rl.fleet.job import Delivery, FleetStream, Job
 from glm5.rl.fleet.member import Executor, Facts, Member
-from glm5.rl.fleet.protocol import EngineState, FleetStats
+from glm5.rl.fleet.protocol import FleetStats
 from glm5.rl.fleet.routing import Router
 from glm5.rl.fleet.seat import Seat
 from glm5.rl.weights.checks import check_publication
@@ -41,8 +41,6 @@ from glm5.text import Tokenizer
 
 log = logging.getLogger("glm5.fleet")
 WATCH_SECONDS = 0.2
-OVERDUE_SECONDS = 2.0
-"""After its deadline an engine ends a request itself; so much later the fleet does."""
 
 
 class SupervisedFleet:
@@ -151,12 +149,7 @@ class SupervisedFleet:
     def stats(self) -> FleetStats:
         """What each engine does."""
         with self._changed:
-            states = tuple(
-                EngineState(seat.name, seat.member is not None, seat.version, seat.requests, seat.restarts,
-                            None if seat.member is None else seat.member.stats())
-                for seat in self._seats
-            )  # fmt: skip
-            return FleetStats(states, self._moved)
+            return FleetStats(tuple(seat.state() for seat in self._seats), self._moved)
 
     # ---- what engines say ---------------------------------------------------------------------------------------
     def delivered(self, member: Member, deliveries: list[Delivery]) -> None:
@@ -349,7 +342,7 @@ class SupervisedFleet:
                     self._abort(self._dropped.popleft())
                 now = time.monotonic()
                 for job in list(self._jobs.values()):
-                    if job.until is not None and now > job.until + OVERDUE_SECONDS * (job.member is not None):
+                    if job.overdue(now):
                         if job.member is not None:
                             job.member.abort(job.number)
                         self._finish(job, None)

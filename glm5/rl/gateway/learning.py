@@ -27,6 +27,7 @@ from glm5.errors import InputError
 from glm5.model import GLM5
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.aids import Aids
+from glm5.rl.around import AroundSource
 from glm5.rl.config import RLRunConfig
 from glm5.rl.executors import MakeFleet, one_engine
 from glm5.rl.fleet import Fleet, FleetStats
@@ -164,13 +165,14 @@ def batches_of(config: SchedulerConfig, agents: OutsideAgents, groups: Sequence[
             return scheduler.step
 
 
-class OpenFleet:
+class OpenFleet(AroundSource[Fleet]):
     """A fleet that outside agents reach over HTTP from its `start` to its `close`."""
 
     def __init__(
         self, fleet: Fleet, sessions: Sessions, address: Address, seed: int, ready: Callable[[str], None] | None
     ) -> None:
-        self.fleet, self.sessions, self.address, self.ready = fleet, sessions, address, ready
+        super().__init__(fleet)
+        self.sessions, self.address, self.ready = sessions, address, ready
         self.app = create_gateway(
             OwnDistribution(fleet, seed), sessions, model_name=address.name, limits=address.limits,
             api_key=address.api_key, hosts=address.hosts,
@@ -180,29 +182,14 @@ class OpenFleet:
         self.publish = fleet.publish
         self.stats = fleet.stats
 
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The fleet's."""
-        return self.fleet.tokenizer
-
-    @property
-    def max_model_len(self) -> int:
-        """The fleet's."""
-        return self.fleet.max_model_len
-
-    @property
-    def version(self) -> int:
-        """The fleet's."""
-        return self.fleet.version
-
     async def start(self) -> None:
         """Opens when the engines are ready."""
-        await self.fleet.start()
+        await self.source.start()
         self._doors.enter_context(served(self.app, self.address, self.ready))
 
     async def close(self) -> None:
         """Ends every request, then the server; open sessions stay open on the disk."""
-        await self.fleet.close()
+        await self.source.close()
         await asyncio.to_thread(self._doors.close)
         self.sessions.close()
 

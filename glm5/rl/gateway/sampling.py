@@ -16,36 +16,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from glm5.engine import SamplingParams
+from glm5.rl.around import AroundSource
 from glm5.serve.generation import Source, TokenSource
-from glm5.text import Tokenizer
 
 MOST_REMEMBERED = 65_536
 """Requests of which is known how often they came."""
 
 
-class OwnDistribution:
+class OwnDistribution(AroundSource[Source]):
     """`source` at temperature 1 with nothing cut off; `seed`: the run's."""
 
     def __init__(self, source: Source, seed: int = 0) -> None:
-        self.source = source
+        super().__init__(source)
         self.seed = seed
         self._asked: Counter[bytes] = Counter()
         self._lock = threading.Lock()
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The source's."""
-        return self.source.tokenizer
-
-    @property
-    def max_model_len(self) -> int:
-        """The source's."""
-        return self.source.max_model_len
-
-    @property
-    def version(self) -> int:
-        """The source's."""
-        return self.source.version
 
     def stream(
         self,
