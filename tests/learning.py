@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from speaker import VOCABULARY, speaker_model, speaker_tokenizer
 from tiny import tiny_model
 
 from glm5.engine import Engine, SamplingParams
 from glm5.envs import Reward, Task
+from glm5.rl.learner_config import LearnerConfig
+from glm5.rl.packing import Example, examples_of, judged
 from glm5.rl.records import Batch, Group, Lesson, Rollout, Ticket, Trajectory
 from glm5.scoring import Grade
 
@@ -58,3 +63,25 @@ def drafting_model(seed: int = 0):
     return tiny_model(
         seed, vocab_size=VOCABULARY, max_position_embeddings=512, eos_token_id=speaker_tokenizer().eos_ids,
     )  # fmt: skip
+
+
+def examples_from(batch: Batch, **options) -> list[Example]:
+    """The trajectories of a batch with advantages and weights, under these settings of the learner."""
+    config = LearnerConfig(**options)
+    lessons = judged(batch, config.advantages)
+    return examples_of(lessons, config.normalisation, fixed_length=16, version=batch.version)
+
+
+def copies(weights):
+    """Tensors that later steps leave as they are."""
+    return {name: tensor.clone() for name, tensor in weights.items()}
+
+
+def moved(before, after) -> set[str]:
+    """Names of the tensors that differ."""
+    return {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+
+
+def at_version(batch: Batch, version: int) -> Batch:
+    """The same batch for a later version."""
+    return dataclasses.replace(batch, version=version)

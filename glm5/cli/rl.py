@@ -1,4 +1,4 @@
-"""`glm5 rl`: reinforcement learning from environments, from agents behind a gateway, from recorded use.
+r"""`glm5 rl`: reinforcement learning from environments, from agents behind a gateway, from recorded use.
 
     glm5 rl --parent runs/sft --env sums --env gym:chain_sum:max_terms=3@2 --out runs/rl     # asynchronous, DDIS
     glm5 rl --parent runs/sft --env sums --out runs/sync --scheduler.mode sync --learner.loss icepop
@@ -9,6 +9,8 @@
     glm5 rl --from-gateway --parent runs/sft --out runs/agents                    # agents of others, as they run
     glm5 rl --from-records used --parent runs/sft --out runs/used                 # what glm5 serve --record used kept
     glm5 rl --parent runs/sft --env sums --out runs/exact --deterministic         # every run and resume the same bits
+    glm5 rl --parent runs/rl --env sums --env facts --world world --out runs/distilled --learner.advantages none \
+        --aids.teacher runs/sft --aids.teacher runs/math sums                     # each environment with its teacher
 
 Environments by name: `glm5.cli.rl_environments`. An environment of your own is passed in Python (`glm5.rl.train_rl`).
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,10 +28,12 @@ import tyro
 from rich.console import Console
 
 from glm5.cli import rl_outside, rl_simulate
+from glm5.cli.rl_aids import with_recorded_aids
 from glm5.cli.rl_engines import Executor, fleet_of
 from glm5.cli.rl_environments import Named, named_environment
 from glm5.cli.rl_flags import REGISTRY
 from glm5.cli.threads import use_threads
+from glm5.envs.protocol import UniformGroups
 from glm5.errors import InputError
 from glm5.rl.config import RLRunConfig
 from glm5.rl.lockstep import train_in_lockstep
@@ -57,6 +61,9 @@ class RLOptions:
     same as actors on a cluster."""
     engines: int = 1
     """How many, with --executor processes or ray."""
+    uniform_groups: UniformGroups | None = None
+    """Whether groups whose rewards are all equal are learnt from; left out: as each environment says, and keep where
+    there are teachers, who have something to say about those too."""
     ray: str | None = None
     """Address of the Ray cluster (auto: the one that this machine belongs to); one is started here when left out."""
     deterministic: bool = False
@@ -96,19 +103,21 @@ def run(arguments: Sequence[str]) -> int:
         raise InputError("--deterministic runs in one process; leave --executor out.")
     if not environments:
         raise InputError("There is nothing to learn from: give at least one --env, such as --env sums.")
+    names = {named.short: named.environment.name for named in environments}
+    config = replace(flags.config, aids=flags.config.aids.renamed(names))
+    if options.resume or options.replay_step is not None:
+        config = with_recorded_aids(config, options.out)
     console = Console(stderr=options.json)
     if options.replay_step is not None:
-        return print_replay(replay_step(flags.config, options.out, options.replay_step), console, options.json)
+        return print_replay(replay_step(config, options.out, options.replay_step), console, options.json)
     train = train_in_lockstep
     if not options.deterministic:
-        train = functools.partial(
-            train_rl, make_fleet=fleet_of(flags.config, options.executor, options.engines, options.ray)
-        )
+        train = functools.partial(train_rl, make_fleet=fleet_of(config, options.executor, options.engines, options.ray))
     done = train(
-        flags.config,
+        config,
         [named.environment for named in environments],
         options.out,
-        sources=sources_of(environments),
+        sources=sources_of(environments, options.uniform_groups or ("keep" if config.aids.teachers else None)),
         resume=options.resume,
         console=console,
     )
@@ -134,9 +143,10 @@ def print_replay(replayed: ReplayedStep, console: Console, as_json: bool) -> int
     return 0 if replayed.same else 1
 
 
-def sources_of(environments: Sequence[Named]) -> list[TaskSource]:
-    """How each environment takes part."""
-    return [TaskSource.of(named.environment, weight=named.weight) for named in environments]
+def sources_of(environments: Sequence[Named], uniform_groups: UniformGroups | None) -> list[TaskSource]:
+    """How each environment takes part; uniform_groups: None leaves that to the environment."""
+    settings = {} if uniform_groups is None else {"uniform_groups": uniform_groups}
+    return [TaskSource.of(named.environment, weight=named.weight, **settings) for named in environments]
 
 
 def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:

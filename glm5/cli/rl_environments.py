@@ -41,6 +41,8 @@ class Named:
 
     environment: Environment
     weight: float
+    short: str
+    """Its name on the command line, without the weight."""
 
 
 def named_environment(text: str, world: Path | None = None) -> Named:
@@ -52,7 +54,7 @@ def named_environment(text: str, world: Path | None = None) -> Named:
     if float(weight) <= 0:
         raise InputError(f"The weight of {spec} is {weight}; it must be more than 0.")
     try:
-        return Named(KINDS[kind](rest, world), float(weight))
+        return Named(KINDS[kind](rest, world), float(weight), spec)
     except TypeError as error:
         raise InputError(f"{spec}: {error}") from None
 

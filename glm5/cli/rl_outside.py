@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from glm5.cli.rl_aids import with_recorded_aids
 from glm5.cli.rl_flags import REGISTRY
 from glm5.cli.threads import use_threads
 from glm5.envs.protocol import UniformGroups
@@ -86,20 +87,21 @@ def run(arguments: Sequence[str]) -> int:
         raise InputError("Episodes come either from a gateway or from records; give one of --from-gateway, "
                          "--from-records DIR.")  # fmt: skip
     use_threads(options.threads)
+    config = with_recorded_aids(flags.config, options.out) if options.resume else flags.config
     common: dict[str, Any] = {
         "uniform_groups": options.uniform_groups,
         "resume": options.resume,
         "console": console,
     }
     if options.from_records is not None:
-        done = train_from_records(flags.config, options.from_records, options.out, **common)
+        done = train_from_records(config, options.from_records, options.out, **common)
     else:
         address = options.address()
         if address.api_key is None and not is_loopback(options.host):
             print(f"Warning: everybody who reaches {options.host} may use and teach this model; set {KEY_VARIABLE} to "
                   "require a key.", file=sys.stderr, flush=True)  # fmt: skip
         ready = lambda url: print(f"Agents: {url}/s/SESSION/v1 (OpenAI), {url}/s/SESSION (Anthropic)", flush=True)
-        done = train_from_gateway(flags.config, options.out, address, ready=ready, **common)
+        done = train_from_gateway(config, options.out, address, ready=ready, **common)
     summarise(done, console, as_json=options.json)
     return 0
 

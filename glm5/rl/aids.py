@@ -7,10 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
+import torch
+
+from glm5.checkpoint import load_model
+from glm5.data import Loader, open_dataset, open_mixture
+from glm5.data.shards import tokenizer_sha256
+from glm5.data.world_text import open_world
+from glm5.errors import ConfigError
 from glm5.model import GLM5
-from glm5.rl.retention import Retention
+from glm5.rl.aids_config import AidsConfig, Measured, ReplayData
+from glm5.rl.retention import Measure, Retention, bits_per_byte, skills
+from glm5.text import Tokenizer
 from glm5.train.loop import BatchSource
+from glm5.train.run_directory import model_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +32,61 @@ class Aids:
     reference: GLM5 | None = None
     """What the KL term holds the policy to; by default the model as the learner is given it."""
     teachers: Mapping[str, GLM5] = field(default_factory=dict)
-    """For distillation, by the name of the environment."""
+    """For distillation, by the name of the environment; `EVERY` for those that have no other."""
     replay: BatchSource | None = None
     """Batches of earlier stages: number `version * updates + i` goes with update i of a batch."""
     retention: Retention | None = None
     """Measures that join the metrics of the step that begins with the weights which they are of."""
+
+
+def open_aids(
+    config: AidsConfig, tokenizer: Tokenizer, *, attention: Literal["sparse", "dense"], given: Aids | None = None
+) -> Aids:
+    """The aids of a run. given: a caller's own objects, in place of settings. Raises ConfigError for both at once."""
+    if given is not None:
+        if config != AidsConfig():
+            raise ConfigError("The learner's aids are given as settings and as objects; give them in one way.")
+        return given
+    return Aids(
+        reference=None if config.reference is None else _other_model(config.reference, tokenizer),
+        teachers=_teachers(config, tokenizer),
+        replay=_replay(config.replay, tokenizer),
+        retention=_retention(config.retention, tokenizer, attention),
+    )
+
+
+def _teachers(config: AidsConfig, tokenizer: Tokenizer) -> dict[str, GLM5]:
+    return {
+        name: model
+        for teacher in config.teachers
+        for model in [_other_model(teacher.path, tokenizer)]
+        for name in teacher.environments
+    }
+
+
+def _other_model(path: Path, tokenizer: Tokenizer) -> GLM5:
+    """A model that never learns; its tokens are those of the policy."""
+    directory = model_of(path)
+    if tokenizer_sha256(Tokenizer.from_pretrained(directory)) != tokenizer_sha256(tokenizer):
+        raise ConfigError(f"{path} has another tokenizer than the parent, so their tokens cannot be compared.")
+    return load_model(directory, dtype=torch.float32).requires_grad_(False)
+
+
+def _replay(config: ReplayData, tokenizer: Tokenizer) -> Loader | None:
+    if not config.data:
+        return None
+    data = open_mixture(config.data, tokenizer)
+    return Loader(data, rows=config.rows, length=config.length, seed=config.seed, packing=config.packing)
+
+
+def _retention(config: Measured, tokenizer: Tokenizer, attention: Literal["sparse", "dense"]) -> Retention | None:
+    measures: list[Measure] = [
+        bits_per_byte(
+            open_dataset(path, tokenizer), path.name, documents=config.documents, length=config.length,
+            attention=attention,
+        )
+        for path in config.heldout
+    ]  # fmt: skip
+    if config.world is not None:
+        measures.append(skills(tokenizer, open_world(config.world), config.skills))
+    return Retention(tuple(measures), config.every) if measures else None

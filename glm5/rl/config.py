@@ -7,6 +7,7 @@ from pathlib import Path
 
 from glm5.errors import ConfigError
 from glm5.rl.admission import SchedulerConfig
+from glm5.rl.aids_config import AidsConfig
 from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.runner import RolloutConfig
@@ -25,6 +26,8 @@ class RLRunConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     """Among them the mode: sync, one-step-off or async."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    aids: AidsConfig = field(default_factory=AidsConfig)
+    """What the learner has beside its model: teachers, replay, a reference, measures."""
     concurrency: ConcurrencyConfig | None = None
     """Adapts the number of rollouts at once to what trainer and engines bear; None: always the scheduler's."""
     learning_ticks: int = 8

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from glm5.errors import InputError
 from glm5.model import GLM5
+from glm5.rl.aids_config import EVERY
 from glm5.rl.forward import Passes, PerExample, fixed_logprobs
 from glm5.rl.packing import Example
 from glm5.train.checks import check_numbers
@@ -28,15 +29,16 @@ class Distillation:
 
 
 def teacher_logprobs(teachers: Mapping[str, GLM5], examples: Sequence[Example], passes: Passes) -> PerExample:
-    """Under the teacher of each example's environment. Raises InputError where there is none."""
+    """Under the teacher of each example's environment, or of every other one. Raises InputError where there is none."""
     by_environment: dict[str, list[Example]] = {}
     for example in examples:
         by_environment.setdefault(example.environment, []).append(example)
     found: PerExample = {}
     for environment, some in by_environment.items():
-        if environment not in teachers:
+        teacher = teachers.get(environment, teachers.get(EVERY))
+        if teacher is None:
             raise InputError(
                 f"No teacher for the environment {environment!r}; there are teachers for {', '.join(sorted(teachers))}."
             )
-        found |= fixed_logprobs(teachers[environment], some, passes)
+        found |= fixed_logprobs(teacher, some, passes)
     return found

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +44,13 @@ class Learner:
 
     def __init__(self, model: GLM5, config: LearnerConfig, *, version: int = 0, aids: Aids | None = None) -> None:
         self.model, self.config, self.version, self.aids = model, config, version, aids or Aids()
-        if (config.distillation is not None) != bool(self.aids.teachers):
-            raise ConfigError("Distillation needs both its setting and teachers; give both or neither.")
         self.reference = self.aids.reference
         if config.kl is not None and self.reference is None and config.lora is None:
             self.reference = copy.deepcopy(model)
         if config.lora is not None:
             adapt(model, config.lora)
         else:
+            check_patterns(model, config)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(learns(name, model, config))
         self.head: ValueHead | None = None
@@ -209,9 +209,21 @@ class Learner:
 
 def learns(name: str, model: GLM5, config: LearnerConfig) -> bool:
     """Whether the parameter of that name is trained, without adapters."""
+    if any(fnmatchcase(name, pattern) for pattern in config.freeze):
+        return False
     if ".indexer." in name:
         return config.indexer_weight > 0 and not name.startswith("mtp.")
     return not name.startswith("mtp.") or drafts(model, config)
+
+
+def check_patterns(model: GLM5, config: LearnerConfig) -> None:
+    """Raises ConfigError for a pattern of `freeze` that is no parameter's, and when nothing is left to learn."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in config.freeze:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"freeze: no parameter is called {pattern!r}; a name is {names[len(names) // 2]!r}.")
+    if not any(learns(name, model, config) for name in names):
+        raise ConfigError("Nothing is left to learn: freeze takes every parameter; leave some out.")
 
 
 def batch_metrics(batch: Batch) -> Metrics:

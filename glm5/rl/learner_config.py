@@ -31,8 +31,8 @@ class LearnerConfig:
     """Of the normalisation of that name: tokens that a full answer has."""
     critic: Critic = field(default_factory=Critic)
     """Of the advantages "gae"."""
-    distillation: Distillation | None = None
-    """From the learner's teachers; with the advantages "none", nothing else."""
+    distillation: Distillation = field(default_factory=Distillation)
+    """From the learner's teachers, where it has any; with the advantages "none", nothing else."""
     kl: KL | None = None
     """To the model that the learner was given, or to its `reference`."""
     entropy: float = 0.0
@@ -64,6 +64,8 @@ class LearnerConfig:
     """On the loss of the draft modules, GLM-4.5's."""
     indexer_weight: float = 0.0
     """On the KL loss of the indexers; at 0 they are frozen, as in the report."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of names of parameters that do not learn: *.experts.* for the routed experts, *.gate.* for routers."""
     replay_weight: float = 1.0
     """On the language loss of the learner's `replay` of earlier stages, where it has one."""
 
@@ -80,6 +82,8 @@ class LearnerConfig:
         check_choice(self, "mtp", "detached", "joint", "frozen")
         if self.lora is not None and self.indexer_weight:
             raise ConfigError("indexer_weight needs whole weights to train; leave it at 0 with LoRA.")
+        if self.lora is not None and self.freeze:
+            raise ConfigError("With LoRA all weights are frozen but the adapters of its targets; leave freeze out.")
 
     @property
     def passes(self) -> Passes:

@@ -27,7 +27,7 @@ from glm5.engine import Engine, SamplingParams, TokenDelta, TokenStream
 from glm5.engine.outputs import PromptLogprob
 from glm5.envs import Environment
 from glm5.errors import ConfigError, RunError
-from glm5.rl.aids import Aids
+from glm5.rl.aids import Aids, open_aids
 from glm5.rl.around import AroundSource
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece
@@ -64,6 +64,7 @@ def train_in_lockstep(
     if run.finished:
         return run
     with run.exclusive():
+        aids = open_aids(config.aids, tokenizer, attention=config.learner.attention, given=aids)
         session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources, aids)
         try:
             with progress_bar("rl", session.version, config.steps, console) as show:

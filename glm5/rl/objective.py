@@ -80,6 +80,8 @@ def objective(
     tokens = policy_tokens(rows, logprobs_N, given, config)
     result = config.loss(tokens)
     total, found = result.total, {**result.diagnostics, **common_diagnostics(tokens)}
+    if given.teacher is not None:
+        found["teacher_kl"] = ((logprobs_N.detach() - gathered(given.teacher, rows)) * tokens.weights_N).sum()
     if given.reference is not None and config.kl is not None:
         kl_N = estimate(logprobs_N, gathered(given.reference, rows), config.kl.estimator)
         found["kl"] = (kl_N.detach() * tokens.weights_N).sum()
@@ -124,7 +126,7 @@ def policy_tokens(rows: Rows, logprobs_N: Tensor, given: Given, config: LearnerC
     if given.critic is not None:
         advantages_N = gathered(given.critic.advantages, rows)
     now_N = logprobs_N.detach()
-    if given.teacher is not None and config.distillation is not None:
+    if given.teacher is not None:
         advantages_N = advantages_N + config.distillation.coefficient * (gathered(given.teacher, rows) - now_N)
     if given.reference is not None and config.kl is not None and config.kl.estimator == "k1":
         advantages_N = advantages_N - config.kl.coefficient * estimate(now_N, gathered(given.reference, rows), "k1")

@@ -22,7 +22,7 @@ from torch import Tensor
 from glm5.checkpoint import load_model, save_model
 from glm5.envs import Environment, Task
 from glm5.errors import RunError
-from glm5.rl.aids import Aids
+from glm5.rl.aids import Aids, open_aids
 from glm5.rl.concurrency import Load, next_limit
 from glm5.rl.config import RLRunConfig
 from glm5.rl.executors import MakeFleet, one_engine
@@ -61,9 +61,9 @@ def train_rl(
     """Trains the parent's model on the environments; gives the finished run. With `resume`, goes on where it stopped.
 
     sources: how each environment takes part (share, concurrency, curriculum). make_fleet: where the engines are, by
-    default one in this process (`glm5.rl.executors` has others). aids: what the learner has beside its model. player:
-    who plays the episodes, if not this program. Ctrl-C finishes the running step, saves and raises `RunInterrupted`;
-    after a crash or kill nothing that was finished is sampled again.
+    default one in this process (`glm5.rl.executors` has others). aids: objects of your own in place of `config.aids`.
+    player: who plays the episodes, if not this program. Ctrl-C finishes the running step, saves and raises
+    `RunInterrupted`; after a crash or kill nothing that was finished is sampled again.
     """
     parent = model_of(config.parent)
     tokenizer = Tokenizer.from_pretrained(parent)
@@ -71,6 +71,7 @@ def train_rl(
     if run.finished:
         return run
     with run.exclusive():
+        aids = open_aids(config.aids, tokenizer, attention=config.learner.attention, given=aids)
         session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources, aids)
         make = make_fleet or one_engine(config)
         fleet = make(session.learner.engine_model(), tokenizer, session.version)
@@ -84,11 +85,13 @@ def start_run(
     config: RLRunConfig, environments: Sequence[Environment], run_directory: Path, *, resume: bool
 ) -> RunDirectory:
     """The run's directory."""
+    names = [environment.name for environment in environments]
+    config.aids.check_environments(names)
     return RunDirectory.start(
         run_directory,
         stage="rl",
         config=config,
-        inputs={"environments": ", ".join(environment.name for environment in environments)},
+        inputs={"environments": ", ".join(names), **config.aids.inputs()},
         parent=directory_sha256(model_of(config.parent)),
         resume=resume,
     )

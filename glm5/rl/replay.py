@@ -10,7 +10,7 @@ import torch
 
 from glm5.checkpoint import load_model
 from glm5.errors import RunError
-from glm5.rl.aids import Aids
+from glm5.rl.aids import Aids, open_aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import events_of
 from glm5.rl.events import BatchMade, Finished
@@ -18,8 +18,9 @@ from glm5.rl.journal import read_journal
 from glm5.rl.learner import Learner
 from glm5.rl.records import Batch, Metrics, Rollout
 from glm5.rl.session import JOURNAL
+from glm5.text import Tokenizer
 from glm5.train import RunDirectory
-from glm5.train.run_directory import model_of
+from glm5.train.run_directory import first_difference, model_of, plain, without_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,14 @@ def batches_of(journal: Path) -> Iterator[Batch]:
 def replay_step(config: RLRunConfig, run_directory: Path, step: int, *, aids: Aids | None = None) -> ReplayedStep:
     """Learns from the batch of a step again, from the newest checkpoint before it (or from the parent) on.
 
-    config, aids: the run's own. Raises RunError for a step that the journal does not hold.
+    config, aids: the run's own. Raises RunError for a step that the journal does not hold, and when learner or aids are
+    set otherwise than the run's.
     """
     run = RunDirectory.open(run_directory)
-    model = load_model(model_of(config.parent), dtype=torch.float32)
+    check_same(config, run)
+    parent = model_of(config.parent)
+    aids = open_aids(config.aids, Tokenizer.from_pretrained(parent), attention=config.learner.attention, given=aids)
+    model = load_model(parent, dtype=torch.float32)
     learner = Learner(model, config.learner, aids=aids)
     learner.version = run.load_checkpoint(learner.module, learner.optimizers, at_most=step)
     for batch in batches_of(run.path / JOURNAL):
@@ -69,3 +74,16 @@ def replay_step(config: RLRunConfig, run_directory: Path, step: int, *, aids: Ai
             recorded = next((line for line in run.read("metrics") if line["step"] == step), {})
             return ReplayedStep(batch, values, recorded)
     raise RunError(f"{run.path / JOURNAL} holds no batch of step {step}; give a step that the run has begun.")
+
+
+def check_same(config: RLRunConfig, run: RunDirectory) -> None:
+    """Raises RunError when the learner of the run had other settings or aids."""
+    inputs = config.aids.inputs()
+    now = {"config": {"learner": plain(config.learner), "aids": plain(config.aids)}, "inputs": inputs}
+    then = {
+        "config": {name: run.description["config"].get(name) for name in now["config"]},
+        "inputs": {name: run.description["inputs"].get(name) for name in inputs},
+    }
+    change = first_difference(without_paths(then), without_paths(now))
+    if change is not None:
+        raise RunError(f"{run.path} was started with another {change}; replay the step with the settings of the run.")

@@ -28,7 +28,7 @@ from glm5.errors import RunError
 from glm5.files import replacing, sha256_of, write_json
 from glm5.parallel.mesh import on_first, world_rank
 
-IDENTIFIED = frozenset({"parent", "tokenizer", "train_data", "heldout_data", "path"})
+IDENTIFIED = frozenset({"parent", "tokenizer", "train_data", "heldout_data", "path", "reference", "heldout", "world"})
 """Settings that are places; `inputs` and the run's `parent` hold the hashes of what was there."""
 OPERATIONAL = frozenset(
     {
@@ -276,9 +276,12 @@ def operational(values: dict[str, Any]) -> dict[str, Any]:
 def without_paths(plan: dict[str, Any]) -> dict[str, Any]:
     """A plan without the places of its inputs: their contents are compared by hash, so a tree may be moved."""
 
+    def is_place(value: Any) -> bool:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
     def stripped(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: stripped(v) for k, v in value.items() if not (k in IDENTIFIED and isinstance(v, str))}
+            return {k: stripped(v) for k, v in value.items() if not (k in IDENTIFIED and is_place(v))}
         return [stripped(item) for item in value] if isinstance(value, list) else value
 
     return {**plan, "config": stripped(plan["config"])}

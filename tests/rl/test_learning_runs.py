@@ -15,7 +15,6 @@ from glm5.rl.adapters import LoRA
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.aids import Aids
 from glm5.rl.config import RLRunConfig
-from glm5.rl.distillation import Distillation
 from glm5.rl.learner import LearnerConfig
 from glm5.rl.losses import IcePop
 from glm5.rl.orchestrator import train_rl
@@ -68,7 +67,7 @@ def test_a_run_that_trains_adapters_ends_in_a_plain_model(parent, tmp_path, sync
 def test_teachers_replay_and_measures_take_part(parent, tmp_path):
     retention = Retention((lambda model: {"norm/bits_per_byte": model.lm_head.weight.norm().item()},), every=2)
     aids = Aids(teachers={"letters": speaker_model(1)}, replay=Text(), retention=retention)
-    config = config_of(parent, loss=IcePop(), group_size=2, advantages="none", distillation=Distillation())
+    config = config_of(parent, loss=IcePop(), group_size=2, advantages="none")
     sources = [
         TaskSource(environment="letters", uniform_groups="keep")
     ]  # a teacher has something to say about those too
