@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from glm5.errors import ConfigError, InputError, RunError
 from glm5.model import GLM5
-from glm5.optim import build_optimizers, clip_gradients
+from glm5.optim import build_optimizers, clip_gradients, rate_at, set_rate
 from glm5.rl.adapters import adapt, adapter_tensors, merged_model, merged_weights, without_adapters
 from glm5.rl.aids import Aids
 from glm5.rl.critic import ValueHead, estimates
@@ -40,10 +40,23 @@ __all__ = ["Learner", "LearnerConfig"]
 
 
 class Learner:
-    """Trains `model` in place. `version` counts the batches that were learnt from."""
+    """Trains `model` in place. `version` counts the batches that were learnt from, `steps` are those of the run."""
 
-    def __init__(self, model: GLM5, config: LearnerConfig, *, version: int = 0, aids: Aids | None = None) -> None:
+    def __init__(
+        self,
+        model: GLM5,
+        config: LearnerConfig,
+        *,
+        version: int = 0,
+        steps: int | None = None,
+        aids: Aids | None = None,
+    ) -> None:
         self.model, self.config, self.version, self.aids = model, config, version, aids or Aids()
+        if steps is None and config.schedule.shape != "constant":
+            raise ConfigError(
+                f"A {config.schedule.shape} schedule needs the number of steps; give the learner `steps`."
+            )
+        self.steps = steps or 1
         self.reference = self.aids.reference
         if config.kl is not None and self.reference is None and config.lora is None:
             self.reference = copy.deepcopy(model)
@@ -57,7 +70,8 @@ class Learner:
         self.optimizers = build_optimizers(model, model.config, config.optimizer)
         if config.advantages == "gae":
             self.head = ValueHead(model.config.hidden_size)
-            self.optimizers.append(torch.optim.AdamW(self.head.parameters(), lr=config.critic.lr, weight_decay=0.0))
+            group = {"params": list(self.head.parameters()), "lr": config.critic.lr, "peak_lr": config.critic.lr}
+            self.optimizers.append(torch.optim.AdamW([group], weight_decay=0.0))
 
     # ---- learning -------------------------------------------------------------------------------------------------
     def step(self, batch: Batch) -> Metrics:
@@ -69,6 +83,8 @@ class Learner:
         if batch.version != self.version:
             raise InputError(f"The batch is of version {batch.version} and the learner at version {self.version}.")
         config, retention = self.config, self.aids.retention
+        fraction = rate_at(config.schedule, self.version, self.steps)
+        set_rate(self.optimizers, fraction)
         kept = retention.measure(self.model) if retention is not None and retention.due(self.version) else {}
         sums: defaultdict[str, float] = defaultdict(float)
         parts = [
@@ -87,7 +103,8 @@ class Learner:
         self.version += 1
         if config.reset_optimizer:
             self.reset_optimizer()
-        return {**means, "updates": taken, "skipped_updates": len(parts) - taken, **batch_metrics(batch), **kept}
+        values = {"lr": fraction * config.optimizer.lr, "updates": taken, "skipped_updates": len(parts) - taken}
+        return {**means, **values, **batch_metrics(batch), **kept}
 
     def reset_optimizer(self) -> None:
         """Forgets the moments: the next update is as if it were the first."""

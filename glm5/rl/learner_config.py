@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from glm5.errors import ConfigError
-from glm5.optim import OptimizerConfig
+from glm5.optim import OptimizerConfig, Schedule
 from glm5.rl.adapters import LoRA
 from glm5.rl.advantages import KINDS, Advantages
 from glm5.rl.critic import Critic
@@ -41,6 +41,8 @@ class LearnerConfig:
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(name="adamw", lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
     )
+    schedule: Schedule = field(default_factory=lambda: Schedule(shape="constant"))
+    """Of the rate over the run's steps. One that falls to 0 lets old samples end as old in versions, not in policy."""
     clip_norm: float = 1.0
     """Of the policy's gradient; those of MTP, indexers and value head are clipped apart, by the same."""
     updates: int = 1

@@ -44,7 +44,7 @@ class Session:
         """model: the parent's; it becomes that of the learner's newest version. Trains where the journal is ahead."""
         self.config, self.run, self.path = config, run, run.path / JOURNAL
         self.environments = {environment.name: environment for environment in environments}
-        self.learner = Learner(model, config.learner, aids=aids)
+        self.learner = Learner(model, config.learner, steps=config.steps, aids=aids)
         self.version = first = self.learner.load(run)
         """Batches that were learnt from. The learner's own version moves in another thread, before anybody knows."""
         run.rewind(first)

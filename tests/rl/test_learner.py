@@ -10,7 +10,7 @@ from speaker import speaker_model
 
 from glm5.engine import CompletionOutput
 from glm5.errors import ConfigError, InputError, RunError
-from glm5.optim import build_optimizers
+from glm5.optim import Schedule, build_optimizers
 from glm5.rl.advantages import group_advantages
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.losses import DDIS, IcePop
@@ -165,6 +165,22 @@ def test_a_reset_optimiser_has_forgotten_everything(batch):
     same, other = fresh.weights(), kept.weights()
     assert all(torch.equal(tensor, same[name]) for name, tensor in learner.weights().items())
     assert any(not torch.equal(tensor, other[name]) for name, tensor in learner.weights().items())
+
+
+def test_the_rate_follows_the_schedule_of_the_run_and_not_how_it_was_resumed(batch):
+    def rate_behind(version):
+        falling = LearnerConfig(schedule=Schedule(shape="linear", warmup_steps=1, final_fraction=0.1))
+        learner = Learner(speaker_model(), falling, version=version, steps=4)
+        before = {name: tensor.clone() for name, tensor in learner.weights().items()}
+        values = learner.step(dataclasses.replace(batch, version=version))
+        moved = max((tensor - before[name]).abs().max().item() for name, tensor in learner.weights().items())
+        return values["lr"], moved
+
+    rates, moves = zip(*(rate_behind(version) for version in range(4)), strict=True)
+    assert rates == pytest.approx((0.5e-4, 1e-4, 0.55e-4, 0.1e-4))
+    assert moves == pytest.approx(rates, rel=0.05)  # the first update of AdamW moves a weight by the rate
+    with pytest.raises(ConfigError, match="linear schedule needs the number of steps"):
+        Learner(speaker_model(), LearnerConfig(schedule=Schedule(shape="linear")))
 
 
 def test_a_loss_that_is_not_finite_stops_or_skips_before_the_weights_change(batch):
