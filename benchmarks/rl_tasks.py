@@ -130,7 +130,7 @@ class AloudTask:
 
     name: str = "counting_aloud"
     length: int = 448
-    warm_steps: int = 10
+    warm_steps: int = 6
 
     def chats(self) -> Iterator[Chat]:
         """Endless episodes without a slip."""

@@ -1,6 +1,6 @@
 """`glm5 quickstart`: the whole recipe at small size, from real public text to a model that answers.
 
-It shows the direction of every stage in a quarter of an hour; `recipes/nano.py` is the run that is long enough to be
+It shows the direction of every stage within a quarter of an hour; `recipes/nano.py` is the run that is long enough to be
 judged. What happens is in `glm5/cli/recipe.py`; here are the numbers.
 """
 
@@ -142,7 +142,7 @@ def quick_recipe(out: Path, preset: str = "nano") -> Recipe:
                 parent=at.stage("dsa2"), train_data=at.chats, attention="sparse",
                 rows=NANO_SFT_ROWS, length=NANO_SFT_LENGTH,
                 loop=LoopConfig(
-                    steps=120, router_bias_rate=0.0, spike_factor=None,
+                    steps=200, router_bias_rate=0.0, spike_factor=None,
                     optimizer=OptimizerConfig(lr=5e-3, embedding_lr_scale=4.0),
                     schedule=Schedule(shape="cosine", warmup_steps=10, final_fraction=0.1),
                 ),
@@ -152,11 +152,12 @@ def quick_recipe(out: Path, preset: str = "nano") -> Recipe:
         skills=SkillsConfig(facts=120, sums=40, tools=20, unknown=20),
         policy=Policy(
             config=RLRunConfig(
-                parent=at.stage("sft"), steps=16,
+                parent=at.stage("sft"), steps=120,
                 rollout=RolloutConfig(max_tokens=48, thinking=True),
                 scheduler=SchedulerConfig(groups_per_batch=8, group_size=8, max_staleness=2),
                 learner=LearnerConfig(
-                    optimizer=OptimizerConfig(name="adamw", lr=5e-4, betas=(0.9, 0.98), weight_decay=0.0)
+                    optimizer=OptimizerConfig(name="adamw", lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0),
+                    schedule=Schedule(shape="linear", warmup_steps=4, final_fraction=0.1),
                 ),
             ),
             environments=environments,
