@@ -36,7 +36,7 @@ from benchmarks.rl_tasks import TASKS, environment, warmed
 from glm5.engine import Engine, SamplingParams
 from glm5.envs import SingleTurn
 from glm5.files import write_json
-from glm5.optim import OptimizerConfig
+from glm5.optim import OptimizerConfig, Schedule
 from glm5.rl.admission import Mode, SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.learner import LearnerConfig
@@ -60,13 +60,14 @@ class Options:
     tasks: tuple[str, ...] = tuple(TASKS)
     arms: tuple[str, ...] = tuple(ARMS)
     seeds: int = 5
-    steps: int = 60
+    steps: int = 100
     staleness: int = 8
     prompts: int = 8
-    group_size: int = 8
+    group_size: int = 4
     questions: int = 64
     """For the judgement, eight samples each."""
-    rate: float = 3e-4
+    rate: float = 1e-4
+    """Falls to a twentieth over the run, so that the last samples are as old in versions, but not in policy."""
     threads: int = 1
     quick: bool = False
     """Two steps of one seed: a check that all of it runs."""
@@ -89,6 +90,7 @@ def config_of(arm: str, parent: Path, seed: int, options: Options) -> RLRunConfi
         learner=LearnerConfig(
             loss=loss,
             optimizer=OptimizerConfig(name="adamw", lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0),
+            schedule=Schedule(shape="linear", warmup_steps=4, final_fraction=0.05),
         ),
         checkpoint_every=options.steps,
     )  # fmt: skip
@@ -96,9 +98,8 @@ def config_of(arm: str, parent: Path, seed: int, options: Options) -> RLRunConfi
 
 def done(task: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
     """The result of a run: found, or made."""
-    path = (
-        options.work / f"{task}-{arm}-{seed}-{options.steps}-{options.staleness}-{options.rate:g}-{options.group_size}"
-    )
+    settings = f"{options.steps}-{options.staleness}-{options.rate:g}-{options.group_size}"
+    path = options.work / f"{task}-{arm}-{seed}-{settings}"
     file = path.with_suffix(path.suffix + ".json")
     if not file.exists():
         parent = warmed(TASKS[task], options.work)

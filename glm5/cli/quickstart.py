@@ -1,7 +1,7 @@
 """`glm5 quickstart`: the whole recipe at small size, from real public text to a model that answers.
 
-It shows the direction of every stage within a quarter of an hour; `recipes/nano.py` is the run that is long enough to be
-judged. What happens is in `glm5/cli/recipe.py`; here are the numbers.
+It shows the direction of every stage within a quarter of an hour; `recipes/nano.py` is the run that is long enough to
+be judged. What happens is in `glm5/cli/recipe.py`; here are the numbers.
 """
 
 from __future__ import annotations
