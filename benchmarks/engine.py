@@ -1,19 +1,19 @@
-"""The engine against `transformers` generate on one `nano` checkpoint, same threads, taking turns.
+"""The engine against `transformers` generate and llama.cpp on one checkpoint, same threads, taking turns.
 
-    python -m benchmarks.engine --out docs/results/engine.md             # everything but the long runs; an hour or more
+    python -m benchmarks.engine --out table.md                           # against transformers; an hour or more
     python -m benchmarks.engine --rows decode --batches 1 --contexts 8192 --alone    # one row
+    python -m benchmarks.engine --peers llama-f32 llama-bf16 --llama-cpp DIR --contexts 1024 16384 --alone
     python -m benchmarks.engine --rows long --threads 2                  # 200,000-token prompt, 131,072-token answer
 
 Rows: `decode` (tokens per second of all rows together, from filled caches), `first` (seconds from a new prompt to its
-first token, one row), `memory` (peak RSS of a process of its own), `flips`, `long`. Beyond `--contexts` ours runs alone
-(`--alone`): transformers' prefill needs T x T matrices. Both sides hold the same fp32 weights; prompts are random.
-A number is the median of the repeats with the slowest and the fastest; ratios are pair by pair.
+first token, one row), `memory` (peak RSS of a process of its own, and bytes of the cache), and those of
+`benchmarks.engine_checks`. Beyond `--contexts` ours runs alone (`--alone`). Prompts are random. A number is the median
+of the repeats with the slowest and the fastest; ratios are pair by pair.
 
-`llama.cpp` was not tried: its `glm-dsa` is known to convert models with indexer heads of 32 values, as `nano` has, and
-then to abort when a context is made; it may need 128.
-
-`flips` compares fast mode with strict mode: the likeliest token and the log-probability of the given one at every
-position of prompts (fast computes them in chunks), and whole greedy answers, 32 at once in fast mode.
+transformers holds the same fp32 weights of `nano`. llama.cpp does not run heads of 32 values in its indexer, so with
+it all sides hold `nano` with heads of 64 (`engine_sides.checkpoint`). `llama-f32` has fp32 weights as ours,
+`llama-bf16` and `llama-q8_0` rounded ones; its cache is in fp16, its default and fastest (`--storage bf16`: two bytes
+in ours).
 
 `--rows long` asks a needle question of 200,000 tokens when `--model` and `--data` name a trained directory and its
 held-out dataset, else random tokens, and then generates 131,072 tokens; it prints times and peak memory.
@@ -22,12 +22,13 @@ held-out dataset, else random tokens, and then generates 131,072 tokens; it prin
 from __future__ import annotations
 
 import json
-import statistics
+import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal, cast
 
 import torch
 import tyro
@@ -35,24 +36,44 @@ from rich.console import Console
 from rich.table import Table
 
 import glm5
-from benchmarks.engine_sides import Ours, Theirs, checkpoint, greedy, own_peak, peak_rss, prompts
+from benchmarks.engine_checks import Result, agree, conversation, flips
+from benchmarks.engine_sides import (
+    LlamaCpp,
+    Ours,
+    Peer,
+    Transformers,
+    as_gguf,
+    checkpoint,
+    greedy,
+    peak_alone,
+    peak_of,
+    prompts,
+)
+from benchmarks.llama_cpp import Kind
 from benchmarks.measure import Spread, machine, ratios
 from glm5.data import open_dataset
 from glm5.data.long_context import LongContext
 from glm5.text import Tokenizer
 
 TARGETS = {("decode", 1, 8192): 15.0, ("decode", 32, 1024): 5.0}
+"""Against transformers."""
 LONG_PROMPT, LONG_ANSWER = 200_000, 131_072
+
+Row = Literal["decode", "first", "memory", "flips", "agree", "conversation", "long"]
+PeerName = Literal["transformers", "llama-f32", "llama-bf16", "llama-q8_0"]
 
 
 @dataclass
 class Options:
     """Options of the benchmark."""
 
-    rows: tuple[Literal["decode", "first", "memory", "flips", "long"], ...] = ("decode", "first", "memory", "flips")
+    rows: tuple[Row, ...] = ("decode", "first", "memory", "flips")
+    peers: tuple[PeerName, ...] = ("transformers",)
+    llama_cpp: Path | None = None
+    """The unpacked and built source distribution of llama-cpp-python."""
     batches: tuple[int, ...] = (1, 8, 32)
     contexts: tuple[int, ...] = (1024, 4096, 8192)
-    """Contexts measured on both sides."""
+    """Contexts measured on all sides."""
     alone: tuple[int, ...] = (32768, 131_072, 200_000)
     """Contexts measured on our side only, one row."""
     steps: int = 32
@@ -62,8 +83,8 @@ class Options:
     seed: int = 0
     strict: bool = False
     """Our side in strict mode."""
-    theirs: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
-    """Measure the other side too."""
+    storage: Literal["fp32", "bf16", "fp8"] | None = None
+    """Our side's cache; None is fp32 as the weights. llama.cpp's is fp16."""
     model: Path | None = None
     data: Path | None = None
     prompt: int = LONG_PROMPT
@@ -72,17 +93,20 @@ class Options:
     out: Path | None = None
     """Write the table there as Markdown."""
 
+    @property
+    def kinds(self) -> list[Kind]:
+        """The formats in which llama.cpp takes part."""
+        return [cast(Kind, name.removeprefix("llama-")) for name in self.peers if name.startswith("llama-")]
 
-@dataclass
-class Result:
-    """One row of the table; times in seconds, amounts in tokens or (memory) bytes."""
 
-    task: str
-    batch: int
-    context: int
-    ours: str
-    theirs: str = ""
-    ratio: str = ""
+def peer(name: PeerName, directory: Path, rows: int, tokens: int, options: Options) -> Peer:
+    """Another side with room for `rows` sequences of `tokens` tokens."""
+    if name == "transformers":
+        return Transformers(directory)
+    assert options.llama_cpp is not None
+    kind = cast(Kind, name.removeprefix("llama-"))
+    file = as_gguf(options.llama_cpp, directory, kind)
+    return LlamaCpp(options.llama_cpp, file, rows=rows, tokens=tokens, threads=options.threads)
 
 
 def rate(spread: Spread, amount: int) -> str:
@@ -94,104 +118,94 @@ def seconds(spread: Spread) -> str:
     return f"{spread.median:.2f} ({min(spread.runs):.2f} to {max(spread.runs):.2f})"
 
 
-def ratio(ours: Spread, theirs: Spread, target: float | None) -> str:
+def ratio(ours: Spread, theirs: Spread, target: float | None = None) -> str:
     low, median, high = ratios(ours, theirs)
     verdict = "" if target is None else f", target {target:g}: {'met' if median >= target else 'MISSED'}"
-    return f"{median:.1f} ({low:.1f} to {high:.1f}){verdict}"
+    return f"{median:.2g} ({low:.2g} to {high:.2g}){verdict}"
 
 
-def decode(directory: Path, batch: int, context: int, options: Options, *, both: bool) -> Result:
+def decode(directory: Path, batch: int, context: int, names: tuple[PeerName, ...], options: Options) -> list[Result]:
     ids = prompts(batch, context, options.seed)
     room = (options.repeats + 2) * options.steps
-    ours = Ours(directory, batch * (context + room), strict=options.strict)
-    ours.fill(ids)
-    ours.decode(ids, options.steps)
-    theirs = None
-    if both:
-        theirs = Theirs(directory)
-        theirs.fill(ids)
-        theirs.decode(options.steps)
-    ours_runs, theirs_runs = [], []
-    for _ in range(options.repeats):
-        ours_runs.append(ours.decode(ids, options.steps))
-        if theirs is not None:
-            theirs_runs.append(theirs.decode(options.steps))
-    ours.engine.close()
-    amount, found = batch * options.steps, Spread(tuple(ours_runs))
-    result = Result("decode, tokens/s", batch, context, rate(found, amount))
-    if theirs is not None:
-        other = Spread(tuple(theirs_runs))
-        result.theirs = rate(other, amount)
-        result.ratio = ratio(found, other, TARGETS.get(("decode", batch, context)))
-    return result
-
-
-def first_token(directory: Path, context: int, options: Options, *, both: bool) -> Result:
-    repeats = options.repeats if both else 1
-    ours = Ours(directory, (repeats + 2) * context, strict=options.strict)
-    theirs = Theirs(directory) if both else None
-    ours.fill(prompts(1, 512, options.seed))
-    ours_runs, theirs_runs = [], []
-    for i in range(repeats):
-        ids = prompts(1, context, options.seed + 1 + i)  # new each time: nothing of it is cached
-        ours_runs.append(ours.fill(ids))
-        if theirs is not None:
-            theirs_runs.append(theirs.first_token(ids))
-    ours.engine.close()
-    found = Spread(tuple(ours_runs))
-    result = Result("first token, s", 1, context, seconds(found))
-    if theirs is not None:
-        other = Spread(tuple(theirs_runs))
-        result.theirs = seconds(other)
-        result.ratio = ratio(found, other, None)
-    return result
-
-
-def memory(directory: Path, context: int, options: Options, *, both: bool) -> Result:
-    mib = lambda side: f"{peak_rss(side, directory, context, options.threads) / 2**20:,.0f}"
-    return Result("peak RSS, MiB", 1, context, mib("ours"), mib("theirs") if both else "")
-
-
-def cache_bytes(directory: Path) -> list[Result]:
-    theirs = Theirs(directory)
-    theirs.fill(prompts(1, 256, 0))
-    theirs.decode(1)
-    kept = {name: Ours(directory, 64, storage=name).bytes_per_token for name in ("fp32", "bf16", "fp8")}
-    other = theirs.bytes_per_token
-    results = []
-    for name, size in kept.items():
-        result = Result(f"cache, bytes per token ({name})", 1, 0, f"{size:,.0f}")
-        if name == "fp32":
-            result.theirs, result.ratio = f"{other:,.0f} (fp32)", f"{other / size:.2f}"
-        else:
-            result.ratio = f"{kept['fp32'] / size:.2f} of ours in fp32"
-        results.append(result)
-    return results
-
-
-def flips(directory: Path, options: Options) -> list[Result]:
-    """How far fast mode is from strict mode on the same requests."""
-    context, answers = 1024, 32
-    ids, starts = prompts(4, context, options.seed), prompts(answers, 64, options.seed + 1)
-    seen = {}
-    for strict in (True, False):
-        ours = Ours(directory, 4 * context + answers * 128, strict=strict)
-        prompt_only = replace(greedy(1), prompt_logprobs=1)
-        rows = [output.prompt_logprobs or () for output in ours.engine.generate(ids, prompt_only)]
-        said = [output.token_ids for output in ours.engine.generate(starts, greedy(64))]
-        seen[strict] = [entry for row in rows for entry in row if entry is not None], said
-        ours.engine.close()
-    pairs = list(zip(seen[True][0], seen[False][0], strict=True))
-    flipped = sum(a[2][0][0] != b[2][0][0] for a, b in pairs)
-    apart = [abs(a[1] - b[1]) for a, b in pairs]
-    same = sum(a == b for a, b in zip(seen[True][1], seen[False][1], strict=True))
-    text = f"{flipped} of {len(pairs):,} likeliest tokens differ; log-probabilities by {statistics.mean(apart):.1e} "
+    with ExitStack() as stack:
+        ours = Ours(directory, batch * (context + room), strict=options.strict, storage=options.storage)
+        stack.enter_context(closing(ours.engine))
+        ours.fill(ids)
+        ours.decode(ids, options.steps)
+        peers: dict[str, Peer] = {}
+        for name in names:
+            peers[name] = stack.enter_context(closing(peer(name, directory, batch, context + room, options)))
+            peers[name].fill(ids)
+            peers[name].decode(options.steps)
+        runs: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
+        for _ in range(options.repeats):
+            runs["ours"].append(ours.decode(ids, options.steps))
+            for name, side in peers.items():
+                runs[name].append(side.decode(options.steps))
+    amount, found = batch * options.steps, {name: Spread(tuple(times)) for name, times in runs.items()}
+    mine = rate(found["ours"], amount)
+    target = lambda name: TARGETS.get(("decode", batch, context)) if name == "transformers" else None
     return [
-        Result("fast against strict, prompts", 4, context, text + f"in the mean, {max(apart):.1e} at most"),
-        Result(
-            "fast against strict, answers", answers, 128, f"{same} of {answers} greedy answers of 64 tokens are equal"
-        ),
-    ]
+        Result("decode, tokens/s", batch, context, mine, name, rate(found[name], amount),
+               ratio(found["ours"], found[name], target(name)))
+        for name in names
+    ] or [Result("decode, tokens/s", batch, context, mine)]  # fmt: skip
+
+
+def first_token(directory: Path, context: int, names: tuple[PeerName, ...], options: Options) -> list[Result]:
+    repeats = options.repeats if names else 1
+    with ExitStack() as stack:
+        ours = Ours(directory, (repeats + 2) * context, strict=options.strict, storage=options.storage)
+        stack.enter_context(closing(ours.engine))
+        ours.fill(prompts(1, 512, options.seed))
+        peers = {n: stack.enter_context(closing(peer(n, directory, 1, context, options))) for n in names}
+        for side in peers.values():
+            side.first_token(prompts(1, 512, options.seed))
+        runs: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
+        for i in range(repeats):
+            ids = prompts(1, context, options.seed + 1 + i)  # new each time: nothing of it is cached
+            runs["ours"].append(ours.fill(ids))
+            for name, side in peers.items():
+                runs[name].append(side.first_token(ids))
+    found = {name: Spread(tuple(times)) for name, times in runs.items()}
+    mine = seconds(found["ours"])
+    return [
+        Result("first token, s", 1, context, mine, name, seconds(found[name]), ratio(found["ours"], found[name]))
+        for name in names
+    ] or [Result("first token, s", 1, context, mine)]
+
+
+def memory(directory: Path, context: int, names: tuple[PeerName, ...], options: Options) -> list[Result]:
+    """Peak resident memory of processes that answer a prompt with 16 tokens."""
+    task, found = "peak RSS, MiB", {"ours": peak_alone("ours", directory, context, options.threads)}
+    for name in names:
+        if name == "transformers":
+            found[name] = peak_alone(name, directory, context, options.threads)
+            continue
+        with closing(peer(name, directory, 1, context + 16, options)) as side:
+            side.fill(prompts(1, context, 1))
+            side.decode(16)
+            found[name] = side.peak
+    mib = {name: f"{size / 2**20:,.0f}" for name, size in found.items()}
+    return [
+        Result(task, 1, context, mib["ours"], name, mib[name], f"{found[name] / found['ours']:.2g}") for name in names
+    ] or [Result(task, 1, context, mib["ours"])]
+
+
+def cache_bytes(directory: Path, options: Options) -> list[Result]:
+    results, kept = [], {s: Ours(directory, 64, storage=s).bytes_per_token for s in ("fp32", "bf16", "fp8")}
+    for name, size in kept.items():
+        results.append(Result(f"cache, bytes per token ({name})", 1, 0, f"{size:,.0f}"))
+    for name in options.peers:
+        with closing(peer(name, directory, 1, 1024, options)) as side:
+            side.fill(prompts(1, 256, 0))
+            side.decode(1)
+            size, alike = side.bytes_per_token, "fp32" if name == "transformers" else "bf16"
+        ours = f"{kept[alike]:,.0f}"
+        results.append(
+            Result(f"cache, bytes per token ({alike})", 1, 0, ours, name, f"{size:,.0f}", f"{size / kept[alike]:.2f}")
+        )
+    return results
 
 
 def long_runs(directory: Path, options: Options, console: Console) -> list[Result]:
@@ -204,7 +218,7 @@ def long_runs(directory: Path, options: Options, console: Console) -> list[Resul
         needle = source.needles(options.prompt, 0, depth=0.5)
         prompt = needle.ids[: needle.answers[0][0]]
     room = max(len(prompt) + 16, options.answer + 64)
-    engine = glm5.Engine(directory, num_blocks=room // 64 + 2, strict=options.strict)
+    engine = glm5.Engine(directory, num_blocks=room // 64 + 2, strict=options.strict, storage=options.storage)
     results = []
     for name, ids, new in (("prompt", prompt, 16), ("answer", prompt[:64], options.answer)):
         start, first, tokens = time.perf_counter(), 0.0, []
@@ -215,7 +229,7 @@ def long_runs(directory: Path, options: Options, console: Console) -> list[Resul
             if seen % 8192 == 0:
                 console.print(f"{seen:,} tokens after {time.perf_counter() - start:,.0f} s")
         took = time.perf_counter() - start
-        text = f"{took:,.0f} s, first token after {first:,.1f} s, {own_peak() / 2**30:.2f} GiB peak"
+        text = f"{took:,.0f} s, first token after {first:,.1f} s, {peak_of('self') / 2**30:.2f} GiB peak"
         if name == "prompt" and needle is not None:
             begin, end = needle.answers[0]
             text += f", needle {'found' if tokens[: end - begin] == needle.ids[begin:end] else 'NOT found'}"
@@ -225,44 +239,64 @@ def long_runs(directory: Path, options: Options, console: Console) -> list[Resul
     return results
 
 
-HEADER = ["task", "rows", "context", "ours", "transformers", "ratio"]
+HEADER = ["task", "rows", "context", "ours", "peer", "theirs", "ratio"]
+
+
+def measured(options: Options, console: Console) -> list[Result]:
+    """All rows; each is shown as soon as it is there."""
+    results: list[Result] = []
+
+    def add(rows: list[Result]) -> None:
+        results.extend(rows)
+        for r in rows:
+            console.print(f"{r.task} {r.batch} x {r.context:,}: {r.ours} | {r.peer} {r.theirs} {r.ratio}")
+
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = checkpoint(Path(temporary) / "nano", options.seed, llama=bool(options.kinds))
+        for context, names in [(c, options.peers) for c in options.contexts] + [(c, ()) for c in options.alone]:
+            if "first" in options.rows:
+                add(first_token(directory, context, names, options))
+            if "memory" in options.rows:
+                add(memory(directory, context, names, options))
+            for batch in options.batches if context not in options.alone else (1,):
+                if "decode" in options.rows:
+                    add(decode(directory, batch, context, names, options))
+        if "memory" in options.rows:
+            add(cache_bytes(directory, options))
+        if "flips" in options.rows:
+            add(flips(directory, options.seed))
+        if "agree" in options.rows and options.llama_cpp is not None:
+            add(agree(directory, options.llama_cpp, options.kinds, options.seed, options.threads))
+        if "conversation" in options.rows:
+            add(conversation())
+        if "long" in options.rows:
+            add(long_runs(directory, options, console))
+    return results
 
 
 def main() -> None:
     options = tyro.cli(Options)
+    if options.kinds and options.llama_cpp is None:
+        raise SystemExit("--peers llama-... need --llama-cpp DIR: how to build it stands in docs/results/engine.md")
     torch.set_num_threads(options.threads)
-    console, results = Console(width=160), []
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = checkpoint(Path(temporary) / "nano", options.seed)
-        for context, both in [(c, options.theirs) for c in options.contexts] + [(c, False) for c in options.alone]:
-            for batch in options.batches if context not in options.alone else (1,):
-                if "decode" in options.rows:
-                    results.append(decode(directory, batch, context, options, both=both))
-            if "first" in options.rows:
-                results.append(first_token(directory, context, options, both=both))
-            if "memory" in options.rows:
-                results.append(memory(directory, context, options, both=both))
-            console.print(*(f"{r.task} {r.batch} x {r.context:,}: {r.ours} {r.theirs} {r.ratio}" for r in results[-3:]),
-                          sep="\n")  # fmt: skip
-        if "memory" in options.rows:
-            results += cache_bytes(directory)
-        if "flips" in options.rows:
-            results += flips(directory, options)
-        if "long" in options.rows:
-            results += long_runs(directory, options, console)
-    cells = [[r.task, str(r.batch), f"{r.context:,}" if r.context else "", r.ours, r.theirs, r.ratio] for r in results]
+    console = Console(width=180)
+    results = measured(options, console)
+    cells = [
+        [r.task, str(r.batch), f"{r.context:,}" if r.context else "", r.ours, r.peer, r.theirs, r.ratio]
+        for r in results
+    ]
     facts = {**machine(), "seed": options.seed, "repeats": options.repeats, "strict": options.strict}
-    table = Table(*HEADER, title="nano, fp32, greedy: median (slowest to fastest)")
+    table = Table(*HEADER, title="fp32, greedy: median (slowest to fastest); a ratio above 1: ours is ahead")
     for row in cells:
         table.add_row(*row)
     console.print(table, json.dumps(facts, indent=1))
     if options.out is not None:
         lines = ["| " + " | ".join(row) + " |" for row in [HEADER, ["---"] * len(HEADER), *cells]]
         listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-        title = "# The engine against transformers' generate, `nano`"
-        named = f"python -m benchmarks.engine --rows {' '.join(options.rows)} --threads {options.threads}"
-        llama = "llama.cpp: not tried; it is known to abort on indexer heads of 32 values."
-        options.out.write_text(f"{title}\n\n`{named}`\n\n{listed}\n\n" + "\n".join(lines) + f"\n\n{llama}\n", "utf-8")
+        text = "\n".join(lines)
+        options.out.write_text(
+            f"`python -m benchmarks.engine {' '.join(sys.argv[1:])}`\n\n{listed}\n\n{text}\n", "utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""The two sides of `benchmarks.engine`: our engine and `transformers`' generate on one checkpoint, by their own APIs.
+"""The sides of `benchmarks.engine`: our engine, `transformers`' generate and llama.cpp on one checkpoint.
 
-Both hold a prompt of T random tokens per row in their cache and go on from there: ours finds it in the prefix cache,
-theirs is given the filled cache. So a decode run costs no prefill, and the two sides can take turns.
+All hold a prompt of T random tokens per row in their cache and go on from there: ours finds it in the prefix cache,
+transformers is given the filled cache, llama.cpp cuts its cache back. So a decode run costs no prefill, and the sides
+can take turns.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache, GlmMoeDsaForCausalLM
@@ -17,17 +21,25 @@ from transformers.utils import logging
 
 import glm5
 from benchmarks.forward import THEIR_CHUNK, their_bytes_per_token
+from benchmarks.llama_cpp import Kind
 from benchmarks.measure import timed
 from glm5.engine import SamplingParams
 from glm5.model import initialize_
 
 
-def checkpoint(directory: Path, seed: int) -> Path:
-    """A `nano` model with random weights, saved once."""
-    if not (directory / "config.json").is_file():
-        model = glm5.GLM5(glm5.ModelConfig.from_preset("nano")).eval()
-        initialize_(model, 0.05, seed)
-        glm5.save_model(model, directory)
+def checkpoint(directory: Path, seed: int, *, llama: bool = False) -> Path:
+    """A `nano` model with random weights. `llama`: of the nearest shape that llama.cpp runs.
+
+    llama.cpp rotates indexer keys by a Hadamard matrix of at least 64 x 64, so heads of 32 values as in `nano` abort
+    ("ggml_can_mul_mat") and 64 is the least; and it has one epsilon for all RMSNorms, where transformers takes 1e-6
+    inside MLA.
+    """
+    config = glm5.ModelConfig.from_preset("nano")
+    if llama:
+        config = dataclasses.replace(config, index_head_dim=64, rms_norm_eps=config.latent_norm_eps)
+    model = glm5.GLM5(config).eval()
+    initialize_(model, 0.05, seed)
+    glm5.save_model(model, directory)
     return directory
 
 
@@ -39,6 +51,29 @@ def prompts(rows: int, tokens: int, seed: int) -> list[list[int]]:
 
 def greedy(tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+
+
+class Peer(Protocol):
+    """Another engine that holds the same weights."""
+
+    def fill(self, ids: list[list[int]]) -> None:
+        """Takes prompts of one length into its cache."""
+
+    def decode(self, steps: int) -> float:
+        """Seconds of `steps` tokens of every row, its prompt being in the cache."""
+
+    def first_token(self, ids: list[list[int]]) -> float:
+        """Seconds from a new prompt, one row, to its first token."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of its cache."""
+
+    @property
+    def peak(self) -> int:
+        """Peak resident bytes of its process."""
+
+    def close(self) -> None: ...
 
 
 class Ours:
@@ -63,8 +98,8 @@ class Ours:
         return self.engine.limits.bytes_per_token
 
 
-class Theirs:
-    """`GlmMoeDsaForCausalLM.generate`."""
+class Transformers:
+    """`GlmMoeDsaForCausalLM.generate`, in this process."""
 
     def __init__(self, directory: Path) -> None:
         logging.set_verbosity_error()
@@ -100,17 +135,81 @@ class Theirs:
         rows = self.ids.shape[0]
         return their_bytes_per_token(self.cache, self.ids.shape[1] - 1) / rows
 
+    @property
+    def peak(self) -> int:
+        return peak_of("self")
 
-def peak_rss(side: str, directory: Path, tokens: int, threads: int) -> int:
-    """Peak resident bytes of a process of its own that answers one prompt of T tokens with 16."""
+    def close(self) -> None:
+        self.cache = None
+
+
+class LlamaCpp:
+    """`benchmarks.llama_cpp` in a process of its own. `root` is the unpacked `llama-cpp-python`, `file` the model."""
+
+    def __init__(self, root: Path, file: Path, *, rows: int, tokens: int, threads: int, exact: bool = False) -> None:
+        command = [sys.executable, "-m", "benchmarks.llama_cpp"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._send((root, file, rows, tokens, threads, exact))
+
+    def fill(self, ids: list[list[int]]) -> None:
+        self._call("fill", ids)
+
+    def decode(self, steps: int) -> float:
+        return self._call("decode", steps)
+
+    def first_token(self, ids: list[list[int]]) -> float:
+        return self._call("first_token", ids)
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """[T, V] of a prompt of at most 2,048 tokens."""
+        return torch.from_numpy(self._call("logits", ids))
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self._call("bytes_per_token")
+
+    @property
+    def peak(self) -> int:
+        return peak_of(self.process.pid)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _call(self, name: str, *arguments: object) -> Any:
+        assert self.process.stdout is not None
+        self._send((name, arguments))
+        try:
+            return pickle.load(self.process.stdout)
+        except EOFError:
+            raise RuntimeError(f"llama.cpp's process ended with {self.process.wait()}; see its message above") from None
+
+    def _send(self, thing: object) -> None:
+        assert self.process.stdin is not None
+        pickle.dump(thing, self.process.stdin)
+        self.process.stdin.flush()
+
+
+def as_gguf(root: Path, directory: Path, kind: Kind) -> Path:
+    """The model of a directory in llama.cpp's format, by the conversion script of the distribution."""
+    file = directory / f"{kind}.gguf"
+    if not file.is_file():
+        command = [sys.executable, "-m", "benchmarks.llama_cpp", str(root), str(directory), str(file), kind]
+        subprocess.run(command, check=True, capture_output=True)
+    return file
+
+
+def peak_of(process: int | str) -> int:
+    """Peak resident bytes of a process (VmHWM: unlike ru_maxrss it does not start at the parent's peak)."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def peak_alone(side: str, directory: Path, tokens: int, threads: int) -> int:
+    """Peak resident bytes of ours or transformers in a process of its own that answers T tokens with 16."""
     command = [sys.executable, "-m", "benchmarks.engine_sides", side, str(directory), str(tokens), str(threads)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def own_peak() -> int:
-    """Peak resident bytes of this process (VmHWM: unlike ru_maxrss it does not start at the parent's peak)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def _answer_one(side: str, directory: Path, tokens: int, threads: int) -> None:
@@ -119,10 +218,10 @@ def _answer_one(side: str, directory: Path, tokens: int, threads: int) -> None:
     if side == "ours":
         Ours(directory, tokens + 16).engine.generate(ids, greedy(16))
     else:
-        theirs = Theirs(directory)
+        theirs = Transformers(directory)
         theirs.fill(ids)
         theirs.decode(16)
-    print(own_peak())
+    print(peak_of("self"))
 
 
 if __name__ == "__main__":
