@@ -11,7 +11,6 @@ import dataclasses
 import pickle
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ from transformers.utils import logging
 
 import glm5
 from benchmarks.forward import THEIR_CHUNK, their_bytes_per_token
-from benchmarks.llama_cpp import Kind
+from benchmarks.llama_cpp import CLOCKS, Clock, Kind
 from benchmarks.measure import timed
 from glm5.engine import SamplingParams
 from glm5.model import initialize_
@@ -79,19 +78,22 @@ class Peer(Protocol):
 class Ours:
     """The engine as `glm5 serve` makes it, with room for `tokens` tokens of cache."""
 
-    def __init__(self, directory: Path, tokens: int, *, storage: str | None = None, strict: bool = False) -> None:
+    def __init__(
+        self, directory: Path, tokens: int, *, storage: str | None = None, strict: bool = False, clock: Clock = "wall"
+    ) -> None:
+        self.clock = CLOCKS[clock]
         self.engine = glm5.Engine(
             directory, max_num_seqs=32, storage=storage, strict=strict, num_blocks=-(-tokens // 64) + 64
         )  # fmt: skip
 
     def fill(self, ids: list[list[int]]) -> float:
         """Computes the prompts into the prefix cache; seconds until every row has its first token."""
-        return timed(lambda: self.engine.generate(ids, greedy(1)))
+        return timed(lambda: self.engine.generate(ids, greedy(1)), self.clock)
 
     def decode(self, ids: list[list[int]], steps: int) -> float:
         """Seconds of `steps` tokens of every row after the first, its prompt being in the cache."""
-        first = timed(lambda: self.engine.generate(ids, greedy(1)))
-        return timed(lambda: self.engine.generate(ids, greedy(1 + steps))) - first
+        first = timed(lambda: self.engine.generate(ids, greedy(1)), self.clock)
+        return timed(lambda: self.engine.generate(ids, greedy(1 + steps)), self.clock) - first
 
     @property
     def bytes_per_token(self) -> float:
@@ -101,7 +103,8 @@ class Ours:
 class Transformers:
     """`GlmMoeDsaForCausalLM.generate`, in this process."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, clock: Clock = "wall") -> None:
+        self.clock = CLOCKS[clock]
         logging.set_verbosity_error()
         self.model = GlmMoeDsaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
         self.model.eval()
@@ -113,7 +116,7 @@ class Transformers:
     @torch.inference_mode()
     def first_token(self, ids: list[list[int]]) -> float:
         """Seconds from a new prompt to its first token."""
-        return timed(lambda: self.model.generate(torch.tensor(ids), max_new_tokens=1, do_sample=False))
+        return timed(lambda: self.model.generate(torch.tensor(ids), max_new_tokens=1, do_sample=False), self.clock)
 
     @torch.inference_mode()
     def fill(self, ids: list[list[int]]) -> None:
@@ -125,9 +128,9 @@ class Transformers:
     @torch.inference_mode()
     def decode(self, steps: int) -> float:
         """Seconds of `steps` tokens of every row; the cache of this model cannot be cut, so it grows by a few a run."""
-        start = time.perf_counter()
+        start = self.clock()
         self.ids = self.model.generate(self.ids, past_key_values=self.cache, max_new_tokens=steps, do_sample=False)
-        return time.perf_counter() - start
+        return self.clock() - start
 
     @property
     def bytes_per_token(self) -> float:
@@ -146,10 +149,13 @@ class Transformers:
 class LlamaCpp:
     """`benchmarks.llama_cpp` in a process of its own. `root` is the unpacked `llama-cpp-python`, `file` the model."""
 
-    def __init__(self, root: Path, file: Path, *, rows: int, tokens: int, threads: int, exact: bool = False) -> None:
+    def __init__(
+        self, root: Path, file: Path, *, rows: int, tokens: int, threads: int, clock: Clock = "wall",
+        exact: bool = False,
+    ) -> None:  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.llama_cpp"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._send((root, file, rows, tokens, threads, exact))
+        self._send((root, file, rows, tokens, threads, clock, exact))
 
     def fill(self, ids: list[list[int]]) -> None:
         self._call("fill", ids)
