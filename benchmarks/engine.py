@@ -203,7 +203,7 @@ def cache_bytes(directory: Path, options: Options) -> list[Result]:
     for name, size in kept.items():
         results.append(Result(f"cache, bytes per token ({name})", 1, 0, f"{size:,.0f}"))
     for name in options.peers:
-        with closing(peer(name, directory, 1, 1024, options)) as side:
+        with closing(peer(name, directory, 1, 16_384, options)) as side:  # llama.cpp reports 0.01 MiB
             side.fill(prompts(1, 256, 0))
             side.decode(1)
             size, alike = side.bytes_per_token, "fp32" if name == "transformers" else "bf16"

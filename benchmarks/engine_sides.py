@@ -188,7 +188,7 @@ class LlamaCpp:
         self._send((name, arguments))
         try:
             return pickle.load(self.process.stdout)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # an abort writes its own text there
             raise RuntimeError(f"llama.cpp's process ended with {self.process.wait()}; see its message above") from None
 
     def _send(self, thing: object) -> None:
