@@ -39,7 +39,7 @@ def slow_engine():
     """The same, at about a hundred steps a second, so that there is time to kill it."""
     engine = strict_engine()
     run = engine._core.runner.run
-    engine._core.runner.run = lambda chunks: (time.sleep(0.01), run(chunks))[1]
+    engine._core.runner.run = lambda *step: (time.sleep(0.01), run(*step))[1]
     return engine
 
 
@@ -48,10 +48,10 @@ def stuck_engine():
     engine = strict_engine()
     run = engine._core.runner.run
 
-    def step(chunks):
+    def step(chunks, collect):
         while any(300 in chunk.token_ids for chunk in chunks):
             time.sleep(0.05)
-        return run(chunks)
+        return run(chunks, collect)
 
     engine._core.runner.run = step
     return engine
@@ -62,10 +62,10 @@ def poisoned_engine():
     engine = strict_engine()
     run = engine._core.runner.run
 
-    def step(chunks):
+    def step(chunks, collect):
         if any(300 in chunk.token_ids for chunk in chunks):
             os.kill(os.getpid(), signal.SIGKILL)
-        return run(chunks)
+        return run(chunks, collect)
 
     engine._core.runner.run = step
     return engine
@@ -92,11 +92,14 @@ def params_of(i, **changes):
 
 
 async def play(source, *, count=len(PROMPTS), **changes):
-    """The tokens of some requests at once, each as (id, log-probability, version, text)."""
+    """The tokens of some requests at once, each as (id, log-probability, version, text, experts)."""
 
     async def one(i):
         stream = source.stream(PROMPTS[i], params_of(i, **changes), session_id=f"s{i}", priority=0, deadline=None)
-        return [(d.token_id, d.logprob, d.version, d.text) async for d in stream]
+        return [
+            (d.token_id, d.logprob, d.version, d.text, d.experts and (d.experts.start, d.experts.data))
+            async for d in stream
+        ]
 
     return await asyncio.wait_for(asyncio.gather(*(one(i) for i in range(count))), 120)
 

@@ -250,6 +250,11 @@ class ModelConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers with routed experts, without MTP modules."""
+        return tuple(layer for layer, kind in enumerate(self.mlp_layer_types) if kind == "sparse")
+
+    @property
     def rope_theta(self) -> float:
         """Base of the rotary frequencies."""
         return float(self.rope_parameters["rope_theta"])

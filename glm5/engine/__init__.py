@@ -1,5 +1,6 @@
 """Engine: sequences, sampler and the loop that turns prompts into tokens."""
 
+from glm5.engine.choices import ExpertChoices
 from glm5.engine.engine import Engine
 from glm5.engine.leader import follow
 from glm5.engine.outputs import CompletionOutput, EngineStats, RequestOutput, TokenDelta
@@ -11,6 +12,7 @@ __all__ = [
     "CompletionOutput",
     "Engine",
     "EngineStats",
+    "ExpertChoices",
     "RequestOutput",
     "SamplingDefaults",
     "SamplingParams",

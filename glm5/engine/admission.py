@@ -30,6 +30,8 @@ class Limits:
     """Tokens that the whole cache holds; every request must fit into it alone."""
     bytes_per_token: float
     """Of the cache, all layers together."""
+    experts: bool = False
+    """Whether it can say which experts were chosen."""
 
 
 def tokenizer_in(directory: Path) -> Tokenizer | None:
@@ -73,6 +75,8 @@ def admit(
     max_tokens = _max_tokens(len(prompt), params.max_tokens, limits)
     if params.stop and tokenizer is None:
         raise InputError("stop strings need a tokenizer, and this engine has none; use stop_token_ids.")
+    if params.experts_from is not None and not limits.experts:
+        raise InputError("experts_from (routing replay) needs engines of this program with a mixture of experts; leave it out.")
     if params.structured_outputs is not None and grammars is None:
         raise InputError("structured_outputs need a tokenizer, and this engine has none; give it the model's.")
     seed = fresh_seed() if params.seed is None else params.seed
@@ -104,6 +108,8 @@ def go_on(sequences: SequenceOf[Sequence], said: SequenceOf[TokenDelta], vocab_s
         if sequence.done:
             raise InputError(f"Completion {delta.index} has tokens after its end; give back what the request gave.")
         sequence.append(SampledToken(delta.token_id, delta.logprob, delta.top_logprobs), delta.version)
+        if sequence.choices is not None and delta.experts is not None:
+            sequence.choices.told = delta.experts.end
 
 
 def _max_tokens(prompt: int, asked: int | None, limits: Limits) -> int:

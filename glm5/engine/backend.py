@@ -65,6 +65,8 @@ class Backend:
     num_blocks: int
     weights: Weights
     speculator: Speculator | None = None
+    experts: bool = False
+    """Whether the runner can collect which experts were chosen."""
 
 
 def build_backend(
@@ -99,7 +101,8 @@ def build_backend(
     blocks = size.blocks(new_cache(num_blocks=1, device="meta").bytes_per_token, available_bytes(weight.device))
     cache = new_cache(num_blocks=blocks, device=weight.device)
     runner = Runner(model, cache, attention=attention, strict=strict)
-    return Backend(runner, cache, blocks, ModelWeights(model), speculator_of(runner, drafts, size))
+    speculator = speculator_of(runner, drafts, size)
+    return Backend(runner, cache, blocks, ModelWeights(model), speculator, experts=bool(model.config.sparse_layers))
 
 
 def check_drafts(model: torch.nn.Module, drafts: int) -> None:

@@ -26,9 +26,13 @@ class OutOfBlocks(Exception):
     """There are fewer free blocks than asked for; nothing was taken."""
 
 
-def chain_root(version: int, salt: str | None) -> Digest:
-    """The parent of a sequence's first block. Cached rows are shared among equal versions and salts only."""
-    named = f"{version}/".encode() + (b"shared" if salt is None else b"salted/" + salt.encode())
+def chain_root(version: int, salt: str | None, *, experts: bool = False) -> Digest:
+    """The parent of a sequence's first block. Cached rows are shared among equal versions and salts only.
+
+    experts: blocks beside which the chosen experts are kept (`choices.py`); they are found apart from the others.
+    """
+    named = f"{version}/".encode() + b"experts/" * experts
+    named += b"shared" if salt is None else b"salted/" + salt.encode()
     return hashlib.sha256(named).digest()
 
 

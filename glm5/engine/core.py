@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from glm5.engine.choices import ChoicePool
 from glm5.engine.outputs import EngineStats, TokenDelta
 from glm5.engine.request import Request
-from glm5.engine.runner import Chunk
+from glm5.engine.runner import Chunk, Output
 from glm5.engine.sampler import prompt_logprobs
 from glm5.engine.scheduler import Scheduler, Work
 from glm5.engine.speculative import Speculator
@@ -35,8 +36,8 @@ class Storage(Protocol):
 class StepRunner(Protocol):
     """The forward pass of a step; `glm5.engine.runner.Runner` has the contract."""
 
-    def run(self, chunks: list[Chunk]) -> list[Tensor]:
-        """Logits [logits_to_keep, V] of each chunk, fp32, on the CPU."""
+    def run(self, chunks: list[Chunk], collect: frozenset[str]) -> list[Output]:
+        """Logits [logits_to_keep, V] of each chunk, fp32, on the CPU; with "router", the experts of its tokens."""
 
 
 class Core:
@@ -48,6 +49,7 @@ class Core:
         """speculator: drafts for the next step after each one; it is the runner then."""
         self.runner, self.cache, self.scheduler = speculator or runner, cache, scheduler
         self.speculator = speculator
+        self.choices = ChoicePool(scheduler.blocks.num_blocks, scheduler.blocks.block_size)
         self.requests: dict[int, Request] = {}
         self.steps = self.sampled_tokens = self.drafted_tokens = self.accepted_tokens = 0
 
@@ -87,23 +89,26 @@ class Core:
                 self.end(request)
         step = self.scheduler.schedule()
         if step.copies:
-            self.cache.copy_blocks([(old, new) for new, old in step.copies.items()])
+            copies = [(old, new) for new, old in step.copies.items()]
+            self.cache.copy_blocks(copies)
+            self.choices.copy(copies)
         if not step.works:
             return False
         self.steps += 1
         chunks = [Chunk(w.token_ids, w.start, w.sequence.table, w.keep) for w in step.works]
+        recorded = any(w.sequence.choices is not None for w in step.works)
         try:
-            logits = self.runner.run(chunks)
+            outputs = self.runner.run(chunks, frozenset({"router"}) if recorded else frozenset())
         except Exception as error:
             for work in step.works:
                 self.end(work.request, error)
             return True
         deltas: dict[int, list[TokenDelta]] = {}
-        for work, logits_KV in zip(step.works, logits, strict=True):
+        for work, output in zip(step.works, outputs, strict=True):
             if work.request.number not in self.requests:
                 continue  # another of its sequences failed
             try:
-                deltas.setdefault(work.request.number, []).extend(self._take(work, logits_KV))
+                deltas.setdefault(work.request.number, []).extend(self._take(work, output))
             except Exception as error:
                 self.end(work.request, error)
         if self.speculator is not None:
@@ -116,9 +121,10 @@ class Core:
                     self.end(request)
         return True
 
-    def _take(self, work: Work, logits_KV: Tensor) -> list[TokenDelta]:
+    def _take(self, work: Work, output: Output) -> list[TokenDelta]:
         """What one sequence's part of the step gives."""
         sequence, request, version = work.sequence, work.request, self.scheduler.version
+        logits_KV = output.logits_KV
         # The sum is one operation, and finite unless a logit is not (or a sum overflows, hence the second look).
         if not math.isfinite(float(logits_KV.sum())) and not logits_KV.isfinite().all():
             raise CheckpointError(
@@ -126,6 +132,8 @@ class Core:
                 "load_model(directory, check_finite=True)."
             )
         self._prompt_logprobs(work, logits_KV)
+        if sequence.choices is not None and output.experts_TLK is not None:
+            self.choices.record(sequence.choices, sequence.table, work.start, output.experts_TLK)
         if not work.samples:
             self.scheduler.computed(work)
             return []
@@ -140,12 +148,16 @@ class Core:
                 break
             accepted += 1
         sequence.drafts = []
+        if sequence.choices is not None:
+            sequence.choices.forget()  # those of wrong drafts
         self.drafted_tokens += work.drafts
         self.accepted_tokens += accepted
         self.scheduler.computed(work, accepted)
         if not request.forked:
             request.forked = True
             for child in request.sequences[1:]:
+                if child.choices is not None and deltas[0].experts is not None:
+                    child.choices.add(deltas[0].experts)
                 deltas.append(child.append(child.sample(rows_KV[0]), version))
                 if not child.done:
                     self.scheduler.fork(sequence, child)

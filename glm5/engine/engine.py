@@ -102,7 +102,7 @@ class Engine:
         )  # fmt: skip
         self._weights = backend.weights
         self.limits = Limits(
-            vocab_size=self.config.vocab_size, max_model_len=self.max_model_len,
+            vocab_size=self.config.vocab_size, max_model_len=self.max_model_len, experts=backend.experts,
             cache_tokens=backend.num_blocks * block_size, bytes_per_token=backend.cache.bytes_per_block / block_size,
         )  # fmt: skip
         scheduler = Scheduler(

@@ -97,17 +97,13 @@ class Leader:
         free = min((bytes_ for bytes_ in self._member.free if bytes_ is not None), default=None)
         blocks = size.blocks(self.cache_bytes_per_token, free)
         self._all(Open(blocks), lambda: self._member.open_cache(blocks))
-        return Backend(self, self, blocks, self, speculator_of(self, drafts, size))
+        experts = bool(self.model.config.sparse_layers)
+        return Backend(self, self, blocks, self, speculator_of(self, drafts, size), experts)
 
     # ---- as a runner ------------------------------------------------------------------------------------------------
-    def run(self, chunks: list[Chunk]) -> list[Tensor]:
+    def run(self, chunks: list[Chunk], collect: frozenset[str] = frozenset()) -> list[Output]:
         """See `Runner`."""
-        outputs = self._all(Run(chunks, states=False), lambda: self._member.run(chunks, states=False))
-        return [output.logits_KV for output in outputs]
-
-    def run_with_states(self, chunks: list[Chunk]) -> list[Output]:
-        """See `Runner`."""
-        return self._all(Run(chunks, states=True), lambda: self._member.run(chunks, states=True))
+        return self._all(Run(chunks, collect), lambda: self._member.runner.run(chunks, collect))
 
     def draft(self, chunks: list[DraftChunk]) -> list[Output]:
         """See `Runner`; every step is of the first MTP module."""
@@ -209,8 +205,8 @@ def _perform(member: Member, command: Any) -> None:
     match command:
         case Open(num_blocks):
             member.open_cache(num_blocks)
-        case Run(chunks, states):
-            member.run(chunks, states=states)
+        case Run(chunks, collect):
+            member.runner.run(chunks, collect)
         case Draft(chunks):
             member.draft(chunks)
         case Copy(pairs):

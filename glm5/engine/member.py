@@ -50,10 +50,10 @@ class Open:
 
 @dataclass(frozen=True)
 class Run:
-    """A forward pass of these chunks, with the states of their tokens or without."""
+    """A forward pass of these chunks; `collect` as of `Runner.run`."""
 
     chunks: list[Chunk]
-    states: bool
+    collect: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,6 @@ class Member:
         """Makes the cache and the runner."""
         self.cache = self.new_cache(num_blocks, self.groups.device)
         self.runner = Runner(self.model, self.cache, attention=self.setup.attention)
-
-    def run(self, chunks: list[Chunk], *, states: bool) -> list[Output]:
-        """A forward pass. Raises InputError, on every process alike, for chunks that cannot run."""
-        if states:
-            return self.runner.run_with_states(chunks)
-        return [Output(logits_KV, None) for logits_KV in self.runner.run(chunks)]
 
     def draft(self, chunks: list[DraftChunk], states_XD: Tensor | None = None) -> list[Output]:
         """A draft step; the first process gives the states of all tokens of all chunks."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from glm5.engine.choices import ExpertChoices
+
 FinishReason = Literal["stop", "length", "abort"]
 TopLogprobs = tuple[tuple[int, float], ...]
 """(token id, log-probability), the likeliest first."""
@@ -32,6 +34,8 @@ class TokenDelta:
     """Set on the last token only."""
     stop_reason: int | str | None = None
     """The token id or string that stopped the sequence; None when the model's own end-of-turn id did."""
+    experts: ExpertChoices | None = None
+    """Of the tokens before this one, those that no earlier token of the completion told of; None unless asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,8 @@ class CompletionOutput:
     stop_reason: int | str | None
     seed: int
     """The seed that was used; the same request with it gives the same tokens."""
+    experts: ExpertChoices | None = None
+    """Of the prompt and of every sampled token but the last, when they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,11 @@ class RequestOutput:
     def versions(self) -> tuple[int, ...]:
         """Weight version of each sampled token of the first completion."""
         return self.outputs[0].versions
+
+    @property
+    def experts(self) -> ExpertChoices | None:
+        """Of the prompt and of the first completion's tokens but the last, when they were asked for."""
+        return self.outputs[0].experts
 
     @property
     def finish_reason(self) -> FinishReason:

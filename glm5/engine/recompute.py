@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glm5.engine.runner import Chunk
+from glm5.engine.runner import Chunk, Output
 
 
 class TokenCache:
@@ -42,9 +42,10 @@ class RecomputingRunner:
         self.model: Any = model
         self.cache, self.attention = cache, attention
 
-    def run(self, chunks: list[Chunk]) -> list[Tensor]:
-        """Logits [logits_to_keep, V] of each chunk."""
-        return [self._run(chunk) for chunk in chunks]
+    def run(self, chunks: list[Chunk], collect: frozenset[str] = frozenset()) -> list[Output]:
+        """Logits of each chunk; nothing else can be collected."""
+        assert not collect
+        return [Output(self._run(chunk)) for chunk in chunks]
 
     def _run(self, chunk: Chunk) -> Tensor:
         size, table = self.cache.block_size, torch.tensor(chunk.block_table)

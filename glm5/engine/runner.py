@@ -11,13 +11,15 @@ none, the modules take every token as a pass of its own, which is the plain refe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from glm5.engine.choices import Array
 from glm5.engine.paged_cache import PagedCache
 from glm5.engine.views import BatchView, Run, SequenceView
 from glm5.errors import InputError
@@ -67,8 +69,10 @@ class Output:
 
     logits_KV: Tensor
     """fp32, on the CPU: of the last `logits_to_keep` tokens (of a draft: of the last one)."""
-    states_TD: Tensor | None
+    states_TD: Tensor | None = None
     """Of every new token, where the model is, if they were asked for: what the MTP modules go on from."""
+    experts_TLK: Array | None = None
+    """uint8 or uint16: of every new token the experts that each sparse layer chose, if they were asked for."""
 
 
 class Runner:
@@ -86,16 +90,12 @@ class Runner:
             for pools in (cache.latents, cache.keys)
         )
 
-    def run(self, chunks: list[Chunk]) -> list[Tensor]:
-        """fp32 logits [logits_to_keep, V] on the CPU, one per chunk. Raises InputError for a chunk that cannot run."""
-        return [output.logits_KV for output in self._run(chunks, frozenset())]
-
-    def run_with_states(self, chunks: list[Chunk]) -> list[Output]:
-        """`run`, with the states of the new tokens."""
-        return self._run(chunks, frozenset({"hidden"}))
-
     @torch.inference_mode()
-    def _run(self, chunks: list[Chunk], collect: frozenset[str]) -> list[Output]:
+    def run(self, chunks: list[Chunk], collect: frozenset[str] = frozenset()) -> list[Output]:
+        """One output for each chunk. Raises InputError for a chunk that cannot run.
+
+        collect: as of the model: "hidden" for the states of the new tokens, "router" for their experts.
+        """
         for chunk in chunks:
             if not 0 <= chunk.logits_to_keep <= len(chunk.token_ids):
                 raise InputError(
@@ -112,13 +112,13 @@ class Runner:
         if self.strict:
             decoder = self._fitting(self.model.exact_decoder())
             if decoder is not None:
-                return self._by_rows(decoder, chunks)
+                return self._by_rows(decoder, chunks, collect)
             return [self._by_token(chunk, run, collect) for chunk, run in zip(chunks, runs, strict=True)]
         outputs: dict[int, Output] = {}
         for group, view in self._passes(runs):
             own = [chunks[i] for i in group]
             decoder = self._fitting(self.model.decoder(sum(runs[i].tokens for i in group)))
-            done = self._pass(own, view(), collect) if decoder is None else self._by_rows(decoder, own)
+            done = self._pass(own, view(), collect) if decoder is None else self._by_rows(decoder, own, collect)
             outputs.update(zip(group, done, strict=True))
         return [outputs[i] for i in range(len(chunks))]
 
@@ -126,13 +126,24 @@ class Runner:
         """The decoder, if it can read this cache."""
         return decoder if decoder is not None and self._in_memory and decoder.fits(self.cache) else None
 
-    def _by_rows(self, decoder: Decoder, chunks: list[Chunk]) -> list[Output]:
+    def _by_rows(self, decoder: Decoder, chunks: list[Chunk], collect: frozenset[str]) -> list[Output]:
         """All tokens of all chunks by the decoder."""
+        config, chosen = self.model.config, list[Tensor]()
 
         def step(_: Block, ids: list[int], slots: Slots, keep: list[int]) -> tuple[Tensor, Tensor]:
-            return decoder.step(ids, slots, self.attention == "sparse", keep)
+            experts_LNK = None
+            if "router" in collect:
+                shape = len(config.sparse_layers), len(ids), config.num_experts_per_tok
+                experts_LNK = torch.empty(shape, dtype=torch.int64)
+                chosen.append(experts_LNK)
+            return decoder.step(ids, slots, self.attention == "sparse", keep, experts_LNK)
 
-        return self._in_blocks(chunks, [c.token_ids for c in chunks], [c.logits_to_keep for c in chunks], step)
+        outputs = self._in_blocks(chunks, [c.token_ids for c in chunks], [c.logits_to_keep for c in chunks], step)
+        if chosen:
+            experts = torch.cat(chosen, dim=1).transpose(0, 1).split([len(c.token_ids) for c in chunks])
+            for output, experts_TLK in zip(outputs, experts, strict=True):
+                output.experts_TLK = self._compact(experts_TLK)
+        return outputs
 
     def _drafts_by_rows(self, decoder: Decoder, chunks: list[DraftChunk]) -> list[Output]:
         """A draft step of all tokens of all chunks by the decoder."""
@@ -177,10 +188,15 @@ class Runner:
         out = self.model(ids_BT, cache=view, attention=self.attention, collect=collect, logits_to_keep=keep)
         logits_TV, tokens = out.logits[0].float().cpu(), [len(chunk.token_ids) for chunk in chunks]
         logits = logits_TV.split(tokens) if keep == 0 else (logits_TV,)
-        states = [None] * len(chunks) if out.hidden is None else out.hidden[0].split(tokens)
+        nothing = [None] * len(chunks)
+        states = nothing if out.hidden is None else out.hidden[0].split(tokens)
+        experts: Sequence[Array | None] = nothing
+        if out.router:
+            experts_TLK = torch.stack([record.experts_BTK[0] for record in out.router], dim=1)
+            experts = [self._compact(part_TLK) for part_TLK in experts_TLK.cpu().split(tokens)]
         return [
-            Output(logits_TV[len(logits_TV) - chunk.logits_to_keep :], states_TD)
-            for chunk, logits_TV, states_TD in zip(chunks, logits, states, strict=True)
+            Output(logits_TV[len(logits_TV) - chunk.logits_to_keep :], states_TD, experts_TLK)
+            for chunk, logits_TV, states_TD, experts_TLK in zip(chunks, logits, states, experts, strict=True)
         ]
 
     def _by_token(self, chunk: Chunk, run: Run, collect: frozenset[str]) -> Output:
@@ -193,7 +209,18 @@ class Runner:
                 [Chunk([token], one.start, chunk.block_table, kept)], BatchView(self.cache, [one]), collect
             )
         states = [out.states_TD for out in outs if out.states_TD is not None]
-        return Output(torch.cat([out.logits_KV for out in outs]), torch.cat(states) if states else None)
+        experts = [out.experts_TLK for out in outs if out.experts_TLK is not None]
+        return Output(
+            torch.cat([out.logits_KV for out in outs]),
+            torch.cat(states) if states else None,
+            np.concatenate(experts) if experts else None,
+        )
+
+    def _compact(self, experts_TLK: Tensor) -> Array:
+        """In one byte a number where that is enough."""
+        number = np.uint8 if self.model.config.n_routed_experts <= 256 else np.uint16
+        compact: Array = experts_TLK.numpy().astype(number)
+        return compact
 
     @torch.inference_mode()
     def draft(self, chunks: list[DraftChunk], *, step: int = 0) -> list[Output]:

@@ -114,6 +114,9 @@ class SamplingParams:
     """How many of the likeliest tokens to report at each position. The sampled token's own is always reported."""
     prompt_logprobs: int | None = None
     """Reports the prompt's own tokens too, with this many of the likeliest at each position."""
+    experts_from: int | None = None
+    """Reports the experts that each sparse layer chose for every token that went through the model, from this position
+    on (0: the whole prompt too). None reports nothing."""
     structured_outputs: StructuredOutputs | None = None
     """Structure that the completion must have; it ends when the structure is complete."""
 
@@ -136,6 +139,8 @@ class SamplingParams:
         check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
             check_whole("seed", self.seed, 0, 2**64 - 1)
+        if self.experts_from is not None:
+            check_whole("experts_from", self.experts_from, 0)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 0, MAX_LOGPROBS)

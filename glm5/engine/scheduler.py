@@ -242,9 +242,12 @@ class Scheduler:
         """Continues the sequence's chain of digests to so many blocks."""
         size, digests = self.blocks.block_size, sequence.digests
         while len(digests) < blocks:
-            parent = digests[-1] if digests else chain_root(self.version, self.request_of[sequence].salt)
+            parent = digests[-1] if digests else self._root(sequence)
             start = len(digests) * size
             digests.append(chain(parent, sequence.token_ids[start : start + size]))
+
+    def _root(self, sequence: Sequence) -> bytes:
+        return chain_root(self.version, self.request_of[sequence].salt, experts=sequence.choices is not None)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
@@ -253,6 +256,8 @@ class Scheduler:
     def _to_queue(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.table)
         sequence.computed, sequence.published, sequence.mixed, sequence.drafts = 0, 0, False, []
+        if sequence.choices is not None:
+            sequence.choices.forget()
         self._move(sequence, self.running, self.waiting)
 
     def _move(self, sequence: Sequence, source: list[Sequence], target: list[Sequence]) -> None:

@@ -7,6 +7,7 @@ import secrets
 from torch import Tensor
 
 from glm5.engine.block_manager import Digest
+from glm5.engine.choices import SequenceChoices, joined
 from glm5.engine.grammar import GrammarState
 from glm5.engine.outputs import CompletionOutput, FinishReason, TokenDelta
 from glm5.engine.sampler import SampledToken
@@ -44,6 +45,8 @@ class Sequence:
         self.detokenizer = detokenizer
         self.sampler = TokenSampler(params, prompt_ids, seed=seed, index=index, stop_ids=self.stop_ids, grammar=grammar)
         self.stop_strings = StopStrings(tuple(params.stop), include=params.include_stop_str_in_output)
+        self.choices = None if params.experts_from is None else SequenceChoices(params.experts_from)
+        """The experts that its tokens were sent to; None where nobody asked."""
         self.deltas: list[TokenDelta] = []
         self.token_ids = list(prompt_ids)
         """Prompt and sampled tokens."""
@@ -84,9 +87,10 @@ class Sequence:
         """Takes the next sampled token and says what it adds to the text and whether it ends the completion."""
         token_id = token.token_id
         self.sampler.accept(token_id)
+        experts = None if self.choices is None else self.choices.take(len(self.token_ids))
         self.token_ids.append(token_id)
         text, reason, stopped_by = self._ending(token_id)
-        delta = TokenDelta(self.index, *token, version, text, reason, stopped_by)
+        delta = TokenDelta(self.index, *token, version, text, reason, stopped_by, experts)
         self.deltas.append(delta)
         return delta
 
@@ -125,6 +129,7 @@ class Sequence:
             finish_reason=(last and last.finish_reason) or "abort",
             stop_reason=last.stop_reason if last else None,
             seed=self.seed,
+            experts=joined(d.experts for d in self.deltas),
         )
 
 

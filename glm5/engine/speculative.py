@@ -47,8 +47,8 @@ HELD_STATES = 64
 class DraftRunner(Protocol):
     """What runs the trunk and the module: `glm5.engine.runner.Runner`."""
 
-    def run_with_states(self, chunks: list[Chunk]) -> list[Output]:
-        """Logits of each chunk and the trunk's states of its tokens."""
+    def run(self, chunks: list[Chunk], collect: frozenset[str]) -> list[Output]:
+        """Logits of each chunk and what is collected of its tokens: the trunk's states ("hidden") among it."""
 
     def draft(self, chunks: list[DraftChunk]) -> list[Output]:
         """One step of the MTP module for each chunk."""
@@ -84,12 +84,12 @@ class Speculator:
         self._started = 0.0
         self._wanted = False
 
-    def run(self, chunks: list[Chunk]) -> list[Tensor]:
-        """The trunk's logits of each chunk, as `Runner.run`."""
+    def run(self, chunks: list[Chunk], collect: frozenset[str] = frozenset()) -> list[Output]:
+        """The trunk's pass, as `Runner.run`."""
         self._started, self._states = time.perf_counter(), []
-        outputs = self.runner.run_with_states(chunks)
+        outputs = self.runner.run(chunks, collect | {"hidden"})
         self._states = [output.states_TD for output in outputs]
-        return [output.logits_KV for output in outputs]
+        return outputs
 
     def after(self, works: list[Work]) -> None:
         """Ends the step that `run` began, when its tokens are taken: drafts for the next, and measures."""

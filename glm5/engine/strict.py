@@ -51,7 +51,8 @@ def packed_strict_logprobs(
                 whose.append(i)
         if not chunks:
             return [torch.tensor(values) for values in found]
-        for i, logits_TV in zip(whose, runner.run(chunks), strict=True):
+        for i, output in zip(whose, runner.run(chunks), strict=True):
+            logits_TV = output.logits_KV
             start = len(found[i]) + 1
             targets = sequences[i][start : start + len(logits_TV)]
             found[i] += [token_logprobs(row_V, token, None)[0] for row_V, token in zip(logits_TV, targets, strict=True)]

@@ -99,17 +99,25 @@ class Decoder:
         return cache.latents.keys() >= set(range(len(self._layers))) and cache.keys.keys() >= self._full_layers
 
     def step(
-        self, ids: list[int], slots: Slots, sparse: bool, keep: Sequence[int] | None = None
+        self,
+        ids: list[int],
+        slots: Slots,
+        sparse: bool,
+        keep: Sequence[int] | None = None,
+        experts_LNK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits [K, V] of the new tokens `keep` (by default of all) and final states of all [N, D].
 
-        The pools hold the new tokens afterwards. A state is what the MTP modules go on from.
+        The pools hold the new tokens afterwards. A state is what the MTP modules go on from. experts_LNK: int64, takes
+        the experts that each sparse layer chooses.
         """
         with self._turn:
             rows, seen = self._start(ids, slots, sparse)
             for step in self._steps:
                 step(rows, seen)
             do.rms_norm(rows.x, rows.h, *self._norm)
+            if experts_LNK is not None:
+                experts_LNK.copy_(rows.experts_LNK[: len(experts_LNK)])
             return self._finish(rows, rows.x if self.config.mtp_hidden == "after_norm" else rows.h, keep)
 
     def can_draft(self, cache: Pools) -> bool:

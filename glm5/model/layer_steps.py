@@ -47,7 +47,10 @@ class Rows:
         self.index_k_rotary = self.index_k.cut(0, c.qk_rope_head_dim)
         self.selected = self._new(c.index_topk, torch.int64)
         self.scores = self._new(c.n_routed_experts)
-        self.chosen, self.weights = self._new(c.num_experts_per_tok, torch.int64), self._new(c.num_experts_per_tok)
+        routed = (*c.sparse_layers, c.num_hidden_layers)  # the last one is the first MTP module's
+        self.experts_LNK = torch.empty(len(routed), batch, c.num_experts_per_tok, dtype=torch.int64)
+        self.chosen = {layer: Matrix.of(self.experts_LNK[i]) for i, layer in enumerate(routed)}
+        self.weights = self._new(c.num_experts_per_tok)
         self.expert = self._new(2 * c.moe_intermediate_size).lines(0, 1)
         inner = c.moe_intermediate_size * c.n_shared_experts
         self.shared = self._new(inner), self._new(inner)
@@ -158,7 +161,8 @@ class FeedForwardStep:
     """`MLP.forward` or `MoE.forward`, with the norm before and the residual sum after it."""
 
     def __init__(self, weights: WeightsInPlace, layer: DecoderLayer, config: ModelConfig, mlp_type: str) -> None:
-        self.config = c = config
+        self.config, self.layer = config, layer.layer
+        c = config
         self.norm = weights.norm(layer, "post_attention_layernorm", c.hidden_size)
         self.sparse = mlp_type == "sparse"
         self.inner = c.moe_intermediate_size * c.n_shared_experts if self.sparse else c.intermediate_size
@@ -183,8 +187,9 @@ class FeedForwardStep:
         do.rms_norm(rows.x, rows.h, *self.norm)
         if self.sparse:
             do.linear(rows.scores, rows.x, self.router, 1.0, False)
-            do.route(rows.chosen, rows.weights, rows.scores, self.bias, c.norm_topk_prob, c.routed_scaling_factor)
-            do.experts(rows.h, rows.x, rows.chosen, rows.weights, self.gate_up, self.down, rows.expert)
+            chosen = rows.chosen[self.layer]
+            do.route(chosen, rows.weights, rows.scores, self.bias, c.norm_topk_prob, c.routed_scaling_factor)
+            do.experts(rows.h, rows.x, chosen, rows.weights, self.gate_up, self.down, rows.expert)
         if self.inner:
             gate, up = rows.shared if self.sparse else rows.dense
             do.linear(gate, rows.x, self.gate_proj, 1.0, False)

@@ -98,6 +98,8 @@ class Backend:
             )
         if params.prompt_logprobs is not None:
             raise InputError("prompt_logprobs are not passed on to a backend; ask the backend itself.")
+        if params.experts_from is not None:
+            raise InputError("experts_from is not passed on to a backend: a reply over HTTP names no experts.")
         most = room if params.max_tokens is None else params.max_tokens
         completions = [
             Completion(

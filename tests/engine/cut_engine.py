@@ -20,7 +20,9 @@ from glm5.parallel import InferencePlan
 SMALL = {"block_size": 4, "num_blocks": 40, "max_num_batched_tokens": 24, "max_num_seqs": 6}
 """Prompts are computed in chunks, and sequences have to give way to each other."""
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=2)
-SAMPLED = SamplingParams(temperature=0.7, seed=3, max_tokens=12, ignore_eos=True, n=3, prompt_logprobs=1)
+SAMPLED = SamplingParams(
+    temperature=0.7, seed=3, max_tokens=12, ignore_eos=True, n=3, prompt_logprobs=1, experts_from=0
+)
 PROMPTS = [list(range(5, 60)), [7, 8, 9], list(range(30, 45)), [90], list(range(11, 52))]
 SHAPE = {
     "vocab_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,

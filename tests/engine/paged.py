@@ -33,6 +33,6 @@ def scattered(ids: list[list[int]], *, num_blocks: int, block_size: int, seed: i
 def feed(runner: Runner, sequences: list[Tokens], tokens: int) -> None:
     """One step of `tokens` each; the logits of every token are kept."""
     live = [s for s in sequences if s.done < len(s.ids)]
-    for sequence, logits_KV in zip(live, runner.run([s.next(tokens) for s in live]), strict=True):
-        sequence.logits.append(logits_KV)
-        sequence.done += len(logits_KV)
+    for sequence, output in zip(live, runner.run([s.next(tokens) for s in live]), strict=True):
+        sequence.logits.append(output.logits_KV)
+        sequence.done += len(output.logits_KV)

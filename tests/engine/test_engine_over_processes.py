@@ -1,5 +1,6 @@
 """An engine over several processes (gloo) against the engine of one: tokens, log-probabilities, memory, failures."""
 
+import numpy as np
 import pytest
 import torch
 from cut_engine import SMALL, briefly_played, lose, play, played, small_model
@@ -35,6 +36,9 @@ def assert_same(got, wanted):
             for a, b in zip(mine.outputs, theirs.outputs, strict=True):
                 assert (a.token_ids, a.versions, a.finish_reason) == (b.token_ids, b.versions, b.finish_reason), part
                 torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=2e-5, rtol=0)
+                assert (a.experts is None) == (b.experts is None) == (part != "sampled"), part
+                if a.experts is not None:
+                    np.testing.assert_array_equal(np.sort(a.experts.array), np.sort(b.experts.array))
             if theirs.prompt_logprobs:
                 assert len(mine.prompt_logprobs) == len(theirs.prompt_logprobs)
     for name in ("steps", "preemptions", "cached_tokens", "computed_tokens", "sampled_tokens", "version"):

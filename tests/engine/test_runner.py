@@ -72,7 +72,8 @@ def test_a_step_mixes_prompts_and_decoding_and_keeps_the_logits_asked_for(decode
     long, short, other, last = sequences(4)
     runner.run([short.next(4, 0), other.next(20, 0), last.next(30, 0)])
     short.done, other.done, last.done = 4, 20, 30
-    outs = runner.run([long.next(40, 0), short.next(1, 1), other.next(3, 3), last.next(11, 2)])
+    chunks = [long.next(40, 0), short.next(1, 1), other.next(3, 3), last.next(11, 2)]
+    outs = [output.logits_KV for output in runner.run(chunks)]
     assert [tuple(x.shape) for x in outs] == [(0, 97), (1, 97), (3, 97), (2, 97)]
     assert all(x.dtype == torch.float32 for x in outs)
     for row, logits in zip((short, other, last), outs[1:], strict=True):
@@ -112,7 +113,7 @@ def test_states_and_drafts_equal_the_models(tokens, mtp_hidden, decoder, monkeyp
         with torch.no_grad():
             whole.append(model(torch.tensor([row.ids]), collect={"hidden", "mtp"}))
     while live := [i for i, row in enumerate(rows) if row.done + tokens < len(row.ids)]:
-        outs = runner.run_with_states([rows[i].next(tokens) for i in live])
+        outs = runner.run([rows[i].next(tokens) for i in live], frozenset({"hidden"}))
         chunks = []
         for i, out in zip(live, outs, strict=True):
             done = rows[i].done
@@ -133,7 +134,7 @@ def test_a_module_that_changed_drafts_by_its_own_code():
     drafts = []
     for _ in range(2):
         runner = Runner(model, PagedCache(model.config, num_blocks=2, block_size=8, draft=True))
-        [out] = runner.run_with_states([row.next(11)])
+        [out] = runner.run([row.next(11)], frozenset({"hidden"}))
         drafts.append(runner.draft([DraftChunk(out.states_TD, row.ids[1:12], 0, row.block_table)])[0].logits_KV)
         model.mtp[0].eh_proj.register_forward_hook(lambda module, args, out: 2 * out)
     assert (drafts[0] - drafts[1]).abs().max() > 0.01

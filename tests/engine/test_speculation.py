@@ -83,7 +83,7 @@ def test_drafts_over_the_cache_are_those_without_a_cache(params):
     while not sequence.done:
         start, drafts = sequence.computed, sequence.drafts
         chunk = Chunk([*sequence.token_ids[start:], *drafts], start, table, len(drafts) + 1)
-        logits_KV = speculator.run([chunk])[0]
+        logits_KV = speculator.run([chunk])[0].logits_KV
         accepted = 0
         for i in range(len(drafts) + 1):
             delta = sequence.append(sequence.sample(logits_KV[i]), 0)
