@@ -76,7 +76,7 @@ def admit(
     if params.stop and tokenizer is None:
         raise InputError("stop strings need a tokenizer, and this engine has none; use stop_token_ids.")
     if params.experts_from is not None and not limits.experts:
-        raise InputError("experts_from (routing replay) needs engines of this program with a mixture of experts; leave it out.")
+        raise InputError("experts_from (routing replay) needs engines of this program, with experts; leave it out.")
     if params.structured_outputs is not None and grammars is None:
         raise InputError("structured_outputs need a tokenizer, and this engine has none; give it the model's.")
     seed = fresh_seed() if params.seed is None else params.seed

@@ -7,9 +7,13 @@ turn before it (prompt and output) and the rest. Trajectories follow from the tu
 from __future__ import annotations
 
 import dataclasses
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from glm5.engine import ExpertChoices
 from glm5.envs import Reward, Task
 from glm5.rl.records import Rollout, Ticket, Turn
 from glm5.rl.tree import EpisodeTree
@@ -46,8 +50,8 @@ def turns_to_json(turns: Sequence[Turn]) -> Json:
                 "cached": turn.cached_tokens,
             }
         )
-        if turn.experts:
-            found[-1]["experts"] = turn.experts
+        if turn.experts is not None:
+            found[-1]["experts"] = experts_to_json(turn.experts)
         before = turn.prompt_ids + turn.output_ids
     return found
 
@@ -66,10 +70,26 @@ def turns_from_json(values: Json) -> tuple[Turn, ...]:
                 finish_reason=value["finish"],
                 seconds=value["seconds"],
                 cached_tokens=value["cached"],
-                experts=tuple(tuple(map(tuple, token)) for token in value.get("experts", ())),
+                experts=experts_from_json(value.get("experts")),
             )
         )
     return tuple(turns)
+
+
+def experts_to_json(experts: ExpertChoices) -> Json:
+    """The numbers in base 64, unsigned and little-endian, behind the sizes that give them their shape."""
+    array = experts.array
+    numbers = array.astype(array.dtype.newbyteorder("<"))
+    return [experts.start, experts.layers, experts.per_token, experts.item_bytes, b64encode(numbers.tobytes()).decode()]
+
+
+def experts_from_json(value: Json) -> ExpertChoices | None:
+    """What `experts_to_json` was given; None for None."""
+    if value is None:
+        return None
+    start, layers, per_token, item_bytes, text = value
+    numbers = np.frombuffer(b64decode(text), dtype=f"<u{item_bytes}")
+    return ExpertChoices.of(start, numbers.astype(numbers.dtype.newbyteorder("=")).reshape(-1, layers, per_token))
 
 
 def rollout_to_json(rollout: Rollout) -> Json:

@@ -17,7 +17,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glm5.rl.codec import rollout_from_json, rollout_to_json, ticket_from_json, ticket_to_json
+from glm5.engine.choices import joined
+from glm5.rl.codec import (
+    experts_from_json,
+    experts_to_json,
+    rollout_from_json,
+    rollout_to_json,
+    ticket_from_json,
+    ticket_to_json,
+)
 from glm5.rl.events import EVENTS, Cancelled, Event, Finished
 from glm5.rl.journal import Journal, Record
 from glm5.rl.records import Ticket, Turn
@@ -54,6 +62,7 @@ class Unfinished:
                 before.logprobs[: piece.first] + piece.turn.logprobs,
                 before.versions[: piece.first] + piece.turn.versions,
                 piece.turn.finish_reason,
+                experts=joined([before.experts, piece.turn.experts]),
             )
         ]
 
@@ -65,7 +74,10 @@ class Unfinished:
             first = 0  # the rollout began anew
         prompt = () if first else turn.prompt_ids
         parts = (turn.output_ids[first:], turn.logprobs[first:], turn.versions[first:])
-        return Piece(ticket, number, first, Turn(prompt, *parts, turn.finish_reason))
+        experts = turn.experts
+        if first and experts is not None and (before := known[number].experts) is not None:
+            experts = experts.part(before.end)
+        return Piece(ticket, number, first, Turn(prompt, *parts, turn.finish_reason, experts=experts))
 
     def forget(self, events: Iterable[Event]) -> None:
         """Drops those that finished or were called off."""
@@ -120,9 +132,12 @@ def _piece_to_json(piece: Piece) -> Any:
         "versions": turn.versions,
         "finish": turn.finish_reason,
     }
+    if turn.experts is not None:
+        value["experts"] = experts_to_json(turn.experts)
     return value if piece.first else {**value, "prompt": turn.prompt_ids}
 
 
 def _piece_from_json(value: Any) -> Piece:
     parts = (tuple(value.get("prompt", ())), tuple(value["output"]), tuple(value["logprobs"]), tuple(value["versions"]))
-    return Piece(ticket_from_json(value["ticket"]), value["turn"], value["first"], Turn(*parts, value["finish"]))
+    turn = Turn(*parts, value["finish"], experts=experts_from_json(value.get("experts")))
+    return Piece(ticket_from_json(value["ticket"]), value["turn"], value["first"], turn)

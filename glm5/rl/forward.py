@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -36,12 +36,13 @@ def run(model: GLM5, rows: Rows, attention: str, collect: frozenset[str] | set[s
 
 
 def _replay(model: GLM5, experts_BTLK: Tensor) -> Replay:
-    sparse = [layer for layer, kind in enumerate(model.config.mlp_layer_types) if kind == "sparse"]
-    if experts_BTLK.shape[2] != len(sparse):
+    c, (layers, per_token) = model.config, experts_BTLK.shape[2:]
+    if (layers, per_token) != (len(c.sparse_layers), c.num_experts_per_tok):
         raise InputError(
-            f"The rollouts carry experts of {experts_BTLK.shape[2]} layers, and the model has {len(sparse)} sparse."
+            f"The rollouts carry {per_token} experts of {layers} layers, and the model chooses {c.num_experts_per_tok} "
+            f"in {len(c.sparse_layers)}; learn from rollouts of this model."
         )
-    return Replay(experts=dict(zip(sparse, experts_BTLK.unbind(2), strict=True)))
+    return Replay(experts=dict(zip(c.sparse_layers, experts_BTLK.unbind(2), strict=True)))
 
 
 def sampled_logits(output: ModelOutput, rows: Rows) -> Tensor:
@@ -55,10 +56,16 @@ def chosen(log_softmax_NV: Tensor, rows: Rows) -> Tensor:
 
 
 @torch.no_grad()
-def fixed_logprobs(model: GLM5, examples: Sequence[Example], passes: Passes) -> PerExample:
-    """Log-probabilities under `model`, without a gradient."""
+def fixed_logprobs(model: GLM5, examples: Sequence[Example], passes: Passes, *, replay: bool = False) -> PerExample:
+    """Log-probabilities under `model`, without a gradient.
+
+    replay: of the policy itself, with the experts that the sampler chose. Other policies (a reference, a teacher) route
+    freely: what they think of a token is their own.
+    """
     found: PerExample = {}
     for rows in micro_batches(examples, passes.rows, passes.row_tokens):
+        if not replay:
+            rows = replace(rows, experts_BTLK=None)
         logits_NV = sampled_logits(run(model, rows, passes.attention), rows)
         found |= by_example(rows, chosen(logits_NV.log_softmax(-1), rows))
     return found

@@ -117,7 +117,7 @@ class Learner:
         if not examples:
             return Given()
         return Given(
-            old=fixed_logprobs(self.model, examples, config.passes) if several else None,
+            old=fixed_logprobs(self.model, examples, config.passes, replay=True) if several else None,
             reference=self._reference_logprobs(examples) if config.kl is not None else None,
             teacher=teacher_logprobs(self.aids.teachers, examples, config.passes) if self.aids.teachers else None,
             critic=None if self.head is None else estimates(

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,7 +122,7 @@ class Rows:
     lengths: tuple[int, ...]
     """Sampled tokens of each example."""
     experts_BTLK: Tensor | None
-    """int64, of every sparse layer the experts that the sampler chose, -1 where that is not known."""
+    """int64, of every sparse layer the experts that the sampler chose, -1 where that is not known; None: nowhere."""
 
     def per_token(self, values: Sequence[float]) -> Tensor:
         """One value of each example [N], float32."""
@@ -183,14 +184,14 @@ def _rows(
 
 
 def _experts(examples: Sequence[Example], ids_BT: Tensor, places: Sequence[tuple[int, int]]) -> Tensor | None:
-    known = next((chosen for e in examples for chosen in e.trajectory.experts if chosen), None)
-    if known is None:
-        return None
-    experts_BTLK = torch.full((*ids_BT.shape, len(known), len(known[0])), -1)
+    experts_BTLK: Tensor | None = None
     for example, (row, start) in zip(examples, places, strict=True):
-        for i, chosen in enumerate(example.trajectory.experts[:-1]):
-            if chosen:
-                experts_BTLK[row, start + i] = torch.tensor(chosen)
+        if example.trajectory.experts is None:
+            continue
+        experts_TLK = example.trajectory.experts.array[: _inputs(example)]
+        if experts_BTLK is None:
+            experts_BTLK = torch.full((*ids_BT.shape, *experts_TLK.shape[1:]), -1)
+        experts_BTLK[row, start : start + len(experts_TLK)] = torch.from_numpy(experts_TLK.astype(np.int64))
     return experts_BTLK
 
 

@@ -15,17 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from glm5.engine import ExpertChoices
 from glm5.envs import Message, Reward, Task
 
 Outcome = Literal["ok", "truncated", "timeout", "env_failure", "aborted"]
 """How an episode ended. ok: by itself. truncated: by the limit of tokens or turns. timeout: by the clock. env_failure:
 the environment broke. aborted: it was called off (stale, or nobody needs it). Only `ok` and `truncated` are scored."""
 SCORED: frozenset[Outcome] = frozenset({"ok", "truncated"})
-
-
-Experts = tuple[tuple[tuple[int, ...], ...], ...]
-"""What the sampler's routers chose: per token and sparse layer the experts, or nothing for a token of which it is not
-known (the last one, which was never an input, is one). Empty where nobody recorded them."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -71,12 +67,11 @@ class Turn:
     seconds: float = field(default=0.0, compare=False)
     """From request to last token, by the wall clock."""
     cached_tokens: int = field(default=0, compare=False)
-    experts: Experts = ()
-    """Of prompt and output, or empty."""
+    experts: ExpertChoices | None = None
+    """What the sampler's routers chose, where the run records it: from the first token that no turn before has told of
+    to the last but one of the output (the last was never an input)."""
 
     def __post_init__(self) -> None:
-        if self.experts and len(self.experts) != len(self.prompt_ids) + len(self.output_ids):
-            raise ValueError(f"a turn has experts of {len(self.experts)} tokens, not of its prompt and output")
         if not len(self.output_ids) == len(self.logprobs) == len(self.versions):
             raise ValueError(
                 f"a turn has {len(self.output_ids)} output tokens, {len(self.logprobs)} log-probabilities and "
@@ -96,13 +91,18 @@ class Trajectory:
     sampled: tuple[bool, ...]
     logprobs: tuple[float, ...]
     versions: tuple[int, ...]
-    experts: Experts = ()
+    experts: ExpertChoices | None = None
+    """Of its tokens from the first one on, as far as they are known."""
 
     def __post_init__(self) -> None:
-        parts = (self.token_ids, self.sampled, self.logprobs, self.versions, *([self.experts] if self.experts else []))
-        lengths = {len(part) for part in parts}
+        lengths = {len(part) for part in (self.token_ids, self.sampled, self.logprobs, self.versions)}
         if len(lengths) != 1:
             raise ValueError(f"the parts of a trajectory have different lengths: {sorted(lengths)}")
+        if self.experts is not None and (self.experts.start or self.experts.end > len(self.token_ids)):
+            raise ValueError(
+                f"a trajectory of {len(self.token_ids)} tokens has experts of {self.experts.start} to "
+                f"{self.experts.end}"
+            )
         if self.sampled and self.sampled[0]:
             raise ValueError("the first token of a trajectory cannot be sampled: nothing stands before it")
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from glm5.engine import SamplingParams
+from glm5.engine.choices import joined
 from glm5.envs import Environment, EnvironmentFailure, Episode, Message, Reward, Task
 from glm5.errors import InputError, TextError
 from glm5.rl.records import Outcome, Rollout, Ticket, Turn
@@ -50,6 +51,9 @@ class RolloutConfig:
     """Whether each prompt opens a thought; a model must have been taught to."""
     keep_thoughts: bool = True
     """Whether thoughts of earlier turns stay in the prompt when a new user message comes."""
+    replay_experts: bool = False
+    """Record which experts the engine's routers chose, and let the trainer's choose the same (routing replay, R3). A
+    token costs a byte or two for each expert of each sparse layer, in the journal too."""
     report_every: int = 32
     """Tokens between two reports of an unfinished turn; what was not reported is sampled again after a crash."""
 
@@ -229,11 +233,12 @@ class _Player:
     async def _streamed(self, number: int, begun: Turn, started: float) -> Turn:
         """The rest of a turn. The random numbers hang on the position alone, so it goes on as if never interrupted."""
         ids, logprobs, versions = list(begun.output_ids), list(begun.logprobs), list(begun.versions)
-        finish_reason = OPEN
+        experts, finish_reason = [begun.experts], OPEN
         params = SamplingParams(
             temperature=1.0,
             max_tokens=self._room(begun.prompt_ids) - len(ids),
             seed=self.ticket.seed(self.config.seed, number),
+            experts_from=self._unknown_from(begun) if self.config.replay_experts else None,
         )
         stream = self.source.stream(
             (*begun.prompt_ids, *ids), params, session_id=self.ticket.id, priority=0, deadline=None
@@ -241,15 +246,18 @@ class _Player:
 
         def so_far(reason: str) -> Turn:
             seconds = time.perf_counter() - started
+            experts[:] = [joined(experts)]
             return Turn(
-                begun.prompt_ids, tuple(ids), tuple(logprobs), tuple(versions), reason, seconds, stream.cached_tokens
-            )
+                begun.prompt_ids, tuple(ids), tuple(logprobs), tuple(versions), reason, seconds, stream.cached_tokens,
+                experts[0],
+            )  # fmt: skip
 
         try:
             async for delta in stream:
                 ids.append(delta.token_id)
                 logprobs.append(delta.logprob)
                 versions.append(delta.version)
+                experts.append(delta.experts)
                 finish_reason = delta.finish_reason or OPEN
                 due = finish_reason or len(ids) == 1 or len(ids) % self.config.report_every == 0
                 if self.progress is not None and due:
@@ -257,6 +265,12 @@ class _Player:
         finally:
             stream.close()
         return so_far(finish_reason or "abort")
+
+    def _unknown_from(self, begun: Turn) -> int:
+        """The first token of a turn whose experts neither it nor a turn before it tells of."""
+        tree = EpisodeTree(self.turns)
+        known = joined([tree.experts(tree.extended_by(begun.prompt_ids)), begun.experts])
+        return 0 if known is None else known.end
 
     @property
     def _longest(self) -> int:

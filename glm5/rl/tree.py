@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from glm5.rl.records import Experts, Trajectory, Turn
+from glm5.engine.choices import ExpertChoices, joined
+from glm5.rl.records import Trajectory, Turn
 
 
 class EpisodeTree:
@@ -79,14 +80,11 @@ class EpisodeTree:
             where = slice(len(turn.prompt_ids), _length(turn))
             sampled[where] = [True] * len(turn.output_ids)
             logprobs[where], versions[where] = turn.logprobs, turn.versions
-        return Trajectory(token_ids, tuple(sampled), tuple(logprobs), tuple(versions), self._experts(leaf))
+        return Trajectory(token_ids, tuple(sampled), tuple(logprobs), tuple(versions), self.experts(leaf))
 
-    def _experts(self, leaf: int) -> Experts:
-        """Of every token those of the first turn that knows them: in that one it was sampled, or read first."""
-        found: dict[int, tuple[tuple[int, ...], ...]] = {}
-        for number in self.chain(leaf):
-            found |= {i: chosen for i, chosen in enumerate(self.turns[number].experts) if chosen}
-        return tuple(found.get(i, ()) for i in range(_length(self.turns[leaf]))) if found else ()
+    def experts(self, number: int | None) -> ExpertChoices | None:
+        """Of a turn's tokens, each as the first turn of its chain told of it: there it was sampled, or read."""
+        return joined(self.turns[i].experts for i in reversed(list(self.chain(number))))
 
 
 def _length(turn: Turn) -> int:

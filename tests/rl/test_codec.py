@@ -2,6 +2,9 @@
 
 import json
 
+import numpy as np
+
+from glm5.engine import ExpertChoices
 from glm5.envs import Reward, Task
 from glm5.rl.codec import rollout_from_json, rollout_to_json
 from glm5.rl.records import Rollout, Ticket, Turn
@@ -12,7 +15,7 @@ from glm5.scoring import Grade
 def test_rollouts_come_back_whole_and_prompts_are_stored_once():
     first = Turn((1, 2, 3), (4, 5), (-0.1, -2.345678806304932), (0, 1), "stop", 0.5, 2)
     longer = Turn((1, 2, 3, 4, 5, 6), (7,), (-1.0,), (1,), "stop")
-    experts = (((0, 1), (2, 3)),) * 5 + ((),)
+    experts = ExpertChoices.of(0, np.arange(20, dtype=np.uint16).reshape(5, 2, 2) * 100)
     branch = Turn((1, 2, 3, 9), (8, 8), (-1.0, -0.0), (2, 2), "length", experts=experts)
     turns = (first, longer, branch)
     rollout = Rollout(
@@ -26,6 +29,7 @@ def test_rollouts_come_back_whole_and_prompts_are_stored_once():
     )
     value = json.loads(json.dumps(rollout_to_json(rollout)))
     assert rollout_from_json(value) == rollout
+    assert [len(turn["experts"][-1]) if "experts" in turn else 0 for turn in value["turns"]] == [0, 0, 56]
     assert [turn["prompt"] for turn in value["turns"]] == [[1, 2, 3], [6], [9]]
     failed = Rollout(Ticket("env", 7), Task("t", (), "", ""), (), "env_failure", None, failure="no light")
     assert rollout_from_json(json.loads(json.dumps(rollout_to_json(failed)))) == failed

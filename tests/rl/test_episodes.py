@@ -144,8 +144,9 @@ def engine():
     engine.close()
 
 
-def test_an_episode_goes_on_from_any_token_as_if_never_interrupted(engine):
-    config = RolloutConfig(seed=5, max_tokens=16, report_every=1)
+@pytest.mark.parametrize("replay", [False, True], ids=["plain", "with experts"])
+def test_an_episode_goes_on_from_any_token_as_if_never_interrupted(engine, replay):
+    config = RolloutConfig(seed=5, max_tokens=16, report_every=1, replay_experts=replay)
     environment = Chat(QUESTION, RESULT, limits=EpisodeLimits(turns=3))
     reports = []
 
@@ -163,6 +164,7 @@ def test_an_episode_goes_on_from_any_token_as_if_never_interrupted(engine):
     assert [len(turn.output_ids) for turn in whole.turns] == [
         max(len(turns[n].output_ids) for turns in reports if len(turns) > n) for n in range(3)
     ]
+    assert all((turn.experts is not None) is replay for turn in whole.turns)
     for turns in reports:
         again = asyncio.run(play(ticket, environment, engine, config, resume_from=turns))
         assert (again.turns, again.trajectories, again.messages) == (whole.turns, whole.trajectories, whole.messages)

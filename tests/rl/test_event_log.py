@@ -1,5 +1,8 @@
 """Tokens of unfinished rollouts: each is written once, and all come back."""
 
+import numpy as np
+
+from glm5.engine import ExpertChoices
 from glm5.rl.event_log import Unfinished, events_of, pieces_of, write_events, write_pieces
 from glm5.rl.events import Cancelled, Finished, Started
 from glm5.rl.journal import Journal, read_journal
@@ -11,7 +14,8 @@ A, B = Ticket("env", 0), Ticket("env", 0, 0, 1)
 
 def turn(count, finish="", first=10, prompt=(1, 2)):
     ids = tuple(range(first, first + count))
-    return Turn(prompt, ids, tuple(-float(i) for i in ids), (3,) * count, finish)
+    experts = ExpertChoices.of(1, np.full((len(prompt) + count - 2, 1, 2), first, np.uint8))  # the first is known
+    return Turn(prompt, ids, tuple(-float(i) for i in ids), (3,) * count, finish, experts=experts)
 
 
 def test_reports_become_pieces_and_come_back(tmp_path):
@@ -26,6 +30,7 @@ def test_reports_become_pieces_and_come_back(tmp_path):
     assert report(A, 0, turn(2)).turn.output_ids == (10, 11)
     piece = report(A, 0, turn(5, "stop"))
     assert (piece.first, piece.turn.output_ids, piece.turn.prompt_ids) == (2, (12, 13, 14), ())
+    assert (piece.turn.experts.start, piece.turn.experts.end) == (3, 6)
     report(B, 0, turn(3))
     longer = (1, 2, 10, 11, 12, 13, 14, 7)
     report(A, 1, turn(1, prompt=longer))

@@ -156,36 +156,6 @@ def test_indexers_learn_only_when_told():
         assert bool(indexers) == bool(names) == ("indexer_grad_norm" in values)
 
 
-# ---- replayed routing ---------------------------------------------------------------------------------------------
-def test_recorded_experts_are_used_and_unknown_ones_chosen_freely(batch):
-    model = speaker_model()
-    [t] = batch.groups[0].lessons[0].rollout.trajectories
-    [layer] = [i for i, kind in enumerate(model.config.mlp_layer_types) if kind == "sparse"]
-    ids = torch.tensor([t.token_ids[:-1]])
-    free = model(ids, collect={"router"}).router[0].experts_BTK[0]
-    other = (free + 1) % 8
-    known = [((tuple(row),) if i % 2 else ()) for i, row in enumerate(other.tolist())]
-    carrying = dataclasses.replace(t, experts=(*known, ()))
-    lesson = Lesson(dataclasses.replace(batch.groups[0].lessons[0].rollout, trajectories=(carrying,)))
-    some = examples_from(Batch(0, 0, (Group((lesson, *batch.groups[0].lessons[1:])),)))
-    for rows, row, start in (
-        (padded(some), 0, 0),
-        (packed([[some[1], some[0]]]), 0, len(some[1].trajectory.token_ids) - 1),
-    ):
-        used = run(model, rows, "sparse", {"router"}).router[0].experts_BTK[row, start : start + len(other)]
-        torch.testing.assert_close(used[1::2], other[1::2])
-        torch.testing.assert_close(used[0], free[0])  # the first token has no past that could have changed
-    assert (
-        Learner(model, LearnerConfig()).step(Batch(0, 0, (Group((lesson, *batch.groups[0].lessons[1:])),)))["updates"]
-        == 1
-    )
-    wrong = dataclasses.replace(t, experts=tuple(((0, 1), (2, 3)) for _ in t.token_ids))
-    rollout = dataclasses.replace(lesson.rollout, trajectories=(wrong,))
-    with pytest.raises(InputError, match="carry experts of 2 layers, and the model has 1 sparse"):
-        run(model, padded(examples_from(Batch(0, 0, (Group((Lesson(rollout),)),)))), "sparse")
-    assert layer == 1
-
-
 # ---- replay of earlier stages, and resume ----------------------------------------------------------------------
 class Text:
     """The same rows at every step."""

@@ -3,10 +3,12 @@
 from collections import Counter
 from itertools import count
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glm5.engine import ExpertChoices
 from glm5.rl.records import Turn
 from glm5.rl.tree import EpisodeTree
 
@@ -155,15 +157,24 @@ def test_a_trajectory_is_what_its_leaf_saw_and_said(turns):
         told.remove(trajectory.token_ids)
 
 
-def test_experts_are_those_of_the_turn_that_sampled_a_token():
-    def at(*experts):
-        return tuple(((expert, expert + 1),) if expert is not None else () for expert in experts)
+def test_experts_are_those_of_the_turn_that_told_first():
+    def at(start, *experts):
+        return ExpertChoices.of(start, np.array([[[expert, expert + 1]] for expert in experts], np.uint8))
 
-    first = Turn((1, 2), (3, 4), (-1.0, -1.0), (0, 0), "stop", experts=at(10, 11, 12, None))
-    second = Turn((1, 2, 3, 4, 5), (6,), (-1.0,), (0,), "stop", experts=at(20, 21, 22, 23, 24, None))
-    [trajectory] = EpisodeTree((first, second)).trajectories()
-    assert trajectory.experts == at(10, 11, 12, 23, 24, None)
-    [plain] = EpisodeTree((Turn((1, 2), (3,), (-1.0,), (0,), "stop"),)).trajectories()
-    assert plain.experts == ()
-    with pytest.raises(ValueError, match="experts of 1 tokens"):
-        Turn((1, 2), (3,), (-1.0,), (0,), "stop", experts=at(1))
+    first = Turn((1, 2), (3, 4), (-1.0, -1.0), (0, 0), "stop", experts=at(0, 10, 11, 12))
+    silent = Turn((1, 2, 3, 4, 5), (6,), (-1.0,), (0,), "stop")
+    rest = Turn((1, 2, 3, 4, 5), (6,), (-1.0,), (0,), "stop", experts=at(3, 23, 24))
+    whole = Turn((1, 2, 3, 4, 5), (6,), (-1.0,), (0,), "stop", experts=at(0, 20, 21, 22, 23, 24))
+    branch = Turn((1, 2, 3, 7), (8,), (-1.0,), (0,), "stop", experts=at(0, 30, 31, 32, 37))
+    for turns, *expected in (
+        ((first, rest), at(0, 10, 11, 12, 23, 24)),
+        ((first, whole), at(0, 10, 11, 12, 23, 24)),
+        ((first, silent), at(0, 10, 11, 12)),  # the rest routes freely
+        ((first, rest, branch), at(0, 10, 11, 12, 23, 24), at(0, 30, 31, 32, 37)),
+        ((silent,), None),
+    ):
+        assert [t.experts for t in EpisodeTree(turns).trajectories()] == expected
+    with pytest.raises(ValueError, match="of 6 tokens has experts of 3 to 5"):
+        EpisodeTree((rest,)).trajectories()
+    with pytest.raises(ValueError, match="of 3 tokens has experts of 0 to 5"):
+        EpisodeTree((Turn((1, 2), (3,), (-1.0,), (0,), "stop", experts=whole.experts),)).trajectories()

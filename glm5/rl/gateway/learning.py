@@ -23,7 +23,7 @@ from torch import Tensor
 
 from glm5.engine import SamplingParams, TokenDelta
 from glm5.envs.protocol import UniformGroups
-from glm5.errors import InputError
+from glm5.errors import ConfigError, InputError
 from glm5.model import GLM5
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.aids import Aids
@@ -57,6 +57,8 @@ def outside(config: RLRunConfig, *, patience: float) -> RLRunConfig:
 
     Bound, batch, group size, learner and seed stay; there is a place for every session that the bound lets in.
     """
+    if config.rollout.replay_experts:
+        raise ConfigError("Sessions of outside agents hold no experts; leave rollout.replay_experts out.")
     scheduler = config.scheduler
     places = scheduler.groups_per_batch * scheduler.group_size * (scheduler.max_staleness + 1)
     asynchronous = replace(scheduler, mode="async", stale="drop", max_attempts=1, max_running=places)

@@ -100,12 +100,13 @@ def test_tokens_weights_and_refusals():
 
 def test_an_engine_killed_in_the_middle_of_a_token_changes_no_bit():
     """Two kills and a stop signal; weights come in between. The tokens are those of an undisturbed engine."""
-    wanted = undisturbed(n=2, stop=["zzz"])
+    wanted = undisturbed(n=2, stop=["zzz"], experts_from=0)
+    assert all(experts is not None for tokens in wanted for *_, experts in tokens)
     new = speaker_model(seed=1)
 
     async def story():
         async with running(fleet_of(fleet_engines.slow_engine, 2)) as fleet:
-            work = asyncio.create_task(play(fleet, n=2, stop=["zzz"]))
+            work = asyncio.create_task(play(fleet, n=2, stop=["zzz"], experts_from=0))
             await until(lambda: sum(len(job.said) for job in fleet._jobs.values()) > 60)
             os.kill(pids(fleet)[0], signal.SIGKILL)
             await until(lambda: fleet._moved and sum(len(job.said) for job in fleet._jobs.values()) > 150)
