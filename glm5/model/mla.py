@@ -122,7 +122,8 @@ class MLA(nn.Module):
             o_BTHV = self._unabsorb(o_BTHC)
         else:
             k_BSHN, v_BSHV = self._expand(latents_BSC)
-            q_BTHN = torch.cat((q_nope_BTHN, q_rope_BTHR), dim=-1)
+            # Under autocast the rotated part is fp32 still; attention would round it with all the rest.
+            q_BTHN = torch.cat((q_nope_BTHN, q_rope_BTHR.to(q_nope_BTHN.dtype)), dim=-1)
             o_BTHV = attention.expanded_attention(q_BTHN, k_BSHN, v_BSHV, run.spans, self.scale, selected_BTK)
         return self.o_proj(o_BTHV.flatten(-2))
 
@@ -196,7 +197,7 @@ class MLA(nn.Module):
         c_kv_BSC, k_rope_BSR = latents_BSC.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         kv_BSHN = self.kv_b_proj(c_kv_BSC).unflatten(-1, (c.num_attention_heads, -1))
         k_nope_BSHN, v_BSHV = kv_BSHN.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        k_rope_BSHR = k_rope_BSR.unsqueeze(2).expand(-1, -1, c.num_attention_heads, -1)
+        k_rope_BSHR = k_rope_BSR.to(k_nope_BSHN.dtype).unsqueeze(2).expand(-1, -1, c.num_attention_heads, -1)
         return torch.cat((k_nope_BSHN, k_rope_BSHR), dim=-1), v_BSHV
 
     def _expanded_is_cheaper(self, tokens: int, keys: int, *, sparse: bool) -> bool:

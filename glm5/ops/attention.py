@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from glm5.ops import reference
+from glm5.ops.masked_attention import MaskedAttention
 from glm5.ops.precision import full_precision
 from glm5.ops.spans import Spans
 from glm5.ops.sparse_attention import SparseAttention
@@ -35,10 +36,19 @@ def expanded_attention(
     Key and value widths may differ. What a query may see becomes a mask of one block of queries at a time.
     """
     tokens, keys, value_width = q_BTHN.shape[1], k_BSHN.shape[1], v_BSHV.shape[-1]
+    plain_causal = selected_BTK is None and spans.single and (tokens == keys or tokens == 1)
+    if not plain_causal and _trains_in_bf16_on_cpu(q_BTHN, keys):
+        mask_BTS = reference.visible(spans.lo_BT, spans.hi_BT, keys)
+        if selected_BTK is not None:
+            mask_BTS = reference.chosen(selected_BTK, keys)
+        q, k, v = (x.to(torch.bfloat16) for x in (q_BTHN, k_BSHN, v_BSHV))
+        with full_precision(q):
+            out: Tensor = MaskedAttention.apply(q, k, v, mask_BTS, scale)
+        return out * spans.valid_BT[..., None, None]
     # The fused CPU kernel wants equal widths; zero columns change neither scores nor the columns that are kept.
     wide = max(q_BTHN.shape[-1], value_width)
     q_BTHN, k_BSHN, v_BSHV = (F.pad(x, (0, wide - x.shape[-1])) for x in (q_BTHN, k_BSHN, v_BSHV))
-    if selected_BTK is None and spans.single and (tokens == keys or tokens == 1):
+    if plain_causal:
         return _fused(q_BTHN, k_BSHN, v_BSHV, None, tokens == keys, scale)[..., :value_width]
 
     def block(q_BQHN: Tensor, k_BSHN: Tensor, v_BSHV: Tensor, lo_BQ: Tensor, hi_BQ: Tensor, *chosen: Tensor) -> Tensor:
@@ -49,6 +59,20 @@ def expanded_attention(
 
     by_query = (spans.lo_BT, spans.hi_BT) if selected_BTK is None else (spans.lo_BT, spans.hi_BT, selected_BTK)
     return _in_blocks(block, q_BTHN, (k_BSHN, v_BSHV), by_query, per_query=q_BTHN.shape[0] * keys)
+
+
+def _trains_in_bf16_on_cpu(q_BTHN: Tensor, keys: int) -> bool:
+    """Whether a mask is better served by `MaskedAttention` than by PyTorch's fused kernel.
+
+    So it is in training, in bf16 or under its autocast, on a CPU, while the probabilities of the whole batch fit the
+    budget (`python -m benchmarks.train`, rows of 256); once blocks must be recomputed the fused kernel is faster.
+    """
+    if q_BTHN.device.type != "cpu" or not (torch.is_grad_enabled() and q_BTHN.requires_grad):
+        return False
+    autocast = torch.is_autocast_enabled("cpu") and q_BTHN.dtype != torch.float64
+    dtype = torch.get_autocast_dtype("cpu") if autocast else q_BTHN.dtype
+    batch, tokens, heads = q_BTHN.shape[:3]
+    return dtype == torch.bfloat16 and batch * tokens * heads * keys <= BLOCK_BUDGET
 
 
 def _fused(

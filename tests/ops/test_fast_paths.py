@@ -102,6 +102,43 @@ def test_expanded_attention_over_a_selection_is_the_reference(spans):
     torch.testing.assert_close(attention.expanded_attention(q, k, v, spans, 0.3, selected), expected)
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("selects", [True, False])
+def test_masked_attention_in_bf16_and_its_gradients_are_the_reference(spans, selects, autocast, monkeypatch):
+    """Beside the reference in fp64 on the same rounded inputs, padding included; and PyTorch's kernel was not asked."""
+    monkeypatch.setattr(attention, "_fused", None)
+    if not selects:  # a plain row without a selection needs no mask
+        spans = packed_spans(2, 60, seed=3)
+    mask = reference.visible(spans.lo_BT, spans.hi_BT, 60)
+    selected = reference.select(draw(2, 60, 60), spans.lo_BT, spans.hi_BT, 9) if selects else None
+    if selected is not None:
+        mask = reference.chosen(selected, 60)
+    rounded = [draw(2, 60, 3, width, seed=width).bfloat16() for width in (12, 12, 8)]
+    cotangent = draw(2, 60, 3, 8, seed=1).bfloat16()
+    q, k, v = inputs = [(x.float() if autocast else x.clone()).requires_grad_() for x in rounded]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = attention.expanded_attention(q, k, v, spans, 0.3, selected)
+    ours = out, *torch.autograd.grad(out, inputs, cotangent)
+    assert out.dtype == torch.bfloat16
+    inputs = [x.double().requires_grad_() for x in rounded]
+    expected = reference._attend(*inputs, mask, 0.3)
+    for mine, truth in zip(ours, (expected, *torch.autograd.grad(expected, inputs, cotangent.double())), strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=2e-2, atol=1e-2 * float(truth.detach().abs().max()))
+
+
+def test_masked_attention_is_left_out_where_its_probabilities_would_not_fit(monkeypatch):
+    asked = []
+    fused = attention._fused
+    monkeypatch.setattr(attention, "_fused", lambda *given: asked.append(1) or fused(*given))
+    q, k, v = (draw(2, 60, 3, 8, seed=i).bfloat16().requires_grad_() for i in range(3))
+    spans = packed_spans(2, 60, seed=3)
+    attention.expanded_attention(q, k, v, spans, 0.3)
+    assert not asked
+    monkeypatch.setattr(attention, "BLOCK_BUDGET", 2 * 60 * 3 * 60 - 1)
+    attention.expanded_attention(q, k, v, spans, 0.3)
+    assert asked
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_absorbed_attention_is_the_reference(spans):
     q, latents = draw(2, 60, 3, 10), draw(2, 60, 10)
