@@ -27,10 +27,10 @@ typedef struct { /* heads of one query and some keys in bf16, a number being two
     float *margin; /* [2 pairs] */
     int32_t *margin_pairs; /* [pairs], the margin in bf16 */
     int32_t *panel; /* [pairs][SIEVE_KEYS] */
-    int64_t *slots; /* [4][SIEVE_KEYS], of this panel of keys and of the next ones */
+    int64_t *slots; /* [SIEVE_KEYS], of this panel of keys */
     int64_t pairs, tiles;
     int64_t raising; /* tiles that hold all heads whose weight is positive */
-    int64_t at_once; /* later keys to ask the memory for with every pair of these tiles */
+    int64_t at_once; /* lines to ask the memory for with every pair of these tiles */
     float slack;
 } sieve;
 
@@ -159,7 +159,7 @@ static int open_scratch(const job *work, scratch *own) {
         {&sift->margin, 4 * 2 * sift->pairs},
         {&sift->margin_pairs, 4 * sift->pairs},
         {&sift->panel, 4 * sift->pairs * SIEVE_KEYS},
-        {&sift->slots, 4 * 8 * SIEVE_KEYS},
+        {&sift->slots, 8 * SIEVE_KEYS},
     };
     enum { PARTS = sizeof parts / sizeof *parts };
     const int64_t list = padded(8 * own->room);

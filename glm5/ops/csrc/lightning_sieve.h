@@ -17,7 +17,10 @@
 
 #define SIFTS __attribute__((target("avx512f,avx512bw,avx512bf16,avx2,fma,popcnt")))
 #define ALWAYS inline __attribute__((always_inline))
-enum { FEW = 2 }; /* keys of a panel: to score them costs less than to multiply all with more heads */
+enum {
+    FEW = 2,   /* keys of a panel: to score them costs less than to multiply all with more heads */
+    AHEAD = 2, /* panels: the memory is asked for keys that long before they are read */
+};
 #define ROUNDING 0x1p-8f /* of a bf16, at most, relative to the rounded value */
 
 /* Two values as a number of the panel or of a query, the first in the low half. */
@@ -63,8 +66,32 @@ static void load_sieve(const job *work, scratch *own, int64_t t) {
         sift->margin_pairs[i] = pair_of(rounded_up(sift->margin[2 * i]), rounded_up(sift->margin[2 * i + 1]));
     sift->slack = (float)(0x1p-120 * sizes * (double)(work->width + 1));
     sift->tiles = padded_heads(work->heads) / SIEVE_ROWS;
-    const int64_t steps = sift->raising * sift->pairs;
-    sift->at_once = steps ? (SIEVE_KEYS + steps - 1) / steps : 0;
+    const int64_t steps = 2 * sift->raising * sift->pairs, lines = SIEVE_KEYS * row_bytes(&work->pool) / 64;
+    sift->at_once = steps ? (lines + steps - 1) / steps : 0;
+}
+
+/* Walks through the memory of a query's keys ahead of the panels. */
+typedef struct {
+    const job *work;
+    int64_t t, position, limit; /* the next key to ask for, and where to stop */
+    const char *line, *last;    /* what is left of the run of keys before it */
+} walk;
+
+/* Asks the memory for the next lines. A panel's are spread over all the work on an earlier one, about half over the products
+ * with heads: all at once they would wait for each other, and the memory would rest meanwhile. */
+SIFTS static ALWAYS void ask(walk *ahead, const store *keys, int64_t lines) {
+    for (; lines > 0; lines--, ahead->line += 64) {
+        if (ahead->line >= ahead->last) {
+            if (ahead->position >= ahead->limit) return;
+            const int64_t page = ahead->work->page, page_end = ahead->position - ahead->position % page + page;
+            const int64_t end = page_end < ahead->limit ? page_end : ahead->limit;
+            ahead->line = stored_row(keys, slot_of(ahead->work, ahead->t, ahead->position));
+            ahead->last = ahead->line + (end - ahead->position) * row_bytes(keys);
+            ahead->line -= (uintptr_t)ahead->line % 64;
+            ahead->position = end;
+        }
+        __builtin_prefetch(ahead->line, 0, 2); /* see `fetch` */
+    }
 }
 
 /* 32 values of a key from `column` on in bf16, those of `mask`, zeros elsewhere. */
@@ -89,7 +116,7 @@ SIFTS static ALWAYS __m512 load_pairs(const store *keys, int64_t slot, int64_t c
 }
 
 /* The keys at `count` slots to [pairs][SIEVE_KEYS], 16 at a time; beyond the last ones others stand. */
-SIFTS static ALWAYS void pack_pairs(const store *keys, const sieve *sift, const int64_t *slots, int64_t count) {
+SIFTS static ALWAYS void pack_pairs(const store *keys, const sieve *sift, const int64_t *slots, int64_t count, walk *ahead) {
     for (int64_t first = 0; first < count; first += 16) {
         for (int64_t column = 0; column < keys->columns; column += 32) {
             const int64_t left = keys->columns - column;
@@ -99,14 +126,14 @@ SIFTS static ALWAYS void pack_pairs(const store *keys, const sieve *sift, const 
             transpose_16(v);
             UNROLL16 for (int i = 0; i < 16; i++)
                 _mm512_store_ps((float *)sift->panel + (column / 2 + i) * SIEVE_KEYS + first, v[i]);
+            ask(ahead, keys, 2);
         }
     }
 }
 
-/* Adds the share of some tiles of heads to the bounds of a panel. Between the products the memory is asked for the keys of
- * a later panel: all at once they would wait for each other. */
+/* Adds the share of some tiles of heads to the bounds of a panel. */
 SIFTS static ALWAYS void raise_bounds(const sieve *sift, __m512 *bound, int64_t tile, int64_t end, const store *keys,
-                                      const int64_t *later, const int64_t *last) {
+                                      walk *ahead) {
     const __m512 zero = _mm512_setzero_ps();
     const int32_t *q = sift->queries + tile * SIEVE_ROWS * sift->pairs;
     for (; tile < end; tile++) {
@@ -119,7 +146,7 @@ SIFTS static ALWAYS void raise_bounds(const sieve *sift, __m512 *bound, int64_t 
                 const __m512bh value = (__m512bh)_mm512_set1_epi32(q[r]);
                 UNROLL for (int c = 0; c < 4; c++) dot[r][c] = _mm512_dpbf16_ps(dot[r][c], key[c], value);
             }
-            for (int64_t n = 0; n < sift->at_once && later < last; n++) fetch(keys, *later++);
+            ask(ahead, keys, sift->at_once);
         }
         UNROLL for (int r = 0; r < SIEVE_ROWS; r++) {
             const __m512 weight = _mm512_set1_ps(sift->weights[tile * SIEVE_ROWS + r]);
@@ -139,7 +166,7 @@ SIFTS static ALWAYS uint64_t passing(const __m512 *bound, float floor) {
 }
 
 /* Which keys of the panel may be chosen, a bit each. */
-SIFTS static ALWAYS uint64_t sift_panel(const sieve *sift, float floor, const store *keys, const int64_t *later, const int64_t *last) {
+SIFTS static ALWAYS uint64_t sift_panel(const sieve *sift, float floor, const store *keys, walk *ahead) {
     const __m512i size = _mm512_set1_epi32(0x7fff7fff);
     const __m512 zero = _mm512_setzero_ps();
     __m512 bound[4] = {zero, zero, zero, zero};
@@ -149,11 +176,12 @@ SIFTS static ALWAYS uint64_t sift_panel(const sieve *sift, float floor, const st
             const __m512i key = _mm512_load_si512(sift->panel + i * SIEVE_KEYS + 16 * c);
             bound[c] = _mm512_dpbf16_ps(bound[c], (__m512bh)_mm512_and_si512(key, size), margin);
         }
+        ask(ahead, keys, 2);
     }
-    raise_bounds(sift, bound, 0, sift->raising, keys, later, last);
+    raise_bounds(sift, bound, 0, sift->raising, keys, ahead);
     uint64_t pass = passing(bound, floor);
     if (__builtin_popcountll(pass) > FEW && sift->raising < sift->tiles) {
-        raise_bounds(sift, bound, sift->raising, sift->tiles, keys, last, last);
+        raise_bounds(sift, bound, sift->raising, sift->tiles, keys, ahead);
         pass &= passing(bound, floor);
     }
     return pass;
@@ -175,21 +203,21 @@ static void score_passed(const job *work, scratch *own, int64_t count) {
 /* `select_part` of lightning_kernel.h by way of the sieve; the format of the keys is known where it is compiled. */
 SIFTS static ALWAYS void sift_part(const job *work, scratch *own, store keys, int64_t t, int64_t begin, int64_t end) {
     const sieve *sift = &own->sieve;
-    int64_t passed = 0, many[4];
+    walk ahead = {.work = work, .t = t, .position = begin};
+    int64_t passed = 0;
     load_queries(work, own, t, t + 1);
     load_sieve(work, own, t);
-    for (int64_t start = begin - 2 * SIEVE_KEYS, panel = 0; start < end; start += SIEVE_KEYS, panel++) {
-        const int64_t first = start + 2 * SIEVE_KEYS, until = first + SIEVE_KEYS < end ? first + SIEVE_KEYS : end;
-        int64_t *later = sift->slots + (panel + 2) % 4 * SIEVE_KEYS, *last = later + slots_of(work, t, first, until, later);
-        many[(panel + 2) % 4] = last - later;
-        for (; (last - later) % 16; last++) *last = last[-1]; /* whole registers: the last key again */
-        if (start < begin) continue;
-        const int64_t *slots = sift->slots + panel % 4 * SIEVE_KEYS, count = many[panel % 4];
+    for (int64_t start = begin; start < end; start += SIEVE_KEYS) {
+        const int64_t until = start + SIEVE_KEYS < end ? start + SIEVE_KEYS : end;
+        int64_t *slots = sift->slots, count = slots_of(work, t, start, until, slots);
+        for (int64_t i = count; i % 16; i++) slots[i] = slots[i - 1]; /* whole registers: the last key again */
         uint64_t pass = count < 64 ? (1ull << count) - 1 : ~0ull;
+        ahead.limit = until + AHEAD * SIEVE_KEYS < end ? until + AHEAD * SIEVE_KEYS : end;
         if (own->best->floor > -INFINITY) {
-            pack_pairs(&keys, sift, slots, count);
-            pass &= sift_panel(sift, own->best->floor - sift->slack, &keys, later, last);
+            pack_pairs(&keys, sift, slots, count, &ahead);
+            pass &= sift_panel(sift, own->best->floor - sift->slack, &keys, &ahead);
         }
+        ask(&ahead, &keys, INT64_MAX); /* what is left, or all while there is no floor */
         for (; pass; pass &= pass - 1) {
             const int key = __builtin_ctzll(pass);
             widen(own->rows + passed * work->width, &keys, slots[key]);
