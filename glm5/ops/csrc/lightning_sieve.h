@@ -66,7 +66,8 @@ static void load_sieve(const job *work, scratch *own, int64_t t) {
         sift->margin_pairs[i] = pair_of(rounded_up(sift->margin[2 * i]), rounded_up(sift->margin[2 * i + 1]));
     sift->slack = (float)(0x1p-120 * sizes * (double)(work->width + 1));
     sift->tiles = padded_heads(work->heads) / SIEVE_ROWS;
-    const int64_t steps = 2 * sift->raising * sift->pairs, lines = SIEVE_KEYS * row_bytes(&work->pool) / 64;
+    const int64_t shares = work->pool.format == FP32 ? 2 : 1, steps = shares * sift->raising * sift->pairs;
+    const int64_t lines = SIEVE_KEYS * row_bytes(&work->pool) / 64;
     sift->at_once = steps ? (lines + steps - 1) / steps : 0;
 }
 
@@ -77,8 +78,8 @@ typedef struct {
     const char *line, *last;    /* what is left of the run of keys before it */
 } walk;
 
-/* Asks the memory for the next lines. A panel's are spread over all the work on an earlier one, about half over the products
- * with heads: all at once they would wait for each other, and the memory would rest meanwhile. */
+/* Asks the memory for the next lines. A panel's are spread over all the work on an earlier one, of fp32 about half over the
+ * products with heads, else all: at once they would wait for each other, and the memory would rest meanwhile. */
 SIFTS static ALWAYS void ask(walk *ahead, const store *keys, int64_t lines) {
     for (; lines > 0; lines--, ahead->line += 64) {
         if (ahead->line >= ahead->last) {
@@ -126,7 +127,7 @@ SIFTS static ALWAYS void pack_pairs(const store *keys, const sieve *sift, const 
             transpose_16(v);
             UNROLL16 for (int i = 0; i < 16; i++)
                 _mm512_store_ps((float *)sift->panel + (column / 2 + i) * SIEVE_KEYS + first, v[i]);
-            ask(ahead, keys, 2);
+            ask(ahead, keys, keys->format == FP32 ? 2 : 0);
         }
     }
 }
@@ -176,7 +177,7 @@ SIFTS static ALWAYS uint64_t sift_panel(const sieve *sift, float floor, const st
             const __m512i key = _mm512_load_si512(sift->panel + i * SIEVE_KEYS + 16 * c);
             bound[c] = _mm512_dpbf16_ps(bound[c], (__m512bh)_mm512_and_si512(key, size), margin);
         }
-        ask(ahead, keys, 2);
+        ask(ahead, keys, keys->format == FP32 ? 2 : 0);
     }
     raise_bounds(sift, bound, 0, sift->raising, keys, ahead);
     uint64_t pass = passing(bound, floor);
