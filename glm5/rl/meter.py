@@ -1,7 +1,11 @@
-"""Where the time goes: tokens as they come, and the time in which nobody samples or nobody learns."""
+"""Where the time goes: tokens as they come, and the time in which nobody samples or nobody learns.
+
+One `Meter` counts for a run; `Metered` sources tell it of their tokens, from whatever thread reads them.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -13,45 +17,55 @@ from glm5.serve.generation import Source, TokenSource
 
 
 class BusyTime:
-    """Seconds in which at least one of something was open."""
+    """Seconds in which at least one of something was open; any thread may begin and end one."""
 
     def __init__(self) -> None:
         self.open = 0
         self._total, self._since = 0.0, 0.0
+        self._lock = threading.Lock()
 
     def begin(self) -> None:
         """One more is open."""
-        if self.open == 0:
-            self._since = time.perf_counter()
-        self.open += 1
+        with self._lock:
+            if self.open == 0:
+                self._since = time.perf_counter()
+            self.open += 1
 
     def end(self) -> None:
         """One less."""
-        self.open -= 1
-        if self.open == 0:
-            self._total += time.perf_counter() - self._since
+        with self._lock:
+            self.open -= 1
+            if self.open == 0:
+                self._total += time.perf_counter() - self._since
 
     @property
     def seconds(self) -> float:
         """Until now."""
-        return self._total + (time.perf_counter() - self._since if self.open else 0.0)
+        with self._lock:
+            return self._total + (time.perf_counter() - self._since if self.open else 0.0)
 
 
-class Meter(AroundSource[Source]):
-    """A source of tokens that counts what another one gives."""
+class Meter:
+    """Counts tokens, and the time in which requests are open or the learner is at work."""
 
-    def __init__(self, source: Source) -> None:
-        super().__init__(source)
+    def __init__(self) -> None:
         self.sampling, self.learning = BusyTime(), BusyTime()
         self.tokens = 0
         self.moved_at = time.monotonic()
         """When something was seen to move."""
-        self._begun = self._last = time.perf_counter()
+        self._last = time.perf_counter()
         self._before = (0.0, 0.0, 0)
+        self._lock = threading.Lock()
 
     def moved(self) -> None:
         """Something other than a token moved."""
         self.moved_at = time.monotonic()
+
+    def sampled(self) -> None:
+        """A token came."""
+        with self._lock:
+            self.tokens += 1
+        self.moved()
 
     def lap(self) -> dict[str, Any]:
         """Shares and speed since the last lap."""
@@ -68,7 +82,14 @@ class Meter(AroundSource[Source]):
             "requests": self.sampling.open,
         }
 
-    # ---- a source of tokens ---------------------------------------------------------------------------------------
+
+class Metered(AroundSource[Source]):
+    """A source of tokens that tells a meter what another one gives."""
+
+    def __init__(self, source: Source, meter: Meter) -> None:
+        super().__init__(source)
+        self.meter = meter
+
     def stream(
         self,
         prompt_ids: Sequence[int],
@@ -80,7 +101,7 @@ class Meter(AroundSource[Source]):
     ) -> TokenSource:
         """The source's, counted."""
         stream = self.source.stream(prompt_ids, params, session_id=session_id, priority=priority, deadline=deadline)
-        return _Counted(self, stream)
+        return _Counted(self.meter, stream)
 
 
 class _Counted:
@@ -104,8 +125,7 @@ class _Counted:
         self._meter.sampling.begin()
         try:
             async for delta in self._stream:
-                self._meter.tokens += 1
-                self._meter.moved()
+                self._meter.sampled()
                 yield delta
         finally:
             self._meter.sampling.end()

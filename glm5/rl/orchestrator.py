@@ -27,7 +27,7 @@ from glm5.rl.concurrency import Load, next_limit
 from glm5.rl.config import RLRunConfig
 from glm5.rl.executors import MakeFleet, one_engine
 from glm5.rl.fleet import Fleet, FleetStats
-from glm5.rl.meter import Meter
+from glm5.rl.meter import Meter, Metered
 from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
 from glm5.rl.report import write_rl_report
 from glm5.rl.runner import play
@@ -55,6 +55,7 @@ def train_rl(
     make_fleet: MakeFleet | None = None,
     aids: Aids | None = None,
     player: Player | None = None,
+    meter: Meter | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> RunDirectory:
@@ -62,8 +63,8 @@ def train_rl(
 
     sources: how each environment takes part (share, concurrency, curriculum). make_fleet: where the engines are, by
     default one in this process (`glm5.rl.executors` has others). aids: objects of your own in place of `config.aids`.
-    player: who plays the episodes, if not this program. Ctrl-C finishes the running step, saves and raises
-    `RunInterrupted`; after a crash or kill nothing that was finished is sampled again.
+    player: who plays the episodes, if not this program; then meter: what counts their tokens. Ctrl-C finishes the
+    running step, saves and raises `RunInterrupted`; after a crash or kill nothing that was finished is sampled again.
     """
     parent = model_of(config.parent)
     tokenizer = Tokenizer.from_pretrained(parent)
@@ -76,7 +77,8 @@ def train_rl(
         make = make_fleet or one_engine(config)
         fleet = make(session.learner.engine_model(), tokenizer, session.version)
         with LiveView(console) as view, interrupts() as stopped:
-            asyncio.run(Orchestrator(session, fleet, Watch(view.show, snapshot_of(run)), player).run(stopped))
+            watch = Watch(view.show, snapshot_of(run))
+            asyncio.run(Orchestrator(session, fleet, watch, player, meter).run(stopped))
         finish_run(session, tokenizer)
     return run
 
@@ -107,11 +109,14 @@ def finish_run(session: Session, tokenizer: Tokenizer) -> None:
 class Orchestrator:
     """One run, from where its session stands to its last step."""
 
-    def __init__(self, session: Session, fleet: Fleet, watch: Watch, player: Player | None = None) -> None:
-        """player: None plays the session's environments."""
+    def __init__(
+        self, session: Session, fleet: Fleet, watch: Watch, player: Player | None = None, meter: Meter | None = None
+    ) -> None:
+        """player: None plays the session's environments. meter: of the tokens that others ask for."""
         self.session, self.fleet, self.watch, self.player = session, fleet, watch, player or self._episode
         self.config = session.config
-        self.meter = Meter(fleet)
+        self.meter = meter or Meter()
+        self.source = Metered(fleet, self.meter)
         self.playing: dict[str, asyncio.Task[None]] = {}
         self._most = self._preempted = 0
         """Rollouts at once since the last batch; sequences that engines had put back before it."""
@@ -123,6 +128,7 @@ class Orchestrator:
     async def run(self, stopped: Callable[[], bool]) -> None:
         """Raises `RunInterrupted` after Ctrl-C, and RunError when nothing moves any more."""
         session = self.session
+        self.meter.lap()  # what was before is no part of the first step
         try:
             await self.fleet.start()
             if self.fleet.version < session.version:  # the engines began with the run's first weights
@@ -196,7 +202,7 @@ class Orchestrator:
         return await play(
             ticket,
             self.session.environments[ticket.environment],
-            self.meter,
+            self.source,
             self.config.rollout,
             progress=self._progress,
             resume_from=self.session.unfinished.turns.get(ticket.id, ()),

@@ -5,15 +5,16 @@ import asyncio
 from scripted import ScriptedSource
 
 from glm5.engine import SamplingParams
-from glm5.rl.meter import BusyTime, Meter
+from glm5.rl.meter import BusyTime, Meter, Metered
 
 
 def test_tokens_and_open_requests_are_counted():
-    meter = Meter(ScriptedSource("</think>4<|user|>", "</think>5<|user|>"))
+    meter = Meter()
+    source = Metered(ScriptedSource("</think>4<|user|>", "</think>5<|user|>"), meter)
 
     async def read():
         asked = {"session_id": "a", "priority": 0, "deadline": None}
-        streams = [meter.stream([1], SamplingParams(), **asked) for _ in range(2)]
+        streams = [source.stream([1], SamplingParams(), **asked) for _ in range(2)]
         before = meter.moved_at
         async for _ in streams[0]:
             assert meter.sampling.open == 1
@@ -21,15 +22,15 @@ def test_tokens_and_open_requests_are_counted():
         async for _ in streams[1]:
             break
         streams[1].close()
-        assert meter.source.streams[1].closed
-        return len(meter.source.streams[0].deltas)
+        assert source.source.streams[1].closed
+        return len(source.source.streams[0].deltas)
 
     count = asyncio.run(read())
     lap = meter.lap()
     assert meter.tokens == count + 1 and lap["tokens_per_second"] > 0
     assert 0 <= lap["sampler_idle"] <= 1 and lap["trainer_idle"] == 1.0
     assert meter.lap()["tokens_per_second"] == 0.0
-    assert meter.tokenizer is meter.source.tokenizer and (meter.max_model_len, meter.version) == (4096, 0)
+    assert source.tokenizer is source.source.tokenizer and (source.max_model_len, source.version) == (4096, 0)
 
 
 def test_busy_time_is_that_of_the_union():

@@ -36,6 +36,7 @@ from glm5.rl.gateway.reading import FinishedSessions
 from glm5.rl.gateway.rollouts import GatewayRollouts, OutsideAgents
 from glm5.rl.gateway.sampling import OwnDistribution
 from glm5.rl.gateway.sessions import SessionLimits, Sessions
+from glm5.rl.meter import Meter, Metered
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.records import Rollout, Ticket
 from glm5.rl.scheduler import Scheduler
@@ -101,16 +102,16 @@ def train_from_gateway(
     settings = outside(config, patience=FOREVER)
     engines = make_fleet or one_engine(settings, max_num_seqs=address.limits.max_concurrent)
     recorded, size = run_directory / "sessions", settings.scheduler.group_size
-    weights = f"trained from {fingerprint(model_of(config.parent))}"
+    weights, meter = f"trained from {fingerprint(model_of(config.parent))}", Meter()
 
     def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
         sessions = Sessions(recorded, weights=weights, limits=address.sessions, own_sampling=True)
-        return OpenFleet(engines(model, tokenizer, version), sessions, address, config.rollout.seed, ready)
+        return OpenFleet(engines(model, tokenizer, version), sessions, address, config.rollout.seed, meter, ready)
 
     rollouts = GatewayRollouts(FinishedSessions(recorded, size), run_directory / JOURNAL)
     return train_rl(
         settings, [OutsideAgents(uniform_groups)], run_directory, make_fleet=make, aids=aids, player=rollouts.play,
-        resume=resume, console=console,
+        meter=meter, resume=resume, console=console,
     )  # fmt: skip
 
 
@@ -171,12 +172,13 @@ class OpenFleet(AroundSource[Fleet]):
     """A fleet that outside agents reach over HTTP from its `start` to its `close`."""
 
     def __init__(
-        self, fleet: Fleet, sessions: Sessions, address: Address, seed: int, ready: Callable[[str], None] | None
-    ) -> None:
+        self, fleet: Fleet, sessions: Sessions, address: Address, seed: int, meter: Meter,
+        ready: Callable[[str], None] | None,
+    ) -> None:  # fmt: skip
         super().__init__(fleet)
         self.sessions, self.address, self.ready = sessions, address, ready
         self.app = create_gateway(
-            OwnDistribution(fleet, seed), sessions, model_name=address.name, limits=address.limits,
+            OwnDistribution(Metered(fleet, meter), seed), sessions, model_name=address.name, limits=address.limits,
             api_key=address.api_key, hosts=address.hosts,
         )  # fmt: skip
         self._doors = ExitStack()

@@ -21,6 +21,7 @@ from glm5.rl.config import RLRunConfig
 from glm5.rl.gateway import OwnDistribution, train_from_gateway, train_from_records
 from glm5.rl.gateway.learning import Address, fingerprint
 from glm5.rl.learner import Learner, LearnerConfig
+from glm5.rl.view.watch import snapshot_of
 from glm5.text.template import CHAT_TEMPLATE, render
 
 FUNCTIONS = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in TOOLS]
@@ -122,6 +123,9 @@ def test_an_unchanged_agent_improves_while_it_is_used(parent, tmp_path, agent):
     lines = run.read("metrics")
     assert len(lines) == 12 and max(line["max_staleness"] for line in lines) <= 8
     assert mean(users.rewards[-24:]) > mean(users.rewards[:16]) + 0.25
+    speed = run.read("speed")
+    assert all(line["tokens_per_second"] > 0 and line["sampler_idle"] < 1 for line in speed)
+    assert snapshot_of(run).tokens_per_second == speed[-1]["tokens_per_second"]
     assert run.finished and len(list((run.path / "sessions" / "finished").iterdir())) >= 12 * 8
 
 
