@@ -23,7 +23,7 @@ from torch import Tensor
 
 from glm5.engine import SamplingParams, TokenDelta
 from glm5.envs.protocol import UniformGroups
-from glm5.errors import ConfigError, InputError
+from glm5.errors import ConfigError, GLM5Error, InputError
 from glm5.model import GLM5
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.aids import Aids
@@ -42,7 +42,7 @@ from glm5.rl.records import Rollout, Ticket
 from glm5.rl.scheduler import Scheduler
 from glm5.rl.session import JOURNAL
 from glm5.rl.tasks import TaskSource, TaskStream
-from glm5.serve import Limits, serve
+from glm5.serve import ApiError, Limits, serve
 from glm5.serve.generation import TokenSource
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory
@@ -177,9 +177,14 @@ class OpenFleet(AroundSource[Fleet]):
     ) -> None:  # fmt: skip
         super().__init__(fleet)
         self.sessions, self.address, self.ready = sessions, address, ready
+        self._door = WhileOpen(fleet)
+        source = OwnDistribution(Metered(self._door, meter), seed)
+        for session in sessions.going_on():
+            for recorded in session.turns:
+                source.answered(session.id, recorded.turn.prompt_ids)
         self.app = create_gateway(
-            OwnDistribution(Metered(fleet, meter), seed), sessions, model_name=address.name, limits=address.limits,
-            api_key=address.api_key, hosts=address.hosts,
+            source, sessions, model_name=address.name, limits=address.limits, api_key=address.api_key,
+            hosts=address.hosts,
         )  # fmt: skip
         self._doors = ExitStack()
         self.stream = fleet.stream
@@ -192,10 +197,36 @@ class OpenFleet(AroundSource[Fleet]):
         self._doors.enter_context(served(self.app, self.address, self.ready))
 
     async def close(self) -> None:
-        """Ends every request, then the server; open sessions stay open on the disk."""
+        """Takes no more requests, ends those that run, then the server; open sessions stay open on the disk."""
+        self._door.closed = self.app.state.lifecycle.draining = True
         await self.source.close()
         await asyncio.to_thread(self._doors.close)
         self.sessions.close()
+
+
+class WhileOpen(AroundSource[Fleet]):
+    """A fleet's tokens for agents, who are told to come back when it is about to end: not that they asked wrongly."""
+
+    def __init__(self, source: Fleet) -> None:
+        super().__init__(source)
+        self.closed = False
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        session_id: str | None,
+        priority: int,
+        deadline: float | None,
+    ) -> TokenSource:
+        """The fleet's."""
+        try:
+            return self.source.stream(prompt_ids, params, session_id=session_id, priority=priority, deadline=deadline)
+        except GLM5Error:
+            if self.closed:
+                raise ApiError(503, "This run is about to end or to stop; ask again when it goes on.") from None
+            raise
 
 
 class NoEngines:

@@ -4,7 +4,7 @@ An agent program may ask for temperature 0 or a fixed seed: all attempts at a ta
 could be learnt from their difference. And the losses take the recorded log-probabilities for those of the policy that
 sampled. So temperature, cuts, penalties, biases and seeds are the gateway's; lengths, stop strings and structure stay
 the agent's. The seed of a request follows from the run's seed, the session, the prompt, and how often it came before,
-so that the same sessions are sampled the same, whatever runs beside them.
+so that the same sessions are sampled the same, whatever runs beside them, and however often the gateway was killed.
 """
 
 from __future__ import annotations
@@ -48,11 +48,22 @@ class OwnDistribution(AroundSource[Source]):
         )  # fmt: skip
         return self.source.stream(prompt_ids, own, session_id=session_id, priority=priority, deadline=deadline)
 
+    def answered(self, session_id: str, prompt_ids: Sequence[int]) -> None:
+        """This prompt was answered before, by an earlier process: whoever repeats it is not given that answer again."""
+        self._count(self._asked_of(session_id, prompt_ids))
+
     def _seed(self, session_id: str | None, prompt_ids: Sequence[int]) -> int:
-        asked = hashlib.sha256(f"{self.seed}/{session_id}/{list(prompt_ids)}".encode()).digest()
+        asked = self._asked_of(session_id, prompt_ids)
+        times = self._count(asked)
+        return int.from_bytes(hashlib.sha256(asked + times.to_bytes(8, "little")).digest()[:8], "little") >> 1
+
+    def _asked_of(self, session_id: str | None, prompt_ids: Sequence[int]) -> bytes:
+        return hashlib.sha256(f"{self.seed}/{session_id}/{list(prompt_ids)}".encode()).digest()
+
+    def _count(self, asked: bytes) -> int:
+        """Once more; gives how often it was before."""
         with self._lock:
             if len(self._asked) >= MOST_REMEMBERED:  # whoever repeats a request so late may get the same answer
                 self._asked.clear()
-            times = self._asked[asked]
             self._asked[asked] += 1
-        return int.from_bytes(hashlib.sha256(asked + times.to_bytes(8, "little")).digest()[:8], "little") >> 1
+            return self._asked[asked] - 1

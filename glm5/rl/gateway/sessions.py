@@ -177,6 +177,11 @@ class Sessions:
             raise ApiError(404, f"There is no session {session_id!r} here; it begins with its first request.")
         return read_session(path)
 
+    def going_on(self) -> list[Session]:
+        """The open sessions."""
+        with self._lock:
+            return [entry.session for entry in self._open.values()]
+
     def counts(self) -> dict[str, int]:
         """How many there are."""
         with self._lock:
