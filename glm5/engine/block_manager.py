@@ -120,6 +120,10 @@ class BlockManager:
             table.append(block)
         return table
 
+    def found(self, digest: Digest) -> bool:
+        """Whether a block is published under it."""
+        return digest in self._block_of
+
     def publish(self, block: int, digest: Digest) -> None:
         """Lets others find a used block whose rows are all computed. Of equal contents the first block stays."""
         if self.prefix_caching and digest not in self._block_of and block not in self._digest_of:

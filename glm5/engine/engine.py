@@ -32,6 +32,7 @@ from glm5.engine.outputs import EngineStats, RequestOutput, TokenDelta
 from glm5.engine.request import BUFFERED_TOKENS, Mailbox, Request
 from glm5.engine.sampling_params import SamplingParams
 from glm5.engine.scheduler import PRIORITY_SECONDS, Scheduler
+from glm5.engine.sessions import group_of
 from glm5.engine.stream import TokenStream
 from glm5.errors import InputError
 from glm5.model import GLM5
@@ -175,7 +176,8 @@ class Engine:
         """Starts a request; the result yields each token as it is sampled (of all `n` completions in turn).
 
         The request is checked by the call itself, not by the first token. session_id: only requests of the same session
-        share cached prefixes with it; None shares with all others that name none. priority: a lower number is served
+        share cached prefixes with it, or of the same group (`GROUP//MEMBER`); None shares with all others that name
+        none. priority: a lower number is served
         earlier, each level by so much as `PRIORITY_SECONDS` of waiting. deadline: seconds from now after which the
         request ends, finished or not (finish reason "abort"). said: tokens that the same request, which must name its
         seed, has got elsewhere or earlier; it goes on after them as if it had not stopped.
@@ -272,7 +274,7 @@ class Engine:
             sequences=sequences,
             mailbox=Mailbox(buffered, self._wake),
             rank=now + PRIORITY_SECONDS * priority,
-            salt=session_id,
+            salt=None if session_id is None else group_of(session_id),
             deadline=None if deadline is None else now + deadline,
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
             forked=bool(said),

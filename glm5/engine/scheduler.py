@@ -9,6 +9,9 @@ priority (as in vLLM a lower number is served earlier). It never changes, so a r
 arrived before it or at most so many seconds after it. Nobody overtakes: the first waiting sequence that does not fit
 ends the step's admissions.
 
+**A prompt is computed once.** A waiting sequence whose next block a running one is about to compute waits for it, and
+others may begin meanwhile. It takes the block from the prefix cache, a step or a few later, and need not compute it.
+
 **Preemption by recompute.** A sequence that needs a block when none is free takes those of the lowest-ranked sequence
 behind it, which returns to the queue with its place, keeps its tokens, and computes its rows again later, mostly from
 the prefix cache. The first in rank can take from everybody and every admitted request fits alone, so there is always
@@ -122,12 +125,14 @@ class Scheduler:
                 # It may have been preempted by one before it.
                 if (sequence.pending == 1) is decoding and sequence in self.running and not self._paused(sequence):
                     left -= self._plan(sequence, left, step)
+        coming = {digest for sequence in self.running for digest in self._coming(sequence)}
         for sequence in list(self.waiting):
-            if self._paused(sequence):
+            if self._paused(sequence) or self._next_block(sequence) in coming:
                 continue
             if left < 1 or not self._admit(sequence, step):
                 break
             left -= self._plan(sequence, left, step)
+            coming.update(self._coming(sequence))
         return step
 
     def computed(self, work: Work, accepted: int = 0) -> None:
@@ -226,6 +231,15 @@ class Scheduler:
             request.cached_tokens = sequence.computed
         self._move(sequence, self.waiting, self.running)
         return True
+
+    def _coming(self, sequence: Sequence) -> list[bytes]:
+        """Digests of the blocks that a running sequence will publish before it samples; none of one that is paused."""
+        waits = sequence.mixed or self._paused(sequence) or not self.blocks.prefix_caching
+        return [] if waits else sequence.digests[sequence.published :]
+
+    def _next_block(self, sequence: Sequence) -> bytes | None:
+        """The first block that a waiting sequence could take from the prefix cache and that is not there."""
+        return next((digest for digest in self._reusable(sequence) if not self.blocks.found(digest)), None)
 
     def _reusable(self, sequence: Sequence) -> list[bytes]:
         """Digests of the blocks that it could take: at least its last token is computed, for its logits."""

@@ -94,6 +94,7 @@ class Lockstep:
         )
         self.source = TokenGate(self.engine)
         self.playing: dict[str, asyncio.Task[Rollout]] = {}
+        """By session."""
         self._pieces: list[Piece] = []
 
     async def run(self) -> None:
@@ -150,7 +151,7 @@ class Lockstep:
     def _begin(self, ticket: Ticket) -> None:
         known = self.session.unfinished.turns.get(ticket.id, ())
         environment = self.session.environments[ticket.environment]
-        self.playing[ticket.id] = asyncio.create_task(
+        self.playing[ticket.session] = asyncio.create_task(
             play(
                 ticket, environment, self.source, self.rollout,
                 progress=self._progress, resume_from=tuple(known), timed=False,
@@ -175,15 +176,15 @@ class Lockstep:
         """Gives the scheduler what ended, in the order of the tickets."""
         done = {name: task for name, task in self.playing.items() if task.done()}
         for rollout in sorted((task.result() for task in done.values()), key=lambda rollout: rollout.ticket):
-            del self.playing[rollout.id]
+            del self.playing[rollout.ticket.session]
             await self._call_off(self.session.finished([rollout]))
 
     async def _call_off(self, tickets: Sequence[Ticket]) -> None:
         """Ends rollouts; those that have ended by themselves come back in their turn."""
         for ticket in tickets:
-            task = self.playing.get(ticket.id)
+            task = self.playing.get(ticket.session)
             if task is not None and not task.done():
-                del self.playing[ticket.id]
+                del self.playing[ticket.session]
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task

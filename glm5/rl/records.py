@@ -38,8 +38,13 @@ class Ticket:
 
     @property
     def id(self) -> str:
-        """Unique in the run, and the session under which its requests reach an engine."""
+        """Unique in the run."""
         return f"{self.environment}/{self.task_index}/{self.attempt}/{self.sample}"
+
+    @property
+    def session(self) -> str:
+        """The session under which its requests reach an engine: a member of the group, whose prompt it shares."""
+        return f"{self.environment}/{self.task_index}/{self.attempt}//{self.sample}"
 
     @property
     def group(self) -> Ticket:

@@ -241,7 +241,7 @@ class _Player:
             experts_from=self._unknown_from(begun) if self.config.replay_experts else None,
         )
         stream = self.source.stream(
-            (*begun.prompt_ids, *ids), params, session_id=self.ticket.id, priority=0, deadline=None
+            (*begun.prompt_ids, *ids), params, session_id=self.ticket.session, priority=0, deadline=None
         )
 
         def so_far(reason: str) -> Turn:

@@ -3,6 +3,10 @@
 from dataclasses import replace
 
 from plain import GREEDY, ToyModel, alone, run, submit, tokens_and_logprobs, toy_core
+from speaker import speaker_model, speaker_tokenizer
+
+from glm5.engine import Engine, SamplingParams
+from glm5.engine.sessions import group_of
 
 SIZE = 16
 
@@ -90,3 +94,62 @@ def test_a_preempted_sequence_finds_what_is_left_of_its_blocks():
     assert scheduler.preemptions > 0 and scheduler.cached_tokens > 0
     expected = [alone(prompt, replace(GREEDY, max_tokens=16)) for prompt in prompts]
     assert [tokens_and_logprobs(request) for request in requests] == expected
+
+
+def test_requests_that_come_together_compute_their_common_prompt_once():
+    """In chunks and at once; the others take it block by block when it is there, and somebody else begins meanwhile."""
+    prompt = list(range(5, 31))  # six blocks of four and a part
+    for budget in (64, 7):
+        core = toy_core(block_size=4, seqs=9, budget=budget, num_blocks=120)
+        siblings = [submit(core, prompt, replace(GREEDY, max_tokens=3)) for _ in range(8)]
+        other = submit(core, [1, 2, 3], replace(GREEDY, max_tokens=3))
+        core.step(0)
+        running = [core.scheduler.request_of[sequence] for sequence in core.scheduler.running]
+        assert running == ([siblings[0], other] if budget == 64 else [siblings[0]])
+        run(core)
+        sampled = 9 * 2  # the last token of each is never an input
+        assert core.scheduler.computed_tokens == 26 + 7 * 2 + 3 + sampled
+        assert [r.cached_tokens for r in siblings] == [0] + [24] * 7
+        for request in siblings:
+            assert tokens_and_logprobs(request) == alone(prompt, replace(GREEDY, max_tokens=3))
+
+
+def test_nobody_waits_for_a_prompt_that_is_not_going_on():
+    """Its reader is slow, its rows are of older weights, or it is gone."""
+    prompt = list(range(5, 31))
+    core = toy_core(block_size=4, seqs=4, budget=8)
+    first, second = (submit(core, prompt, replace(GREEDY, max_tokens=3)) for _ in range(2))
+    core.step(0)
+    assert [core.scheduler.request_of[s] for s in core.scheduler.running] == [first]
+    first.mailbox.full = True
+    core.step(0)
+    assert second.sequences[0] in core.scheduler.running and second.cached_tokens == 8
+    first.mailbox.full = False
+    third = submit(core, prompt, replace(GREEDY, max_tokens=3))
+    first.aborted = second.aborted = True
+    core.step(0)
+    core.step(0)
+    assert third.sequences[0] in core.scheduler.running
+    core.scheduler.new_weights(1, recompute=False)
+    fourth = submit(core, prompt, replace(GREEDY, max_tokens=3))
+    core.step(0)
+    core.step(0)
+    assert fourth.sequences[0] in core.scheduler.running and fourth.cached_tokens == 0
+    run(core)
+    assert all(r.sequences[0].done for r in (third, fourth))
+
+
+def test_members_of_a_group_share_and_others_do_not():
+    engine = Engine(speaker_model(), speaker_tokenizer(), block_size=4, num_blocks=64)
+    for session, cached in (
+        ("a//0", 0),
+        ("a//1", 8),
+        ("a", 8),
+        ("b//0", 0),
+        ("openenv/http://x/3//1", 0),
+        ("a//b//0", 0),
+    ):
+        stream = engine.stream(list(range(40, 51)), SamplingParams(max_tokens=1), session_id=session)
+        assert len(list(stream)) == 1 and stream.cached_tokens == cached, session
+    engine.close()
+    assert group_of("env/http://x/3//1") == "env/http://x/3" and group_of("//1") == "//1"

@@ -4,6 +4,10 @@ Every engine has `POINTS` places on a ring of 64-bit hashes; a session belongs t
 So the turns of a session meet the same prefix cache, and when an engine leaves, only its own sessions move, each to
 another neighbour. An engine that has more than its share of the running requests is passed over: a session that is
 placed then stays where it was placed, until that engine leaves or is overloaded itself.
+
+Members of a group (`glm5.engine.sessions`) begin with the same prompt, which is then computed once if one engine has
+them all. They follow the first of them as long as that engine has less than `SIBLINGS` times its even share; what is
+more goes where the ring sends the group next. Each keeps its own place for its later turns.
 """
 
 from __future__ import annotations
@@ -14,10 +18,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 
+from glm5.engine.sessions import group_of
+
 POINTS = 160
 """Places of an engine on the ring: the shares of few engines then differ by about a tenth."""
 SLACK = 1.25
 """An engine takes new sessions while it has less than this many times its even share of the running requests."""
+SIBLINGS = 2.0
+"""The same for members of a group, where others of it are: a prompt that is computed once is worth some imbalance."""
 REMEMBERED = 65536
 """Sessions whose place is remembered; the longest unused are forgotten first."""
 
@@ -57,15 +65,26 @@ class Router:
         """
         if session is None:
             return min(loads, key=lambda name: (loads[name], name))
-        bound = math.ceil(SLACK * (sum(loads.values()) + 1) / len(loads))
-        home = self._homes.get(session)
-        order = [home, *self.ring.order(session)] if home is not None else self.ring.order(session)
-        chosen = next(name for name in order if name in loads and loads[name] < bound)
-        self._homes[session] = chosen
+        group = group_of(session)
+        share = (sum(loads.values()) + 1) / len(loads)
+        bound, at_home = math.ceil(SLACK * share), math.ceil((SLACK if session == group else SIBLINGS) * share)
+        homes = [name for name in (self._homes.get(session), self._homes.get(group)) if name and name in loads]
+        places = [name for name in homes if loads[name] < at_home]
+        chosen = places[0] if places else self._elsewhere(group, loads, bound)
+        self._remember(session, chosen)
+        if self._homes.get(group) not in loads:
+            self._remember(group, chosen)
+        return chosen
+
+    def _elsewhere(self, group: str, loads: Mapping[str, int], bound: int) -> str:
+        """The first engine on the ring that is not overloaded."""
+        return next(name for name in self.ring.order(group) if name in loads and loads[name] < bound)
+
+    def _remember(self, session: str, engine: str) -> None:
+        self._homes[session] = engine
         self._homes.move_to_end(session)
         if len(self._homes) > REMEMBERED:
             self._homes.popitem(last=False)
-        return chosen
 
 
 def _hash(text: str) -> int:

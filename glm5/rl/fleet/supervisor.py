@@ -5,10 +5,8 @@ work, another one is started in its place with the newest weights. Its requests 
 tokens that they have (`Engine.stream(said=)`), so their readers see nothing of it: in strict mode not a bit changes.
 
 Limits keep a fault from going round. An engine that fails more than `max_restarts` times within `restart_window` gives
-its seat up, and when no seat is left every stream ends with an error. A request that may have killed its engine (it had
-got no token there) is a suspect: suspects go on one at a time, each after the one before has got a token, and the one
-that is tried when an engine dies is blamed alone. So a request that kills every engine takes no other along; after
-`max_moves` it ends with an error.
+its seat up, and when no seat is left every stream ends with an error. A request that may have killed its engine is
+tried again alone (`suspects.py`); after `max_moves` it ends with an error.
 """
 
 from __future__ import annotations
@@ -36,6 +34,7 @@ from glm5.rl.fleet.member import Executor, Facts, Member
 from glm5.rl.fleet.protocol import FleetStats
 from glm5.rl.fleet.routing import Router
 from glm5.rl.fleet.seat import Seat
+from glm5.rl.fleet.suspects import Suspects
 from glm5.rl.weights.checks import check_publication
 from glm5.text import Tokenizer
 
@@ -58,9 +57,7 @@ class SupervisedFleet:
         self._jobs: dict[int, Job] = {}
         self._waiting: list[Job] = []
         """Jobs without an engine, because none is there at the moment."""
-        self._suspects: deque[Job] = deque()
-        self._tried: Job | None = None
-        """The suspect that was placed last and has got nothing yet."""
+        self._suspects = Suspects()
         self._numbers = itertools.count(1)
         self._dropped: deque[Job] = deque()
         """Jobs whose streams were lost, perhaps to the garbage collector, which must take no lock."""
@@ -181,16 +178,12 @@ class SupervisedFleet:
             orphans = [job for job in self._jobs.values() if job.member is member]
             self._failed(seat, reason)
             self._moved += len(orphans)
-            tried = self._tried if self._tried in orphans else None
-            suspected = [job for job in orphans if job.orphaned(blamed=tried is None or job is tried)]
+            free = self._suspects.judge(orphans)
             for job in orphans:
                 if job.moves > self.config.max_moves:
                     self._finish(job, FleetError(f"{job.moves} engines died under one request ({reason}); look at it."))
-                elif job not in suspected:
+                elif job in free:
                     self._place(job)
-            self._suspects += suspected
-            if tried is not None:
-                self._tried = None
             self._try_next()
 
     # ---- jobs (all under the lock) ------------------------------------------------------------------------------
@@ -216,16 +209,12 @@ class SupervisedFleet:
         seat.member.begin(job.order())
 
     def _try_next(self) -> None:
-        """Places the next suspect when none is being tried."""
-        while self._tried is None and self._suspects:
-            job = self._suspects.popleft()
-            if job.number in self._jobs:
-                self._tried = job
-                self._place(job)
+        """Places the next suspect when none is being tried; one that cannot be placed any more makes room at once."""
+        while (job := self._suspects.next(self._jobs)) is not None:
+            self._place(job)
 
     def _acquit(self, job: Job) -> None:
-        if job is self._tried:
-            self._tried = None
+        if self._suspects.acquit(job):
             self._try_next()
 
     def _finish(self, job: Job, error: BaseException | None) -> None:

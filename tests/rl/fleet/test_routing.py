@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm5.rl.fleet.routing import SLACK, Ring, Router
+from glm5.rl.fleet.routing import SIBLINGS, SLACK, Ring, Router
 
 SESSIONS = [f"env/{task}/0/{sample}" for task in range(500) for sample in range(8)]
 
@@ -66,3 +66,23 @@ def test_requests_without_a_session_go_to_the_least_busy_and_dead_engines_get_no
     assert router.choose(None, {"a": 3, "b": 1, "c": 2}) == "b"
     homes = {s: router.choose(s, {"a": 0, "b": 0, "c": 0}) for s in SESSIONS[:50]}
     assert {router.choose(s, {"a": 0, "c": 0}) for s in SESSIONS[:50] if homes[s] == "b"} == {"a", "c"}
+
+
+def test_members_of_a_group_are_together_unless_their_engine_has_twice_its_share():
+    router, loads = router_of("abcd"), dict.fromkeys("abcd", 0)
+    homes = {}
+    for group in range(24):
+        for sample in range(8):
+            total = sum(loads.values())
+            homes[group, sample] = name = router.choose(f"t/{group}//{sample}", loads)
+            loads[name] += 1
+            assert loads[name] <= -(-SIBLINGS * (total + 1) // 4)
+    together = [len({homes[group, sample] for sample in range(8)}) for group in range(24)]
+    assert together[6:] == [1] * 18  # the first ones meet idle engines, which are worth a second prompt
+    assert max(loads.values()) < 1.5 * sum(loads.values()) / 4
+    # Later turns go where the earlier ones were, also of those that were placed apart.
+    even = dict.fromkeys("abcd", 10)
+    assert all(router.choose(f"t/{group}//{sample}", even) == home for (group, sample), home in homes.items())
+    gone = homes[20, 0]
+    left = {name: 10 for name in "abcd" if name != gone}
+    assert len({router.choose(f"t/20//{sample}", left) for sample in range(8)}) == 1
