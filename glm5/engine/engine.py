@@ -86,8 +86,7 @@ class Engine:
             tokenizer = tokenizer_in(Path(model)) if tokenizer is None else tokenizer
             model = self.leader.model if self.leader else load_model(model, dtype=dtype, device=device)
         self.model = model.eval()
-        self.config = model.config
-        self.tokenizer = tokenizer
+        self.config, self.tokenizer = model.config, tokenizer
         positions = self.config.max_position_embeddings
         self.max_model_len = positions if max_model_len is None else max_model_len
         check_whole("max_model_len", self.max_model_len, 2, positions)
@@ -115,9 +114,8 @@ class Engine:
         # What the threads share: all of it changes under `_changed` only.
         self._changed = threading.Condition()
         self._arrived: list[Request] = []
-        self._count = 0
+        self._count = self._swaps = 0
         self._woken = self._closed = False
-        self._swaps = 0
         self._thread: threading.Thread | None = None
         self._step_lock = threading.Lock()
         """Held while a step runs and while weights are swapped. Taken before `_changed`, never after it."""
@@ -175,12 +173,12 @@ class Engine:
     ) -> TokenStream:
         """Starts a request; the result yields each token as it is sampled (of all `n` completions in turn).
 
-        The request is checked by the call itself, not by the first token. session_id: only requests of the same session
-        share cached prefixes with it, or of the same group (`GROUP//MEMBER`); None shares with all others that name
-        none. priority: a lower number is served
-        earlier, each level by so much as `PRIORITY_SECONDS` of waiting. deadline: seconds from now after which the
-        request ends, finished or not (finish reason "abort"). said: tokens that the same request, which must name its
-        seed, has got elsewhere or earlier; it goes on after them as if it had not stopped.
+        The request is checked by the call itself, not by the first token. session_id: only requests of the same
+        session share cached prefixes with it, or of the same group (`GROUP//MEMBER`); None shares with all others
+        that name none. priority: a lower number is served earlier, each level by so much as `PRIORITY_SECONDS` of
+        waiting. deadline: seconds from now after which the request ends, finished or not (finish reason "abort").
+        said: tokens that the same request, which must name its seed, has got elsewhere or earlier; it goes on after
+        them as if it had not stopped.
         """
         check_queueing(session_id, priority, deadline)
         buffered = BUFFERED_TOKENS if self.threaded else 1
