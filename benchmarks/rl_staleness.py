@@ -60,7 +60,11 @@ class Options:
     tasks: tuple[str, ...] = tuple(TASKS)
     arms: tuple[str, ...] = tuple(ARMS)
     seeds: int = 5
+    first_seed: int = 0
+    """For trials with seeds that the study does not use."""
     steps: int = 100
+    updates: int = 1
+    """Optimiser steps a batch, each over its share of the samples; AReaL takes four."""
     staleness: int = 8
     prompts: int = 8
     group_size: int = 4
@@ -89,6 +93,7 @@ def config_of(arm: str, parent: Path, seed: int, options: Options) -> RLRunConfi
         ),
         learner=LearnerConfig(
             loss=loss,
+            updates=options.updates,
             optimizer=OptimizerConfig(name="adamw", lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0),
             schedule=Schedule(shape="linear", warmup_steps=4, final_fraction=0.05),
         ),
@@ -98,7 +103,7 @@ def config_of(arm: str, parent: Path, seed: int, options: Options) -> RLRunConfi
 
 def done(task: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
     """The result of a run: found, or made."""
-    settings = f"{options.steps}-{options.staleness}-{options.rate:g}-{options.group_size}"
+    settings = f"{options.steps}x{options.updates}-{options.staleness}-{options.rate:g}-{options.group_size}"
     path = options.work / f"{task}-{arm}-{seed}-{settings}"
     file = path.with_suffix(path.suffix + ".json")
     if not file.exists():
@@ -183,7 +188,7 @@ def main(options: Options) -> None:
         options = dataclasses.replace(options, seeds=1, steps=2, prompts=2, group_size=4)
     torch.set_num_threads(options.threads)
     results: dict[str, dict[str, list[dict[str, Any]]]] = {t: {a: [] for a in options.arms} for t in options.tasks}
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for task in options.tasks:
             for arm in options.arms:
                 results[task][arm].append(done(task, arm, seed, options))
@@ -201,8 +206,8 @@ def main(options: Options) -> None:
         [
             "# Learning from old samples",
             f"`python -m benchmarks.rl_staleness --seeds {options.seeds} --steps {options.steps} --staleness "
-            f"{options.staleness} --rate {options.rate:g} --group-size {options.group_size}`,"
-            f"\ncommit {here['commit']}, {here['cpu']}, PyTorch {here['torch']}; "
+            f"{options.staleness} --rate {options.rate:g} --group-size {options.group_size} --updates "
+            f"{options.updates}`,\ncommit {here['commit']}, {here['cpu']}, PyTorch {here['torch']}; "
             f"{options.prompts} questions x {options.group_size} samples a batch. Mean ± standard "
             "deviation over the seeds; ages in weight versions.",
             "\n".join(rows),
