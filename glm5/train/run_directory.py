@@ -17,7 +17,7 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -250,11 +250,16 @@ def code_sha256() -> str:
 
 
 def plain(value: Any) -> Any:
-    """A configuration as JSON values."""
+    """A configuration as JSON values. A part that could be of several classes, as a loss, says of which it is."""
     if isinstance(value, ModelConfig):
         return value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        types, found = get_type_hints(type(value)), dict[str, Any]()
+        for field in dataclasses.fields(value):
+            part = getattr(value, field.name)
+            several = sum(map(dataclasses.is_dataclass, get_args(types[field.name]))) > 1
+            found[field.name] = {"class": type(part).__name__, **plain(part)} if several and part else plain(part)
+        return found
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

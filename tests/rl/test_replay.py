@@ -1,6 +1,7 @@
 """Steps learnt from again without engines; and the sampler says of each token exactly what the trainer says."""
 
 import copy
+import dataclasses
 import shutil
 
 import lockstep_runs
@@ -14,6 +15,7 @@ from glm5.engine import Engine
 from glm5.errors import RunError
 from glm5.rl.fleet import InProcessFleet
 from glm5.rl.learner import Learner
+from glm5.rl.losses import CISPO, DDIS
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.replay import batches_of, replay_step
 from glm5.rl.strict import strict_differences
@@ -46,6 +48,15 @@ def test_any_step_is_learnt_from_again_to_the_bit(resumed, parent):
         assert again.same and again.batch.step == step and again.values["grad_norm"] > 0
     with pytest.raises(RunError, match="holds no batch of step 99"):
         replay_step(config, resumed.path, 99)
+
+
+def test_another_loss_with_the_same_settings_is_not_that_of_the_run(resumed, parent):
+    config = lockstep_runs.config_of(parent)
+    assert isinstance(config.learner.loss, DDIS)
+    other = CISPO(epsilon_low=config.learner.loss.epsilon_low, epsilon_high=config.learner.loss.epsilon_high)
+    config = dataclasses.replace(config, learner=dataclasses.replace(config.learner, loss=other))
+    with pytest.raises(RunError, match=r"another config.learner.loss.class \('DDIS', now 'CISPO'\)"):
+        replay_step(config, resumed.path, 0)
 
 
 def differences(config, run):
