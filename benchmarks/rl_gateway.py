@@ -34,7 +34,7 @@ from glm5.bundled import bundled_model
 from glm5.data.tool_chats import ToolRequest, ToolRequests
 from glm5.data.tools import run_tool
 from glm5.engine import Engine
-from glm5.optim import OptimizerConfig
+from glm5.optim import OptimizerConfig, Schedule
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.gateway import Address, train_from_gateway
@@ -55,12 +55,13 @@ class Options:
     model: Path | None = None
     """A run or model directory; the bundled one when left out."""
     agent: Literal["openai", "anthropic"] = "openai"
-    steps: int = 20
+    steps: int = 60
     groups_per_batch: int = 4
     group_size: int = 8
     max_staleness: int = 4
     lr: float = 1e-4
-    judged: int = 96
+    """Rises over four batches and falls to a twentieth."""
+    judged: int = 192
     seed: int = 0
     out: Path | None = None
     """The run directory, which must not exist; a temporary one when left out."""
@@ -198,9 +199,9 @@ def main() -> None:
     scheduler = SchedulerConfig(
         groups_per_batch=options.groups_per_batch, group_size=options.group_size, max_staleness=options.max_staleness
     )
-    config = RLRunConfig(
-        parent=parent, steps=options.steps, scheduler=scheduler, learner=LearnerConfig(optimizer=optimizer)
-    )
+    schedule = Schedule(shape="linear", warmup_steps=4, final_fraction=0.05)
+    learner = LearnerConfig(optimizer=optimizer, schedule=schedule)
+    config = RLRunConfig(parent=parent, steps=options.steps, scheduler=scheduler, learner=learner)
     use = Use(options)
     before, began = judged(parent, options), time.perf_counter()
     run = train_from_gateway(config, options.out or scratch / "run", Address(port=0), ready=use.begin)
