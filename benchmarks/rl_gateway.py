@@ -44,8 +44,8 @@ from glm5.serve import create_app
 
 TOWNS = ("Paris", "Rome", "Oslo", "Lima", "Kyoto", "Quito")
 TURNS = 3
-OPENAI = openai.OpenAI(base_url="http://127.0.0.1", api_key="none", max_retries=2)
-ANTHROPIC = anthropic.Anthropic(base_url="http://127.0.0.1", api_key="none", max_retries=2)
+OPENAI = openai.OpenAI(base_url="http://127.0.0.1", api_key="none", max_retries=2, timeout=600.0)
+ANTHROPIC = anthropic.Anthropic(base_url="http://127.0.0.1", api_key="none", max_retries=2, timeout=600.0)
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Options:
     max_staleness: int = 4
     lr: float = 1e-4
     """Rises over four batches and falls to a twentieth."""
-    judged: int = 192
+    judged: int = 384
     seed: int = 0
     out: Path | None = None
     """The run directory, which must not exist; a temporary one when left out."""
@@ -167,8 +167,10 @@ class Use:
                 self.http.post(f"{session}/abandon", json={"reason": str(error)[:200]})
             else:
                 self.http.post(f"{session}/reward", json={"value": reward})
-        except (httpx.HTTPError, openai.APIError, anthropic.APIError):
-            self.over.set()  # the run is over and its gateway closed
+        except (httpx.HTTPError, openai.APIError, anthropic.APIError) as error:
+            if not self.over.is_set():
+                print(f"The agents stop: {error!r}", flush=True)  # the run is over and its gateway closed, or it is not
+            self.over.set()
 
 
 @contextmanager
