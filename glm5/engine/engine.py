@@ -95,7 +95,7 @@ class Engine:
         check_whole("block_size", block_size, 1)
         self.strict, self.threaded = strict, threaded
         self.eos_ids = end_ids(self.config, tokenizer)
-        self._grammars = None if tokenizer is None else GrammarCompiler(tokenizer, self.config.vocab_size, self.eos_ids)
+        self.grammars = None if tokenizer is None else GrammarCompiler(tokenizer, self.config.vocab_size, self.eos_ids)
         size = CacheSize(block_size, num_blocks, memory_bytes, self.max_model_len, max_num_seqs)
         backend = self.leader.open(size, drafts=num_speculative_tokens) if self.leader else build_backend(
             model, size, attention=attention, strict=strict, storage=storage, drafts=num_speculative_tokens
@@ -213,8 +213,8 @@ class Engine:
             thread.join()
         if not self.threaded:
             self._end_all()
-        if self._grammars is not None:
-            self._grammars.close()
+        if self.grammars is not None:
+            self.grammars.close()
         if self.leader is not None:
             within = thread is threading.current_thread()  # a reader's callback, in the middle of a step
             with contextlib.nullcontext() if within else self._step_lock:
@@ -260,7 +260,7 @@ class Engine:
     ) -> Request:
         """A checked request."""
         sequences = admit(
-            prompt_ids, params, self.limits, eos_ids=self.eos_ids, tokenizer=self.tokenizer, grammars=self._grammars
+            prompt_ids, params, self.limits, eos_ids=self.eos_ids, tokenizer=self.tokenizer, grammars=self.grammars
         )
         go_on(sequences, said, self.limits.vocab_size)
         now = time.monotonic()

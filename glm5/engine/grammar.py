@@ -91,7 +91,8 @@ class GrammarCompiler:
     """Compiles the structured outputs of one engine. Thread-safe; `close` ends its process.
 
     `vocab_size` is the model's, which may be larger than the tokenizer's: tokens beyond are never allowed. `eos_ids`
-    may end a completion whose structure is satisfied.
+    may end a completion whose structure is satisfied. New grammars are compiled one after the other; who asks for one
+    that is kept does not wait for them.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int]) -> None:
@@ -99,28 +100,47 @@ class GrammarCompiler:
         self._eos_ids = sorted(eos_ids) or list(tokenizer.eos_ids)
         self._backend = tokenizer.backend
         self._lock = threading.Lock()
+        """Of the kept grammars, for moments."""
+        self._compiling = threading.Lock()
+        """Of the probe and the tokenizer, for seconds at worst."""
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._probe: GrammarProbe | None = None
         self._kept: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
 
     def compile(self, outputs: StructuredOutputs) -> GrammarState:
         """The beginning of a structure. Raises InputError with llguidance's reason for one that cannot be used."""
-        key = outputs.kind, outputs.text
-        with self._lock:
-            matcher = self._kept.get(key)
-            if matcher is None:
-                matcher = self._kept[key] = self._compiled(outputs)
-                while len(self._kept) > KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(key)
-            return GrammarState(matcher.deep_copy(), self._vocab_size)
+        matcher = self._found(outputs)
+        if matcher is None:
+            with self._compiling:
+                matcher = self._found(outputs)  # somebody else may have asked for the same
+                if matcher is None:
+                    matcher = self._compiled(outputs)
+                    self._keep(outputs, matcher)
+        return GrammarState(matcher.deep_copy(), self._vocab_size)
+
+    def has(self, outputs: StructuredOutputs) -> bool:
+        """Whether `compile` would find this structure among the kept ones, at once."""
+        return self._found(outputs) is not None
 
     def close(self) -> None:
         """Ends the process that tries grammars; the next new grammar starts another."""
-        with self._lock:
+        with self._compiling:
             if self._probe is not None:
                 self._probe.close()
             self._probe = None
+
+    def _found(self, outputs: StructuredOutputs) -> llguidance.LLMatcher | None:
+        key = outputs.kind, outputs.text
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def _keep(self, outputs: StructuredOutputs, matcher: llguidance.LLMatcher) -> None:
+        with self._lock:
+            self._kept[outputs.kind, outputs.text] = matcher
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
 
     def _compiled(self, outputs: StructuredOutputs) -> llguidance.LLMatcher:
         named = f"structured_outputs.{outputs.kind}"

@@ -20,8 +20,9 @@ from pathlib import Path
 import llguidance
 
 PROBE_SECONDS = 5.0
-"""For one grammar; the first also waits for the process and its tokenizer, `START_SECONDS` more."""
+"""For one grammar."""
 START_SECONDS = 60.0
+"""For the process and its tokenizer, before the first grammar."""
 FIRST_STEPS = 4
 STACK_BYTES = 4 * 1024 * 1024
 LIMITS = llguidance.LLParserLimits(max_lexer_states=25_000, verbose_errors=False)
@@ -38,16 +39,14 @@ class GrammarProbe:
 
     def error(self, grammar: str) -> str:
         """Why a grammar (llguidance's own form) cannot be used; empty when it can."""
-        seconds = PROBE_SECONDS
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            self._start()
-            seconds += START_SECONDS
-        assert self._process is not None and self._process.stdin is not None
         try:
+            if self._process is None or self._process.poll() is not None:
+                self.close()
+                self._start()
+            assert self._process is not None and self._process.stdin is not None
             self._process.stdin.write(json.dumps(grammar) + "\n")
             self._process.stdin.flush()
-            answer = self._answers.get(timeout=seconds)
+            answer = self._answers.get(timeout=PROBE_SECONDS)
         except queue.Empty:
             self.close()
             return f"it did not compile within {PROBE_SECONDS:g} seconds; simplify it"
@@ -67,6 +66,7 @@ class GrammarProbe:
             process.wait()
 
     def _start(self) -> None:
+        """Raises `queue.Empty` when the process is not ready in time, `BrokenPipeError` when it ended."""
         self._process = process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).resolve())],  # without this folder's modules
             stdin=subprocess.PIPE,
@@ -87,14 +87,18 @@ class GrammarProbe:
 
         threading.Thread(target=read, name="glm5-grammar-probe", daemon=True).start()
         process.stdin.write(json.dumps(self._setting) + "\n")
+        process.stdin.flush()
+        if not answers.get(timeout=START_SECONDS):
+            raise BrokenPipeError
 
 
 def main() -> None:
-    """Answers each grammar on the standard input with its error, one JSON text a line."""
+    """Says that it is ready, then answers each grammar on the standard input with its error, one JSON text a line."""
     setting = json.loads(sys.stdin.readline())
     tokenizer = llguidance.LLTokenizer(
         setting["tokenizer"], n_vocab=setting["vocab_size"], eos_token=setting["eos_ids"]
     )
+    print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         matcher = llguidance.LLMatcher(tokenizer, json.loads(line), log_level=0, limits=LIMITS)
         error = matcher.get_error() or _error_of_first_steps(matcher)
