@@ -67,16 +67,16 @@ def install_models(app: FastAPI, service: Service) -> None:
                 "max_model_len": service.source.max_model_len, "weight_version": service.source.version}  # fmt: skip
 
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
+    async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model()]}
 
     @app.get("/v1/models/{name:path}")
-    def one_model(name: str) -> dict[str, Any]:
+    async def one_model(name: str) -> dict[str, Any]:
         service.check_model(name)
         return model()
 
     @app.post("/v1/embeddings")
-    def embeddings() -> None:
+    async def embeddings() -> None:
         raise ApiError(
             501, "GLM-5 is a generating model and has no embeddings; use an embedding model's own server.",
             code="not_implemented",

@@ -30,7 +30,9 @@ def install_chat(app: FastAPI, service: Service) -> None:
                 400, f"At most {limits.max_messages} messages and n = {limits.max_n} are accepted; send less."
             )
         session = request.headers.get("x-session-id")
-        return await service.answer(request, lambda: ChatReply(body, service, session), stream=body.stream)
+        return await service.answer(
+            request, lambda: ChatReply(body, service, session), stream=body.stream, priority=body.priority
+        )
 
 
 class ChatReply:

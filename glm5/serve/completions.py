@@ -61,7 +61,9 @@ def install_completions(app: FastAPI, service: Service) -> None:
         if (body.n or 1) > service.limits.max_n:
             raise ApiError(400, f"At most n = {service.limits.max_n} is accepted; send less.")
         session = request.headers.get("x-session-id")
-        return await service.answer(request, lambda: CompletionReply(body, service, session), stream=body.stream)
+        return await service.answer(
+            request, lambda: CompletionReply(body, service, session), stream=body.stream, priority=body.priority
+        )
 
 
 class CompletionReply:

@@ -28,6 +28,7 @@ ANTHROPIC_KINDS = {
     429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
 FAILED = "The server failed on this request; its log has the reason."
+TOO_LATE = "The request's deadline passed before its work began; allow more time, or ask again when less waits."
 
 
 class ApiError(GLM5Error):

@@ -67,7 +67,9 @@ def install_generate(app: FastAPI, service: Service) -> None:
     async def generate(body: GenerateRequest, request: Request) -> Response:
         service.check_model(body.model)
         session = request.headers.get("x-session-id")
-        return await service.answer(request, lambda: GenerateReply(body, service, session), stream=body.stream)
+        return await service.answer(
+            request, lambda: GenerateReply(body, service, session), stream=body.stream, priority=body.priority
+        )
 
 
 class GenerateReply:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from glm5.engine import SamplingParams, TokenDelta
 from glm5.engine.outputs import PromptLogprob
+from glm5.serve.errors import TOO_LATE, ApiError
 from glm5.text import AssistantStream, Tokenizer
 
 Parser = Callable[[str], AssistantStream]
@@ -145,15 +146,18 @@ class Generation:
         self._streams: list[TokenSource] = []
         self._version = source.version
 
-    def start(self, deadline: float | None = None) -> None:
+    def start(self, until: float | None = None) -> None:
         """Asks the source for the tokens of every prompt; it refuses at once what cannot run. May take a moment.
 
-        `deadline`: seconds from now after which samples that still run are given up.
+        `until`: when samples that still run are given up, by `time.monotonic`. Raises `ApiError` if it has passed.
         """
         try:
             for prompt in self.prompts:
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    raise ApiError(504, TOO_LATE)
                 stream = self.source.stream(
-                    prompt, self.params, session_id=self.session_id, priority=self.priority, deadline=deadline
+                    prompt, self.params, session_id=self.session_id, priority=self.priority, deadline=left
                 )
                 self._streams.append(stream)
         except BaseException:

@@ -26,7 +26,7 @@ class Limits:
     max_waiting: int = 1024
     """Requests that wait for one of these places; one more is answered with 429."""
     deadline_seconds: float | None = None
-    """Longest time that a request may run, its wait in the engine included; a client may ask for less."""
+    """Longest time that a request may take, waiting and rendering included; a client may ask for less."""
     stall_seconds: float = 60.0
     """A client that takes nothing for this long is cut off."""
     max_unsent_bytes: int = 64 * 2**20

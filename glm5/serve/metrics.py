@@ -73,7 +73,7 @@ class Metrics:
         """Adds `GET /metrics`."""
 
         @app.get("/metrics")
-        def metrics() -> Response:
+        async def metrics() -> Response:  # as /health, never behind requests that wait for a thread
             return Response(generate_latest(self.registry), media_type=TEXT_FORMAT)
 
 

@@ -40,8 +40,9 @@ def install_outside(
     app.add_middleware(AccessLog, metrics=metrics)
     metrics.install(app)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
-    def health() -> JSONResponse:
+    async def health() -> JSONResponse:
         body: dict[str, Any] = {
             "status": lifecycle.status, "model": service.model_name, "weight_version": source.version,
             "running": gate.running, "waiting": gate.waiting,

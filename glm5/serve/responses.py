@@ -36,7 +36,10 @@ def install_responses(app: FastAPI, service: Service) -> None:
             raise ApiError(400, f"At most {most} messages are accepted; send less.")
         session = request.headers.get("x-session-id")
         return await service.answer(
-            request, lambda: ResponseReply(body, service, store, earlier, session), stream=body.stream
+            request,
+            lambda: ResponseReply(body, service, store, earlier, session),
+            stream=body.stream,
+            priority=body.priority,
         )
 
     @app.get("/v1/responses/{name}")

@@ -7,24 +7,29 @@ stops the work at once, in both forms.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import anyio
+from anyio.to_thread import run_sync
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from glm5.engine import SamplingDefaults
+from glm5.engine import SamplingDefaults, StructuredOutputs
+from glm5.engine.admission import check_queueing
+from glm5.engine.grammar import GrammarCompiler
+from glm5.engine.scheduler import PRIORITY_SECONDS
 from glm5.errors import GLM5Error
-from glm5.serve.errors import FAILED, ApiError, error_status
-from glm5.serve.gate import Gate
+from glm5.serve.errors import FAILED, TOO_LATE, ApiError, error_status
+from glm5.serve.gate import Gate, Place
 from glm5.serve.generation import Generation, Source, Step
 from glm5.serve.limits import Limits, deadline_of
 from glm5.text import Tokenizer, Written, spliced_prompt
@@ -32,6 +37,8 @@ from glm5.text import Tokenizer, Written, spliced_prompt
 log = logging.getLogger("glm5.serve")
 
 Body = dict[str, Any]
+PATIENCE_SECONDS = 0.25
+"""How long a request keeps its place while a new grammar is compiled, which takes milliseconds as a rule."""
 
 
 class Recorder(Protocol):
@@ -103,6 +110,9 @@ class Service:
 
     def __post_init__(self) -> None:
         self.gate = Gate(self.limits.max_concurrent, self.limits.max_waiting)
+        # Threads of their own for what may take long: new grammars, one after the other, and a backend that is busy.
+        self._compiler = ThreadPoolExecutor(1, "glm5-grammars")
+        self._starters = anyio.CapacityLimiter(max(1, self.limits.max_concurrent))
 
     def check_model(self, name: str | None) -> None:
         """Refuses any other model by name; endpoints that may leave it out pass None."""
@@ -112,27 +122,52 @@ class Service:
                 code="model_not_found",
             )  # fmt: skip
 
-    async def answer(self, request: Request, prepare: Callable[[], Reply], *, stream: bool) -> Response:
-        """Runs one request. `prepare` renders the prompt, in a worker thread; errors leave as the app's handlers do."""
-        deadline = deadline_of(request.headers, self.limits)
+    async def answer(
+        self, request: Request, prepare: Callable[[], Reply], *, stream: bool, priority: int = 0
+    ) -> Response:
+        """Runs one request. `prepare` renders the prompt, in a worker thread; errors leave as the app's handlers do.
+
+        The deadline counts from here: the wait for a place, rendering and compiling are part of it.
+        """
+        check_queueing(None, priority, None)
+        arrival = time.monotonic()
+        seconds = deadline_of(request.headers, self.limits)
+        until = None if seconds is None else arrival + seconds
         if self.recorder is not None:
             self.recorder.begin(request.headers.get("x-session-id"))
-        await self.gate.enter(lambda: _disconnected(request))
+        place = Place(self.gate, lambda: _disconnected(request), arrival + PRIORITY_SECONDS * priority)
         try:
-            reply = await run_in_threadpool(_prepared, prepare, deadline)
+            await _in_time(place.take(), until)
+            reply = await run_sync(prepare)
+            await _in_time(self._compile(reply.generation.params.structured_outputs, place), until)
+            await run_sync(reply.generation.start, until, limiter=self._starters)
             request.state.generation = reply.generation  # its figures go to the log and the metrics
             if stream:
-                return _EventStream(self._events(reply), lambda: self._leave(reply))
+                return _EventStream(self._events(reply), lambda: self._leave(reply, place))
             try:
                 await _unless_disconnected(request, lambda: self._finish(reply))
             finally:
                 reply.generation.close()
                 self._ended(reply.generation)
         except BaseException:
-            self.gate.leave()
+            place.leave()
             raise
-        self.gate.leave()
+        place.leave()
         return JSONResponse(reply.whole())
+
+    async def _compile(self, outputs: StructuredOutputs | None, place: Place) -> None:
+        """Compiles a grammar before its request starts. One that takes long does not keep others from running."""
+        grammars: GrammarCompiler | None = getattr(self.source, "grammars", None)
+        if outputs is None or grammars is None or grammars.has(outputs):
+            return
+        compiling = asyncio.get_running_loop().run_in_executor(self._compiler, grammars.compile, outputs)
+        try:
+            if not (await asyncio.wait({compiling}, timeout=PATIENCE_SECONDS))[0]:
+                async with place.aside():
+                    await asyncio.wait({compiling})
+            await compiling
+        finally:
+            compiling.cancel()  # of a request that is given up, unless it has begun
 
     def prompt(
         self, messages: Sequence[Mapping[str, Any]], session_id: str | None, tools: Sequence[Mapping[str, Any]] | None,
@@ -149,9 +184,9 @@ class Service:
             reasoning_effort=reasoning_effort,
         )  # fmt: skip
 
-    def _leave(self, reply: Reply) -> None:
+    def _leave(self, reply: Reply, place: Place) -> None:
         reply.generation.close()
-        self.gate.leave()
+        place.leave()
         self._ended(reply.generation)
 
     async def _finish(self, reply: Reply) -> None:
@@ -197,11 +232,13 @@ class _EventStream(StreamingResponse):
             self.leave()
 
 
-def _prepared(prepare: Callable[[], Reply], deadline: float | None) -> Reply:
-    """The reply with its work begun: rendering a long prompt and compiling a grammar take a moment."""
-    reply = prepare()
-    reply.generation.start(deadline)
-    return reply
+async def _in_time(work: Awaitable[None], until: float | None) -> None:
+    """Waits for what comes before a request starts. Raises `ApiError` (504) when its deadline passes first."""
+    try:
+        async with asyncio.timeout(None if until is None else until - time.monotonic()):
+            await work
+    except TimeoutError:
+        raise ApiError(504, TOO_LATE) from None
 
 
 async def _unless_disconnected(request: Request, work: Callable[[], Any]) -> None:

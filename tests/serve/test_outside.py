@@ -14,7 +14,8 @@ from glm5.errors import InputError
 from glm5.serve import Limits
 from glm5.serve.access_log import JsonLines
 from glm5.serve.auth import check_key
-from glm5.serve.gate import Gate
+from glm5.serve.errors import ApiError
+from glm5.serve.gate import Gate, Place
 from glm5.serve.host_check import OWN_NAMES
 from glm5.serve.http import is_loopback
 from glm5.serve.slow_readers import SendAtLeisure
@@ -229,43 +230,44 @@ def test_everything_reaches_a_reader_in_order():
 
 
 # ---- places ------------------------------------------------------------------------------------------------------
+async def never():
+    await asyncio.Event().wait()
+
+
 def test_places_are_given_in_order_and_a_full_queue_is_refused():
     async def go():
-        gate, order = Gate(1, max_waiting=2), []
-        never = asyncio.Event().wait
+        gate, order = Gate(1, max_waiting=3), []
 
-        async def one(name):
-            await gate.enter(never)
+        async def one(name, rank):
+            await Place(gate, never, rank).take()
             order.append(name)
 
-        await one("a")
-        waiting = [asyncio.create_task(one(name)) for name in "bc"]
+        await one("a", 9.0)
+        waiting = [asyncio.create_task(one(name, rank)) for name, rank in (("b", 2.0), ("c", 2.0), ("d", 1.0))]
         await asyncio.sleep(0)
-        assert (gate.running, gate.waiting) == (1, 2)
-        with pytest.raises(Exception, match="2 wait"):
-            await gate.enter(never)
-        gate.leave()
-        await waiting[0]
-        gate.leave()
-        await waiting[1]
-        gate.leave()
+        assert (gate.running, gate.waiting) == (1, 3)
+        with pytest.raises(ApiError, match="3 wait"):
+            await Place(gate, never).take()
+        for _ in range(4):
+            gate.leave()
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*waiting)
         return order, gate.running, gate.waiting
 
-    assert asyncio.run(go()) == (["a", "b", "c"], 0, 0)
+    assert asyncio.run(go()) == (["a", "d", "b", "c"], 0, 0)
 
 
 def test_who_leaves_the_queue_takes_no_place():
     async def go():
         gate, left = Gate(1, max_waiting=5), asyncio.Event()
-        never = asyncio.Event().wait
-        await gate.enter(never)
-        gone = asyncio.create_task(gate.enter(left.wait))
-        cancelled = asyncio.create_task(gate.enter(never))
-        late = asyncio.create_task(gate.enter(never))
+        await gate.enter(never, 0.0)
+        gone = asyncio.create_task(gate.enter(left.wait, 0.0))
+        cancelled = asyncio.create_task(gate.enter(never, 0.0))
+        late = asyncio.create_task(gate.enter(never, 0.0))
         await asyncio.sleep(0)
         left.set()
         cancelled.cancel()
-        with pytest.raises(Exception, match="went away"):
+        with pytest.raises(ApiError, match="went away"):
             await gone
         with pytest.raises(asyncio.CancelledError):
             await cancelled
@@ -276,6 +278,33 @@ def test_who_leaves_the_queue_takes_no_place():
         return gate.running, gate.waiting
 
     assert asyncio.run(go()) == (0, 0)
+
+
+def test_who_steps_aside_lets_others_run_and_comes_back_first():
+    async def go():
+        gate, order = Gate(1, max_waiting=5), []
+        first, second, third = (Place(gate, never, float(rank)) for rank in range(3))
+
+        async def one(name, place):
+            await place.take()
+            order.append(name)
+
+        await first.take()
+        others = [asyncio.create_task(one(*pair)) for pair in (("second", second), ("third", third))]
+        async with first.aside():
+            await asyncio.sleep(0.01)
+            assert order == ["second"] and (gate.running, gate.waiting) == (1, 2)
+            asyncio.get_running_loop().call_later(0.01, second.leave)
+        order.append("first")
+        with pytest.raises(ZeroDivisionError):
+            async with first.aside():
+                raise ZeroDivisionError
+        await asyncio.gather(*others)
+        for place in (first, second, third, third):  # whoever holds none gives none back
+            place.leave()
+        return order, gate.running, gate.waiting
+
+    assert asyncio.run(go()) == (["second", "first", "third"], 0, 0)
 
 
 def test_one_request_too_many_says_when_to_come_back():

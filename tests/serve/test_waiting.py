@@ -1,0 +1,135 @@
+"""What waits and for what: a place, a grammar, a deadline. Nothing else stands still meanwhile."""
+
+import asyncio
+import threading
+
+import httpx
+import pytest
+from chat_client import USER
+from speaker import ScriptedModel, speaker_tokenizer
+
+from glm5.engine import Engine, TokenDelta
+from glm5.serve import Limits, create_app
+
+
+class HeldSource:
+    """Says one token when it is told to, and notes whose turn it was."""
+
+    max_model_len, version = 4096, 0
+
+    def __init__(self):
+        self.tokenizer, self.go_on, self.started = speaker_tokenizer(), asyncio.Event(), []
+
+    def stream(self, prompt_ids, params, *, session_id, priority, deadline):
+        self.started.append((priority, deadline))
+        return HeldStream(self)
+
+
+class HeldStream:
+    cached_tokens, prompt_logprobs = 0, None
+
+    def __init__(self, source):
+        self.source = source
+
+    def close(self):
+        pass
+
+    async def __aiter__(self):
+        await self.source.go_on.wait()
+        yield TokenDelta(0, 40, -0.5, (), 0, "x", "stop")
+
+
+def client_in(source, limits):
+    app = create_app(source, model_name="tiny", limits=limits)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x", timeout=60)
+
+
+async def posted(client, *, headers=None, path="/v1/chat/completions", **fields):
+    body = {"model": "tiny", "messages": USER, "max_tokens": 8, **fields}
+    return await client.post(path, json=body, headers=headers)
+
+
+async def until(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come to that")
+
+
+def test_the_queue_is_ordered_by_priority():
+    async def go():
+        source = HeldSource()
+        async with client_in(source, Limits(max_concurrent=1)) as client:
+            asked = [asyncio.create_task(posted(client, priority=9))]
+            await until(lambda: source.started)
+            for number, priority in enumerate((1, 0, 1, -1), 1):
+                asked.append(asyncio.create_task(posted(client, priority=priority)))
+                waiting = client._transport.app.state.service.gate
+                await until(lambda number=number, gate=waiting: gate.waiting == number)
+            source.go_on.set()
+            assert {reply.status_code for reply in await asyncio.gather(*asked)} == {200}
+            refused = await posted(client, priority=10**400)
+        return [priority for priority, _ in source.started], refused
+
+    order, refused = asyncio.run(go())
+    assert order == [9, -1, 0, 1, 1]
+    assert refused.status_code == 400 and "priority" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_the_wait_for_a_place_counts_for_the_deadline(path):
+    async def go():
+        source = HeldSource()
+        async with client_in(source, Limits(max_concurrent=1, deadline_seconds=60)) as client:
+            first = asyncio.create_task(posted(client))
+            await until(lambda: source.started)
+            late = await posted(client, path=path, headers={"X-Request-Timeout": "0.05"})
+            assert not first.done()
+            patient = asyncio.create_task(posted(client, path=path, headers={"X-Request-Timeout": "40"}))
+            await asyncio.sleep(0.2)
+            source.go_on.set()
+            assert {(await first).status_code, (await patient).status_code} == {200}
+        return late, source.started
+
+    late, started = asyncio.run(go())
+    assert late.status_code == 504 and "deadline passed before its work began" in late.json()["error"]["message"]
+    assert len(started) == 2 and started[1][1] < 40 - 0.2 + 0.01
+
+
+def test_slow_grammars_stop_nobody_else(monkeypatch):
+    """More of them than there are threads and places: the server answers for itself, and so it does others."""
+    monkeypatch.setattr("glm5.serve.service.PATIENCE_SECONDS", 0.01)
+
+    async def go():
+        engine = Engine(ScriptedModel("</think>42"), speaker_tokenizer())
+        release, compiled = threading.Event(), engine.grammars._compiled
+
+        def compile_slowly(outputs):
+            if "slow" in outputs.text:
+                assert release.wait(60)
+            return compiled(outputs)
+
+        monkeypatch.setattr(engine.grammars, "_compiled", compile_slowly)
+
+        async def structured(regex, **fields):
+            fields |= {"structured_outputs": {"regex": regex}, "chat_template_kwargs": {"enable_thinking": False}}
+            reply = await posted(client, max_tokens=20, **fields)
+            return reply.json()["choices"][0]["message"]["content"] if reply.is_success else reply.status_code
+
+        async with client_in(engine, Limits(max_concurrent=4)) as client:
+            assert await structured("known") == "known"
+            slow = [asyncio.create_task(structured(f"slow {number}")) for number in range(50)]
+            await until(lambda: client._transport.app.state.service.gate.aside == 50)
+            assert (await client.get("/health")).json()["waiting"] == 50
+            assert (await client.get("/metrics")).status_code == 200
+            assert (await posted(client)).json()["choices"][0]["message"]["content"] == "42"
+            assert await structured("known") == "known"
+            assert await structured("slow", headers={"X-Request-Timeout": "0.2"}) == 504
+            release.set()
+            assert await asyncio.gather(*slow) == [f"slow {number}" for number in range(50)]
+            health = (await client.get("/health")).json()
+            assert (health["running"], health["waiting"]) == (0, 0)
+        engine.close()
+
+    asyncio.run(go())
