@@ -11,7 +11,6 @@ the action. The reward of an episode is the sum of its steps. Calls run in threa
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from glm5.envs.protocol import (
     UniformGroups,
 )
 from glm5.envs.rewards import reward_of
+from glm5.envs.threads import in_own_thread
 
 
 class GymLike(Protocol):
@@ -110,13 +110,13 @@ class GymEpisode:
         self._game = None
         if close is not None:
             try:
-                await asyncio.to_thread(close)
+                await in_own_thread(close)
             except Exception:
                 pass  # the episode is over; there is nobody to tell
 
     async def _do(self, what: str, call: Callable[[], Any]) -> Any:
         try:
-            return await asyncio.to_thread(call)
+            return await in_own_thread(call)
         except EnvironmentFailure:
             raise
         except Exception as error:

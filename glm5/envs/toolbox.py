@@ -20,6 +20,7 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from glm5.envs.protocol import EnvironmentFailure, Message, Tool
+from glm5.envs.threads import in_own_thread
 from glm5.errors import InputError, did_you_mean
 
 Function = Callable[..., Any]
@@ -28,7 +29,7 @@ LONGEST = 20_000
 
 
 class Toolbox:
-    """Some functions with their schemas. Functions may be async; the others run in threads."""
+    """Some functions with their schemas. Functions may be async; the others run in threads of their own."""
 
     def __init__(self, functions: Sequence[Function], *, longest: int = LONGEST) -> None:
         self._functions = {function.__name__: function for function in functions}
@@ -62,14 +63,14 @@ class Toolbox:
             if inspect.iscoroutinefunction(function):
                 result = await function(**arguments)
             else:
-                result = await asyncio.to_thread(function, **arguments)
+                result = await in_own_thread(function, **arguments)
         except EnvironmentFailure:
             raise
         except ConnectionError as error:
             raise EnvironmentFailure(f"the tool {name} lost its connection: {error!r}", "unreachable") from error
         except MemoryError as error:
             raise EnvironmentFailure(f"the tool {name} ran out of memory", "crash") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return _error(str(error) or type(error).__name__)
         return self._cut(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str))
 

@@ -36,6 +36,7 @@ from glm5.rl.tasks import TaskSource
 from glm5.rl.view.live import LiveView
 from glm5.rl.view.watch import Watch, snapshot_of
 from glm5.text import Tokenizer
+from glm5.threads import in_thread
 from glm5.train import RunDirectory, RunInterrupted
 from glm5.train.progress import interrupts
 from glm5.train.run_directory import directory_sha256, model_of
@@ -144,7 +145,7 @@ class Orchestrator:
                 await self._advance(sampling=not stop)
                 await self._take_news()
                 self.watch.glance(len(self.playing), self._ready(), lambda: self.fleet.stats().engines)
-            await asyncio.to_thread(session.checkpoint)
+            await in_thread(session.checkpoint)
         finally:
             await self._end()
 
@@ -223,7 +224,7 @@ class Orchestrator:
     async def _learn(self, batch: Batch) -> None:
         self.meter.learning.begin()
         try:
-            self._news.put_nowait(await asyncio.to_thread(self.session.learner.step, batch))
+            self._news.put_nowait(await in_thread(self.session.learner.step, batch))
         except BaseException as error:
             self._news.put_nowait(error)
         finally:
@@ -249,7 +250,7 @@ class Orchestrator:
             session.limit(next_limit(self.config.concurrency, self.config.scheduler, limit, load))
         self.watch.learnt(metrics, speed)
         if version % self.config.checkpoint_every == 0 and version < self.config.steps:
-            await asyncio.to_thread(session.checkpoint)
+            await in_thread(session.checkpoint)
 
     def _ready(self) -> int:
         """Groups that wait to be learnt from."""
@@ -295,12 +296,14 @@ class Orchestrator:
 
     async def _end(self) -> None:
         """Ends what runs; nothing of it is news any more."""
-        tasks = [*self.playing.values(), *([self._learning] if self._learning else [])]
-        for task in tasks:
+        for task in self.playing.values():
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self.fleet.close()
-        self.session.journal.commit()
+        learning = [self._learning] if self._learning else []  # a step comes to its end: its thread holds the model
+        try:
+            await asyncio.gather(*self.playing.values(), *learning, return_exceptions=True)
+        finally:
+            await self.fleet.close()
+            self.session.journal.commit()
 
 
 def load_of(stats: FleetStats, preempted: int, speed: Mapping[str, Any]) -> tuple[int, Load]:

@@ -37,6 +37,7 @@ from glm5.rl.fleet.seat import Seat
 from glm5.rl.fleet.suspects import Suspects
 from glm5.rl.weights.checks import check_publication
 from glm5.text import Tokenizer
+from glm5.threads import in_thread
 
 log = logging.getLogger("glm5.fleet")
 WATCH_SECONDS = 0.2
@@ -116,7 +117,7 @@ class SupervisedFleet:
         for seat in self._seats:
             self._fill(seat)
         threading.Thread(target=self._watch, name="glm5-fleet", daemon=True).start()
-        await asyncio.to_thread(self._settled)
+        await in_thread(self._settled)
 
     async def publish(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
         """See `Fleet.publish`. The tensors are copied before the first await."""
@@ -125,7 +126,7 @@ class SupervisedFleet:
         self._executor.snapshot(version, state_dict)
         with self._changed:
             self._snapshot = version
-        await asyncio.to_thread(self._hand_out, version)
+        await in_thread(self._hand_out, version)
 
     async def close(self) -> None:
         """Ends all requests and engines."""
@@ -140,8 +141,8 @@ class SupervisedFleet:
             for seat in self._seats:
                 seat.member = None
             self._changed.notify_all()
-        await asyncio.gather(*(asyncio.to_thread(partial(member.close, kill=False)) for member in members))
-        await asyncio.to_thread(self._executor.close)
+        await asyncio.gather(*(in_thread(partial(member.close, kill=False)) for member in members))
+        await in_thread(self._executor.close)
 
     def stats(self) -> FleetStats:
         """What each engine does."""

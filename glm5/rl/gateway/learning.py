@@ -8,7 +8,6 @@ the weights that recorded are version 0, so batch n learns from sessions that ar
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +44,7 @@ from glm5.rl.tasks import TaskSource, TaskStream
 from glm5.serve import ApiError, Limits, serve
 from glm5.serve.generation import TokenSource
 from glm5.text import Tokenizer
+from glm5.threads import in_thread
 from glm5.train import RunDirectory
 from glm5.train.run_directory import model_of
 
@@ -200,7 +200,7 @@ class OpenFleet(AroundSource[Fleet]):
         """Takes no more requests, ends those that run, then the server; open sessions stay open on the disk."""
         self._door.closed = self.app.state.lifecycle.draining = True
         await self.source.close()
-        await asyncio.to_thread(self._doors.close)
+        await in_thread(self._doors.close)
         self.sessions.close()
 
 

@@ -1,0 +1,79 @@
+"""Blocking calls in threads of their own: side by side, and nobody waits for one that hangs."""
+
+import asyncio
+import contextvars
+import threading
+
+import pytest
+
+from glm5.envs import EnvironmentFailure, Toolbox
+from glm5.envs import threads as own_threads
+from glm5.threads import in_thread
+
+
+def test_any_number_of_calls_runs_at_once():
+    everybody = threading.Barrier(40, timeout=30)
+
+    async def main():
+        return await asyncio.gather(*(in_thread(lambda n: (everybody.wait(), n)[1], n) for n in range(40)))
+
+    assert asyncio.run(main()) == list(range(40))
+
+
+def test_a_loop_ends_while_calls_hang():
+    release, ended = threading.Event(), []
+
+    def hang():
+        ended.append(release.wait(30))
+
+    async def main():
+        calls = [asyncio.ensure_future(in_thread(hang)) for _ in range(9)]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await calls[0]
+        return "done"
+
+    assert asyncio.run(main()) == "done" and not ended
+    release.set()
+
+
+@pytest.mark.parametrize("error", [StopIteration("x"), SystemExit(3), KeyError("k")])
+def test_what_a_call_raises_arrives(error):
+    def fail():
+        raise error
+
+    async def main():
+        await in_thread(fail)
+
+    expected = RuntimeError if isinstance(error, StopIteration) else type(error)
+    with pytest.raises(expected):
+        asyncio.run(main())
+
+
+def test_a_call_sees_the_context_of_its_caller():
+    name = contextvars.ContextVar("name", default="")
+
+    async def main():
+        name.set("mine")
+        return await in_thread(name.get)
+
+    assert asyncio.run(main()) == "mine"
+
+
+def test_used_up_threads_are_a_failure_of_the_environment_and_not_told_to_the_model(monkeypatch):
+    def tool() -> int:
+        return 1
+
+    call = {"function": {"name": "tool", "arguments": "{}"}}
+    monkeypatch.setattr(own_threads, "MOST", 1)
+    with pytest.raises(EnvironmentFailure, match="no thread is left"):
+        asyncio.run(Toolbox([tool]).answer([call]))
+
+
+def test_a_tool_that_leaves_the_program_is_told_to_the_model():
+    def tool() -> int:
+        raise SystemExit("usage: tool [-h]")
+
+    call = {"function": {"name": "tool", "arguments": "{}"}}
+    (answer,) = asyncio.run(Toolbox([tool]).answer([call]))
+    assert answer["content"] == '{"error": "usage: tool [-h]"}'
