@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import threading
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -28,6 +29,7 @@ from glm5.scoring import Grade, extract_answer
 HELD_OUT_PER_THOUSAND = 200
 TRIES = 400
 OPEN, CLOSE = "<answer>", "</answer>"
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class ReasoningGym:
@@ -105,15 +107,19 @@ class ReasoningGym:
 
 @contextlib.contextmanager
 def _global_chance(seed: int) -> Iterator[None]:
-    """Seeds the generators that a few problems (`codeio`) draw from beside their own, and puts them back."""
-    before, before_numpy = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(before)
-        np.random.set_state(before_numpy)
+    """Seeds the generators that a few problems (`codeio`) draw from beside their own, and puts them back.
+
+    They belong to the whole process, so one thread at a time.
+    """
+    with _ONE_AT_A_TIME:
+        before, before_numpy = random.getstate(), np.random.get_state()
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before)
+            np.random.set_state(before_numpy)
 
 
 def _package() -> Any:

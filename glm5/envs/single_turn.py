@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from glm5.envs.protocol import EpisodeLimits, Message, Observation, Questions, Reward, Task, Tool, UniformGroups
+from glm5.envs.threads import in_own_thread
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class SingleTurnEpisode:
         """That of the answer."""
         if self._answer is None:
             raise RuntimeError(f"{self.task.id} was scored before it was answered")
-        return self.questions.score(self.task, self._answer)
+        return await in_own_thread(self.questions.score, self.task, self._answer)
 
     async def close(self) -> None:
         """Nothing is held."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from glm5.envs.protocol import EpisodeLimits, Message, Observation, Questions, Reward, Task, Tool, UniformGroups
 from glm5.envs.rewards import reward_of
+from glm5.envs.threads import in_own_thread
 from glm5.envs.toolbox import Function, Toolbox
 
 Judge = Callable[[Task, Sequence[Message]], Reward | float]
@@ -82,7 +83,7 @@ class ToolEpisode:
         if not self._said:
             raise RuntimeError(f"{self._task.id} was scored before it was answered")
         last = max(i for i, message in enumerate(self._said) if message["role"] == "assistant")
-        return self._score(self._task, self._said[: last + 1])
+        return await in_own_thread(self._score, self._task, self._said[: last + 1])
 
     async def close(self) -> None:
         """Nothing is held."""

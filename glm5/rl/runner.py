@@ -6,31 +6,28 @@ would render what was said before differently (it drops thoughts behind a new qu
 model ended its turn with another token than the one that the conversation goes on with, the prompt is what a server
 would have been sent, and the episode's tree branches.
 
-Whatever goes wrong has its own outcome. A mistake in the environment's code is `env_failure` with the reason, never a
-reward of 0. Mistakes of the engine are raised: they are nobody's sample.
+Whatever goes wrong has its own outcome. A mistake in the environment's code is `env_failure` with the reason
+(`glm5.rl.asking`), never a reward of 0. Mistakes of the engine are raised: they are nobody's sample.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from glm5.engine import SamplingParams
 from glm5.engine.choices import joined
-from glm5.envs import Environment, EnvironmentFailure, Episode, Message, Reward, Task
-from glm5.errors import InputError, TextError
+from glm5.envs import Environment, EnvironmentFailure, Episode, Message, Reward, Task, Tool
+from glm5.errors import InputError
+from glm5.rl.asking import Asking, reason_of
 from glm5.rl.records import Outcome, Rollout, Ticket, Turn
 from glm5.rl.tree import EpisodeTree
 from glm5.serve.generation import Source
 from glm5.text import Detokenizer, Tokenizer, parse_assistant
-from glm5.train.checks import check_counts
+from glm5.train.checks import check_counts, check_numbers
 
-T = TypeVar("T")
 OPEN = ""
 """Finish reason of a turn that still runs."""
 Progress = Callable[[Ticket, int, Turn], None]
@@ -56,12 +53,19 @@ class RolloutConfig:
     token costs a byte or two for each expert of each sparse layer, in the journal too."""
     report_every: int = 32
     """Tokens between two reports of an unfinished turn; what was not reported is sampled again after a crash."""
+    episode_seconds: float | None = 3600.0
+    """From reset to score, where the environment sets no limit of its own; past it the outcome is `timeout`."""
+    step_seconds: float | None = 120.0
+    """The same for each call of the environment (a step with its tools, a score); past it that has failed."""
 
     def __post_init__(self) -> None:
         check_counts(self, "seed", least=0)
         check_counts(self, "max_tokens", "report_every")
         if self.max_episode_tokens is not None:
             check_counts(self, "max_episode_tokens", least=2)
+        for name in ("episode_seconds", "step_seconds"):
+            if getattr(self, name) is not None:
+                check_numbers(self, name, above=0)
 
 
 async def play(
@@ -111,12 +115,15 @@ class _Player:
         resume_from: Sequence[Turn],
         timed: bool,
     ) -> None:
-        self.ticket, self.environment, self.source, self.tokenizer = ticket, environment, source, tokenizer
+        self.ticket, self.source, self.tokenizer = ticket, source, tokenizer
         self.config, self.progress, self.known, self.timed = config, progress, resume_from, timed
-        self.limits = environment.limits
+        limits = environment.limits
+        self.most_turns = limits.turns
+        self.seconds = config.episode_seconds if limits.seconds is None else limits.seconds
+        step_seconds = config.step_seconds if limits.step_seconds is None else limits.step_seconds
+        self.asking = Asking(environment, step_seconds, timed=timed)
         self.messages: list[Message] = []
         self.turns: list[Turn] = []
-        self.tool_seconds = 0.0
 
     # ---- from beginning to end ----------------------------------------------------------------------------------
     async def play(self) -> Rollout:
@@ -127,28 +134,24 @@ class _Player:
         reward: Reward | None = None
         outcome: Outcome
         failure = ""
-        timer = asyncio.timeout(self.limits.seconds if self.timed else None)
+        timer = asyncio.timeout(self.seconds if self.timed else None)
         try:
             async with timer:
-                task = self._called("task", self.environment.task, self.config.seed, self.ticket.task_index)
-                episode = self._called("episode", self.environment.episode, task)
-                truncated = await self._converse(episode)
-                reward = await self._asked("score", episode.score())
-                if not math.isfinite(reward.value):
-                    raise EnvironmentFailure(f"score: the reward is {reward.value}", "verifier")
+                task, episode, tools = await self.asking.begin(self.config.seed, self.ticket.task_index)
+                truncated = await self._converse(episode, tools)
+                reward = await self.asking.score(episode)
                 outcome = "truncated" if truncated else "ok"
         except TimeoutError:
             if not timer.expired():
                 raise
-            reward, outcome, failure = None, "timeout", f"the episode took longer than {self.limits.seconds:g} s"
+            reward, outcome, failure = None, "timeout", f"the episode took longer than {self.seconds:g} s"
         except EnvironmentFailure as error:
-            reward, outcome, failure = None, "env_failure", f"{error.kind}: {error}"
+            reward, outcome, failure = None, "env_failure", reason_of(error)
         except _Aborted:
             reward, outcome, failure = None, "aborted", "the engine gave the request up"
         finally:
             if episode is not None:
-                with suppress(Exception):
-                    await episode.close()
+                await self.asking.close(episode)
         return Rollout(
             ticket=self.ticket,
             task=task,
@@ -159,13 +162,12 @@ class _Player:
             turns=tuple(self.turns),
             failure=failure,
             seconds=time.perf_counter() - started,
-            tool_seconds=self.tool_seconds,
+            tool_seconds=self.asking.seconds,
         )
 
-    async def _converse(self, episode: Episode) -> bool:
+    async def _converse(self, episode: Episode, tools: list[Tool]) -> bool:
         """Turn after turn until the environment has enough, or a limit is met (True)."""
-        tools = self._called("tools", lambda: list(episode.tools))
-        observation = await self._asked("reset", episode.reset())
+        observation = await self.asking.reset(episode)
         self.messages += observation.messages
         prompt = self._rendered(tools, len(self.messages), answer=True)
         if self._room(prompt) < 1:
@@ -179,40 +181,14 @@ class _Player:
             )
             self.messages.append(message)
             said = len(self.messages)
-            observation = await self._asked("step", episode.step(message))
+            observation = await self.asking.step(episode, message)
             self.messages += observation.messages
             cut = turn.finish_reason == "length"
             if observation.done or cut:
                 return cut
             prompt = self._continued(turn, tools, said)
-            if len(self.turns) >= self.limits.turns or self._room(prompt) < 1:
+            if len(self.turns) >= self.most_turns or self._room(prompt) < 1:
                 return True
-
-    # ---- the environment ----------------------------------------------------------------------------------------
-    def _called(self, what: str, function: Callable[..., T], *values: object) -> T:
-        """The result of the environment's code; an exception of it is a failure of the environment."""
-        try:
-            return function(*values)
-        except EnvironmentFailure:
-            raise
-        except Exception as error:
-            raise EnvironmentFailure(f"{what}: {type(error).__name__}: {error}") from error
-
-    async def _asked(self, what: str, call: Awaitable[T]) -> T:
-        """The same for a call that takes time."""
-        begun = time.perf_counter()
-        timer = asyncio.timeout(self.limits.step_seconds if self.timed else None)
-        try:
-            async with timer:
-                return await call
-        except EnvironmentFailure:
-            raise
-        except Exception as error:
-            if timer.expired():
-                raise EnvironmentFailure(f"{what} took longer than {self.limits.step_seconds:g} s", "timeout") from None
-            raise EnvironmentFailure(f"{what}: {type(error).__name__}: {error}") from error
-        finally:
-            self.tool_seconds += time.perf_counter() - begun
 
     # ---- the model ----------------------------------------------------------------------------------------------
     async def _sampled(self, prompt: tuple[int, ...]) -> Turn:
@@ -289,7 +265,7 @@ class _Player:
         return "".join(map(detokenizer.feed, ids)) + detokenizer.finish()
 
     # ---- prompts ------------------------------------------------------------------------------------------------
-    def _rendered(self, tools: list, count: int, *, answer: bool) -> tuple[int, ...]:
+    def _rendered(self, tools: list[Tool], count: int, *, answer: bool) -> tuple[int, ...]:
         """The template's tokens of the first `count` messages; `answer`: and of the beginning of the next turn."""
         try:
             return tuple(
@@ -302,10 +278,12 @@ class _Player:
                     escape_special=True,
                 )
             )
-        except TextError as error:
-            raise EnvironmentFailure(f"messages: {error}") from error
+        except Exception as error:
+            raise EnvironmentFailure(
+                f"messages and tools cannot be rendered: {str(error) or type(error).__name__}"
+            ) from error
 
-    def _continued(self, turn: Turn, tools: list, said: int) -> tuple[int, ...]:
+    def _continued(self, turn: Turn, tools: list[Tool], said: int) -> tuple[int, ...]:
         """The prompt after the messages that came behind the first `said`, the newest of which is the turn's own."""
         before = self._rendered(tools, said, answer=False)
         whole = self._rendered(tools, len(self.messages), answer=True)

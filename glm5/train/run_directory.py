@@ -34,6 +34,7 @@ OPERATIONAL = frozenset(
     {
         "checkpoint_activations",
         "checkpoint_every",
+        "episode_seconds",
         "evaluate_every",
         "groups_in_vain",
         "keep_best",
@@ -44,6 +45,7 @@ OPERATIONAL = frozenset(
         "report_every",
         "save_in_background",
         "spike_factor",
+        "step_seconds",
         "watch",
     }
 )
