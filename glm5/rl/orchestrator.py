@@ -145,6 +145,7 @@ class Orchestrator:
                 await self._advance(sampling=not stop)
                 await self._take_news()
                 self.watch.glance(len(self.playing), self._ready(), lambda: self.fleet.stats().engines)
+            session.check_end()
             await in_thread(session.checkpoint)
         finally:
             await self._end()
@@ -179,6 +180,8 @@ class Orchestrator:
             if isinstance(item, Rollout):
                 self.playing.pop(item.id, None)
                 self._cancel(self.session.finished([item]))
+                if item.outcome in ("env_failure", "timeout"):
+                    self.watch.failed(self.session.failure)
             else:
                 await self._learnt(item)
 

@@ -17,7 +17,7 @@ from glm5.model import GLM5
 from glm5.rl.aids import Aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece, Unfinished, events_of, pieces_of, write_events, write_pieces
-from glm5.rl.events import BatchMade, Cancelled, Dropped, Event, Finished, Published, Started
+from glm5.rl.events import Accepted, BatchMade, Cancelled, Dropped, Event, Finished, Published, Started
 from glm5.rl.journal import Journal, Record, read_journal
 from glm5.rl.learner import Learner
 from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
@@ -27,6 +27,8 @@ from glm5.rl.window import Window
 from glm5.train import RunDirectory
 
 JOURNAL = "journal"
+BROKEN_GROUPS, BROKEN_LEAST = 4, 16
+"""Groups, but at least so many rollouts, that fail in a row before an environment counts as broken."""
 
 
 class Session:
@@ -59,7 +61,11 @@ class Session:
         self.batch_tick = 0
         self._window, self._figures = Window(), dict[str, Any]()
         self._in_vain: Counter[str] = Counter()
-        """Samples that were dropped since the last batch, by reason."""
+        """Samples that were dropped since a group was accepted, by reason."""
+        self.failure = ""
+        """Of the newest rollout that failed: environment and reason."""
+        self._failed = 0
+        """Rollouts that failed in their environments since one was scored."""
         for record in read_journal(self.path):
             self._replay(record)
         if self.scheduler.step < first:
@@ -68,6 +74,7 @@ class Session:
                 "file, or start a new run."
             )
         self.journal = Journal(self.path)
+        self._failed = 0  # what was broken may be mended now
 
     # ---- coming back ----------------------------------------------------------------------------------------------
     def _replay(self, record: Record) -> None:
@@ -130,14 +137,30 @@ class Session:
 
     def _check_use(self) -> None:
         """A run whose rollouts teach nothing says so, instead of sampling for ever."""
-        if self._in_vain.total() < self.config.groups_in_vain * self.config.scheduler.group_size:
-            return
+        size = self.config.scheduler.group_size
+        if self._failed >= max(BROKEN_GROUPS * size, BROKEN_LEAST):
+            self.journal.commit()
+            raise RunError(
+                f"The last {self._failed} rollouts all failed in their environments, the newest in {self.failure}. "
+                "Mend the environment, then resume the run."
+            )
+        if self._in_vain.total() >= self.config.groups_in_vain * size:
+            raise self._nothing_learnt()
+
+    def check_end(self) -> None:
+        """A run that has learnt from nothing does not end as if it had: its model would be the parent's."""
+        if self.scheduler.accounts.metrics()["trained"] == 0:
+            raise self._nothing_learnt()
+
+    def _nothing_learnt(self) -> RunError:
         self.journal.commit()
+        groups = self._in_vain.total() // self.config.scheduler.group_size
         counts = " and ".join(f"{count} {reason}" for reason, count in sorted(self._in_vain.items()))
-        raise RunError(
-            f"No batch came together from the last {self.config.groups_in_vain} groups: their samples were dropped "
-            f"({counts}); take easier or harder tasks or larger groups, keep uniform ones (uniform_groups of a "
-            "TaskSource), or mend an environment that fails."
+        newest = f" The newest failure was in {self.failure}." if self._in_vain["env_failure"] else ""
+        return RunError(
+            f"Nothing could be learnt from the last {groups} groups: their samples were dropped ({counts}); take "
+            "easier or harder tasks or larger groups, keep uniform ones (uniform_groups of a TaskSource), or mend an "
+            f"environment that fails.{newest}"
         )
 
     def next_batch(self) -> tuple[Batch | None, list[Ticket]]:
@@ -189,17 +212,26 @@ class Session:
             elif isinstance(event, Finished):
                 self._window.add(event.rollout)
                 self.started_at.pop(event.rollout.id, None)
+                self._note_failure(event.rollout)
             elif isinstance(event, Dropped):
                 self._in_vain[event.reason] += 1
+            elif isinstance(event, Accepted):
+                self._in_vain.clear()
             elif isinstance(event, Published):
                 while self.version < event.version:
                     self.learn()
+
+    def _note_failure(self, rollout: Rollout) -> None:
+        if rollout.reward is not None:
+            self._failed = 0
+        elif rollout.outcome != "aborted":
+            self._failed += rollout.outcome == "env_failure"
+            self.failure = f"{rollout.ticket.environment}: {rollout.failure}"
 
     def _handed_out(self, batch: Batch, tick: int) -> None:
         """A batch was made: if the one before was not learnt from again yet, it is now."""
         if self.batch is not None:
             self.learn()
-        self._in_vain.clear()
         figures = self._window.close(batch, self.scheduler.accounts)
         if batch.step >= self.version:
             self.batch, self.batch_tick, self._figures = batch, tick, figures

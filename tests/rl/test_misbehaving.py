@@ -1,18 +1,25 @@
 """Runs whose environments hang, break or lie: the run goes on, or says why it does not."""
 
+import io
 import threading
+from collections import Counter
 
 import pytest
+from rich.console import Console
+from scripted import Chat
 from speaker import speaker_model, speaker_tokenizer
 
 import glm5
-from glm5.envs import EpisodeLimits, GymEnvironment
+from glm5.envs import EpisodeLimits, GymEnvironment, Reward, SingleTurn, Task
+from glm5.errors import RunError
 from glm5.optim import OptimizerConfig
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.learner import LearnerConfig
+from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.runner import RolloutConfig
+from glm5.scoring import Grade
 
 FAST = OptimizerConfig(name="adamw", lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
 
@@ -66,3 +73,77 @@ def test_calls_that_hang_hold_up_neither_the_learner_nor_the_end(parent, tmp_pat
         assert run.finished and left[0] < 0 and not waited
     finally:
         release.set()
+
+
+class Tasks:
+    """Tasks whose rewards `worth` tells from (index, how many of the task were scored before)."""
+
+    name = "tasks"
+
+    def __init__(self, worth):
+        self.worth, self.scored, self.lock = worth, Counter(), threading.Lock()
+
+    def task(self, seed, index):
+        return Task(f"tasks/{seed}/{index}", ({"role": "user", "content": f"{index % 5}"},), "", "one")
+
+    def score(self, task, response):
+        with self.lock:
+            before = self.scored[task.id]
+            self.scored[task.id] += 1
+        return Reward(float(self.worth(int(task.id.rsplit("/", 1)[1]), before)), Grade("correct", "said"))
+
+
+def test_a_broken_environment_is_found_soon_and_with_its_reason(parent, tmp_path):
+    mended = []
+
+    def worth(index, before):
+        if not mended:
+            raise LookupError(f"no table\nof task {index}")
+        return before % 2
+
+    environment = SingleTurn(Tasks(worth))
+    reason = r"The last 16 rollouts all failed in their environments, the newest in tasks: crash: score: LookupError"
+    for number, train in enumerate((train_rl, train_in_lockstep)):
+        log = io.StringIO()
+        path = tmp_path / str(number)
+        mended.clear()
+        with pytest.raises(RunError, match=reason + "(.|\n)*no table\nof task [0-9]+.*then resume the run"):
+            train(config_of(parent), [environment], path, console=Console(file=log, width=500))
+        assert sum(environment.questions.scored.values()) < 400
+        environment.questions.scored.clear()
+        if train is train_rl:
+            assert log.getvalue().count("tasks: crash: score: LookupError: no table of task") == 1
+        mended.append(True)
+        assert train(config_of(parent), [environment], path, resume=True).finished
+
+
+def test_failures_between_scores_stop_nothing(parent, tmp_path):
+    def worth(index, before):
+        if before < 3 and index % 2:
+            raise LookupError("flaky")
+        return before % 2
+
+    config = config_of(parent, steps=4, scheduler={"max_attempts": 9}, groups_in_vain=4)
+    assert train_rl(config, [SingleTurn(Tasks(worth))], tmp_path / "run").finished
+
+
+def test_rare_useful_groups_are_enough_to_go_on(parent, tmp_path):
+    useful = lambda index, before: index % 7 == 0 and before % 2
+    config = config_of(parent, scheduler={"groups_per_batch": 4, "group_size": 2, "max_running": 8}, groups_in_vain=12)
+    for number, train in enumerate((train_rl, train_in_lockstep)):
+        run = train(config, [SingleTurn(Tasks(useful))], tmp_path / str(number))
+        assert all(sum(line["dropped"].values()) > 0 for line in run.read("metrics")) and run.finished
+
+
+@pytest.mark.parametrize("mode", ["sync", "one-step-off"])
+def test_a_run_of_empty_batches_does_not_end_as_if_it_had_learnt(parent, tmp_path, mode):
+    config = config_of(parent, steps=3, scheduler={"mode": mode})
+    for resume in (False, True):
+        with pytest.raises(
+            RunError, match=r"Nothing could be learnt from the last \d groups.*all wrong\); take easier"
+        ):
+            train_rl(config, [Chat(reward=lambda said: 0.0)], tmp_path / "short", resume=resume)
+    assert not (tmp_path / "short" / "model").exists()
+    config = config_of(parent, steps=300, scheduler={"mode": mode}, groups_in_vain=5)
+    with pytest.raises(RunError, match=r"the last [56] groups.*all wrong"):
+        train_rl(config, [Chat(reward=lambda said: 0.0)], tmp_path / "long")

@@ -237,14 +237,6 @@ def test_a_run_that_teaches_nothing_says_so(parent, tmp_path):
             run(config, [Chat(reward=lambda said: 0.0)], path, resume=True)
 
 
-def test_a_run_whose_environment_always_fails_says_so(parent, tmp_path):
-    config = config_of(parent, groups_in_vain=5)
-    broken = SingleTurn(Letters(*range(1000)))
-    broken.questions.broken = dict.fromkeys(broken.questions.broken, 1000)
-    with pytest.raises(RunError, match=r"the last 5 groups.*env_failure.*mend an environment that fails"):
-        train_rl(config, [broken], tmp_path / "run")
-
-
 def test_a_mistake_of_the_engine_stops_the_run_with_its_sentence(parent, tmp_path):
     def broken_fleet(model, tokenizer, version):
         engine = Engine(copy.deepcopy(model), tokenizer)

@@ -18,6 +18,8 @@ from glm5.train import RunDirectory
 
 EVERY = 0.5
 """Seconds between two glances that are drawn."""
+LONGEST = 300
+"""Characters of the reason of a failure."""
 
 
 class Watch:
@@ -46,6 +48,12 @@ class Watch:
         if text != self._snapshot.note:
             self._snapshot = replace(self._snapshot, note=text)
             self._show(self._snapshot)
+
+    def failed(self, reason: str) -> None:
+        """A rollout failed: the first one since the last step is noted, for a log holds a line for every note."""
+        if not self._snapshot.note:
+            line = " ".join(reason.split())
+            self.note(line if len(line) <= LONGEST else line[:LONGEST] + "...")
 
 
 def snapshot_of(run: RunDirectory) -> Snapshot:
