@@ -67,7 +67,8 @@ def admit(
     prompt = tuple(prompt_ids)
     if not prompt:
         raise InputError("The prompt is empty; give at least one token id.")
-    named = {"The prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias or ()}
+    named = {"The prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias or (),
+             "bad_sequences": [token for one in params.bad_sequences for token in one]}  # fmt: skip
     for name, ids in named.items():
         wrong = next((t for t in ids if not isinstance(t, int) or not 0 <= t < limits.vocab_size), None)
         if wrong is not None:

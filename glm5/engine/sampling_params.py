@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ MAX_STOPS = 64
 MAX_SAMPLES = 256
 MAX_BIASES = 1024
 MAX_BIAS = 100.0
+MAX_BAD = 128
+MAX_BAD_LENGTH = 64
 MAX_PENALTY = 2.0
 MAX_GRAMMAR_BYTES = 256 * 1024
 
@@ -75,7 +78,7 @@ class StructuredOutputs:
 class SamplingParams:
     """Sampling settings of one request; `dataclasses.replace` changes a field (it validates again).
 
-    The order, as in vLLM: structure, `min_tokens`, `logit_bias`, penalties, temperature, `min_p`, `top_k`, `top_p`.
+    The order, as in vLLM: structure, `bad_sequences`, `min_tokens`, `logit_bias`, penalties, temperature, `min_p`, `top_k`, `top_p`.
     Raises `InputError`.
     """
 
@@ -97,10 +100,13 @@ class SamplingParams:
     """Taken off a token's logit once for each time that it is in the output, -2 to 2."""
     logit_bias: Mapping[int, float] | None = None
     """token id -> number from -100 to 100 that is added to its logit; stored as a dict."""
+    bad_sequences: Iterable[SequenceOf[int]] = ()
+    """Token ids that are not written in a row: the last of them is never sampled behind the others, and one that stands
+    alone never. Stored as tuples. (vLLM's `bad_words`, in ids.)"""
     max_tokens: int | None = 16
     """Tokens to sample at most; None: as many as the context limit leaves."""
     min_tokens: int = 0
-    """No stop token is sampled before this many tokens."""
+    """No stop token is sampled, and no stop string looked for, in this many tokens."""
     stop: str | Iterable[str] = ()
     """Strings that end the text; stored as a tuple. They need an engine with a tokenizer."""
     stop_token_ids: Iterable[int] = ()
@@ -126,6 +132,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        object.__setattr__(self, "bad_sequences", _bad(self.bad_sequences))
         check_whole("n", self.n, 1, MAX_SAMPLES)
         check_number("temperature", self.temperature, 0.0)
         check_number("top_p", self.top_p, 0.0, 1.0, above=True)
@@ -168,6 +175,16 @@ def _biases(given: Any) -> dict[int, float] | None:
         check_whole("logit_bias key", token, 0)
         check_number(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS)
     return dict(given) or None
+
+
+def _bad(given: Any) -> tuple[tuple[int, ...], ...]:
+    """A checked copy of `bad_sequences`."""
+    found = tuple(as_tuple("bad_sequences entry", one, "token ids") for one in as_tuple("bad_sequences", given, "lists"))
+    if len(found) > MAX_BAD or not all(1 <= len(one) <= MAX_BAD_LENGTH for one in found):
+        raise InputError(f"bad_sequences holds at most {MAX_BAD} entries of 1 to {MAX_BAD_LENGTH} token ids; give less.")
+    for token in (token for one in found for token in one):
+        check_whole("bad_sequences token", token, 0)
+    return found
 
 
 def _schema_text(given: Any) -> str:

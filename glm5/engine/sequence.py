@@ -98,7 +98,9 @@ class Sequence:
         """What the newest token adds to the text, and whether and why it is the last (its finish and stop reason)."""
         if token_id in self.stop_ids:
             return self._finish("", "stop", token_id if token_id in self.params.stop_token_ids else None)
-        text, stop = self.stop_strings.feed(self.detokenizer.feed(token_id) if self.detokenizer else "")
+        text, stop = self.detokenizer.feed(token_id) if self.detokenizer else "", None
+        if len(self.deltas) >= self.params.min_tokens:
+            text, stop = self.stop_strings.feed(text)
         if stop is not None:
             return text, "stop", stop
         if self.sampler.complete:

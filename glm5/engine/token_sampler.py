@@ -3,6 +3,7 @@
 In this order, which is vLLM's (x: logits in fp32, c: how often a token is in the output):
 
     structure            x = -inf for every token that the grammar does not allow now
+    bad_sequences        x = -inf for the last token of a sequence behind the others of it
     min_tokens           x = -inf for stop tokens while the output is shorter
     logit_bias           x += bias
     repetition_penalty   x = x / r if x > 0 else x * r, for tokens in the prompt or the output
@@ -54,6 +55,7 @@ class TokenSampler:
         self.grammar = grammar
         self.output_ids: list[int] = []
         self._stop_ids = sorted(stop_ids)
+        self._bad = [(one[:-1], one[-1]) for one in params.bad_sequences]
         self._biased_ids = list(params.logit_bias or {})
         self._biases = torch.tensor(list((params.logit_bias or {}).values()), dtype=torch.float32)
         self._repetition = params.repetition_penalty != 1.0
@@ -107,11 +109,14 @@ class TokenSampler:
         return self._random[1][position - start]
 
     def adjusted(self, logits_V: Tensor) -> Tensor:
-        """The logits that are sampled: structure, `min_tokens`, `logit_bias`, penalties. Float32; may be the input."""
+        """The logits that are sampled: structure, bad sequences, `min_tokens`, biases, penalties. Float32; may be the input."""
         params, early = self.params, len(self.output_ids) < self.params.min_tokens and bool(self._stop_ids)
-        if self.grammar is None and not early and not self._biased_ids and not self._counting:
+        bad_ids = self._bad_ids() if self._bad else []
+        if self.grammar is None and not (early or bad_ids or self._biased_ids or self._counting):
             return logits_V
         x_V = logits_V.detach().float().clone()
+        if bad_ids:
+            x_V[bad_ids] = -torch.inf
         if early:
             x_V[self._stop_ids] = -torch.inf
         if self._biased_ids:
@@ -130,8 +135,15 @@ class TokenSampler:
             return x_V
         allowed_V = torch.from_numpy(self.grammar.allowed())
         masked_V = x_V.where(allowed_V, -torch.inf)
-        # `min_tokens` must not forbid the only tokens that the structure still has: then the structure ends.
-        return masked_V if not early or masked_V.max() > -torch.inf else logits_V.float().where(allowed_V, -torch.inf)
+        # Neither must forbid the only tokens that the structure still has.
+        if (early or bad_ids) and masked_V.max() == -torch.inf:
+            return logits_V.float().where(allowed_V, -torch.inf)
+        return masked_V
+
+    def _bad_ids(self) -> list[int]:
+        """The tokens that would complete a bad sequence now."""
+        said = self.output_ids
+        return [last for head, last in self._bad if not head or tuple(said[-len(head) :]) == head]
 
     def _seen(self, vocab_size: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """How often each token is in the output, and whether it is in the prompt."""

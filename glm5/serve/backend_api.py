@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from glm5.engine import SamplingParams
 from glm5.engine.outputs import FinishReason, TopLogprobs
+from glm5.engine.sampling_params import MAX_BIAS
 from glm5.errors import InputError
 from glm5.serve.errors import ApiError
 
@@ -56,6 +57,11 @@ def settings(params: SamplingParams) -> dict[str, Any]:
     """The sampling settings under vLLM's names, without those that hold here."""
     given = {name: value for name, value in asdict(params).items() if value is not None and name not in NOT_SENT}
     given["stop_token_ids"] = list(params.stop_token_ids)
+    if given.pop("bad_sequences"):  # a setting of this project: one token becomes a bias that no model overcomes
+        if any(len(one) > 1 for one in params.bad_sequences):
+            raise InputError("bad_words of more than one token are not passed on to a backend; leave them out.")
+        never = {token: -MAX_BIAS for (token,) in params.bad_sequences}
+        given["logit_bias"] = {**(params.logit_bias or {}), **never}
     if params.structured_outputs is not None:
         wanted = asdict(params.structured_outputs)
         given["structured_outputs"] = {name: value for name, value in wanted.items() if value is not None}
@@ -134,8 +140,6 @@ class SGLangApi:
         """Under SGLang's names. Raises `InputError` for settings that it has not."""
         names = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
         given = {names.get(name, name): value for name, value in settings(params).items()}
-        if given.pop("logit_bias", None):
-            raise InputError("logit_bias is not passed on to SGLang; leave it out.")
         if given["top_k"] <= 0:
             given["top_k"] = -1
         wanted = given.pop("structured_outputs", {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -56,11 +55,9 @@ class ChatReply:
         params = request.sampling(
             service.defaults, max_tokens=most, logprobs=request.top_logprobs or 0, structured_outputs=structure
         )
-        if tools and not request.parallel_tool_calls and structure is None:  # the first call ends the turn
-            end = service.tokenizer.token_to_id("</tool_call>")
-            params = replace(params, stop_token_ids=(*params.stop_token_ids, end))
+        params = service.under_tools(params, tools, parallel=request.parallel_tool_calls)
         self.generation = Generation(
-            service.source, [prompt], params, parser=lambda seed: AssistantStream(tools, thinking, seed),
+            service.source, [prompt], params, parser=lambda seed: AssistantStream(tools, thinking, seed, bool(tools)),
             session_id=session_id, priority=request.priority, messages=messages,
         )  # fmt: skip
 

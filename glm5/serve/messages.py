@@ -9,7 +9,6 @@ is held by the grammar where there is one, and by ending after the first `</tool
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,7 +84,7 @@ class MessagesReply:
             service.source,
             [prompt],
             self._params(min(request.max_tokens, limit - len(prompt))),
-            parser=lambda seed: AssistantStream(tools, thinking, seed),
+            parser=lambda seed: AssistantStream(tools, thinking, seed, bool(tools)),
             session_id=session_id,
             messages=asked.messages,
         )
@@ -96,14 +95,11 @@ class MessagesReply:
         params = SamplingParams(
             max_tokens=max_tokens,
             stop=request.stop_sequences,
+            structured_outputs=self._structure(max_tokens),
             **self.service.defaults.under(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k),
         )
-        structure = self._structure(max_tokens)
-        if structure is not None:
-            return dataclasses.replace(params, structured_outputs=structure)
-        if request.visible_tools and request.tool_choice.disable_parallel_tool_use:
-            return dataclasses.replace(params, stop_token_ids=[self.service.tokenizer.token_to_id("</tool_call>")])
-        return params
+        parallel = not request.tool_choice.disable_parallel_tool_use
+        return self.service.under_tools(params, request.visible_tools, parallel=parallel)
 
     def _structure(self, max_tokens: int) -> StructuredOutputs | None:
         """The grammar of a forced call or of a JSON answer."""

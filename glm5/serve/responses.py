@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -79,7 +78,7 @@ class ResponseReply:
         self.events = 0
 
     def _parser(self, seed: str) -> AssistantStream:
-        return AssistantStream(self.tools, self.thinking, seed)
+        return AssistantStream(self.tools, self.thinking, seed, bool(self.tools))
 
     def _params(self, prompt_tokens: int) -> SamplingParams:
         request = self.request
@@ -105,9 +104,7 @@ class ResponseReply:
                 temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, min_p=request.min_p
             ),
         )
-        if self.tools and not request.parallel_tool_calls and structure is None:  # the first call ends the turn
-            params = replace(params, stop_token_ids=(self.service.tokenizer.token_to_id("</tool_call>"),))
-        return params
+        return self.service.under_tools(params, self.tools, parallel=request.parallel_tool_calls)
 
     # ---- whole and streamed -------------------------------------------------------------------------------------
     def whole(self) -> dict[str, Any]:

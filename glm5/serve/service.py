@@ -23,7 +23,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from glm5.engine import SamplingDefaults, StructuredOutputs
+from glm5.engine import SamplingDefaults, SamplingParams, StructuredOutputs
 from glm5.engine.admission import check_queueing
 from glm5.engine.grammar import GrammarCompiler
 from glm5.engine.scheduler import PRIORITY_SECONDS
@@ -32,6 +32,7 @@ from glm5.serve.errors import FAILED, TOO_LATE, ApiError, error_status
 from glm5.serve.gate import Gate, Place
 from glm5.serve.generation import Generation, Source, Step
 from glm5.serve.limits import Limits, deadline_of
+from glm5.serve.structure import with_calls_as_allowed
 from glm5.text import Tokenizer, Written, spliced_prompt
 
 log = logging.getLogger("glm5.serve")
@@ -183,6 +184,13 @@ class Service:
             self.tokenizer, messages, written, tools, enable_thinking=enable_thinking, clear_thinking=clear_thinking,
             reasoning_effort=reasoning_effort,
         )  # fmt: skip
+
+    def under_tools(
+        self, params: SamplingParams, tools: Sequence[Mapping[str, Any]], *, parallel: bool
+    ) -> SamplingParams:
+        """The settings of a request whose prompt shows these tools (`with_calls_as_allowed`)."""
+        exact = self.recorder is not None
+        return with_calls_as_allowed(params, self.tokenizer, tools, parallel=parallel, exact=exact)
 
     def _leave(self, reply: Reply, place: Place) -> None:
         reply.generation.close()

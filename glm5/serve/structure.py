@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from glm5.engine import StructuredOutputs
+from glm5.engine import SamplingParams, StructuredOutputs
 from glm5.errors import InputError
 from glm5.serve.tool_rules import call_rules, json_terminal
+from glm5.text import Tokenizer
 
 Calls = Literal["none", "one", "many"]
 
@@ -51,6 +52,22 @@ class Structure:
         if thinking:
             rules += [f"reasoning[max_tokens={max(1, reasoning_tokens)}]: REASONING", f"REASONING: {REASONING}"]
         return StructuredOutputs(grammar="\n".join([f"start: {head}({' | '.join(bodies)})", *rules]))
+
+
+def with_calls_as_allowed(
+    params: SamplingParams, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], *, parallel: bool, exact: bool
+) -> SamplingParams:
+    """The settings under the tools that the prompt shows: where there are none no call begins, and where one call is
+    allowed and no grammar holds it, its end ends the turn.
+
+    exact: what is sampled is recorded as the model's own, so nothing is forbidden; the parser takes the tag for text.
+    """
+    if not tools:
+        begin = (tokenizer.token_to_id("<tool_call>"),)
+        return params if exact else replace(params, bad_sequences=(*params.bad_sequences, begin))
+    if parallel or params.structured_outputs is not None:
+        return params
+    return replace(params, stop_token_ids=(*params.stop_token_ids, tokenizer.token_to_id("</tool_call>")))
 
 
 def reasoning_share(prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> int:

@@ -12,7 +12,7 @@ What models really write, and what becomes of it:
   dropped, and so is the second value of a key. A call without a name is content.
 * A value may contain the tags themselves (an agent that edits this file): a closing tag counts when what follows it
   can follow it, and a doubtful one is settled by the next that counts.
-* Unknown tools are kept. String arguments stream as they come; others are typed by the schema when complete.
+* Unknown tools are kept. String arguments stream as they come; others are typed by their schema; any type if broken.
 * Blank lines around the content and terminators at the end are dropped; content that is only blank is None.
 * Reasoning is exact, so that sending it back gives the same tokens. `reasoning`: it is still open.
 """
@@ -68,16 +68,16 @@ def parse_assistant(
 class AssistantStream:
     """Parses one assistant turn. `feed` pieces, `close` for the rest at the end, `finish` for the whole message."""
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None, thinking: bool = True, seed: str = "") -> None:
-        """`seed` goes into the identities of the calls: give the response's own, and they differ between turns.
-
-        Raises `TextError` for a tool without a name; a schema that cannot be read allows every type.
-        """
+    def __init__(
+        self, tools: Sequence[Mapping[str, Any]] | None = None, thinking: bool = True, seed: str = "", calls: bool = True
+    ) -> None:
+        """`seed` makes the identities of the calls: that of the response, and they differ between turns. `calls`: False
+        where none may be made; the tag is text then. Raises `TextError` for a tool without a name."""
         functions = [tool.get("function", tool) for tool in prepare_tools(tools) or []]
         self._parameters = {f["name"]: f.get("parameters") or {} for f in functions}
         self._thinking, self._seed = thinking, seed
-        self._tail = ""  # what may turn out to be the terminators
-        self._buffer = ""  # what no state has consumed yet
+        self._opens = ("<tool_call>",) if calls else ()
+        self._buffer, self._tail = "", ""  # what no state has consumed yet, and what may turn out to be the terminators
         self._ended = False
         self._state: Callable[[], bool] = self._start
         self._deltas: list[Delta] = []
@@ -152,7 +152,7 @@ class AssistantStream:
         return True
 
     def _in_reasoning(self) -> bool:
-        text, tag = self._take("</think>", "<tool_call>")
+        text, tag = self._take("</think>", *self._opens)
         if text and self._reasoning is not None:
             self._reasoning.append(text)
             self._emit_text("reasoning_content", text)
@@ -161,7 +161,7 @@ class AssistantStream:
         return bool(tag)
 
     def _in_content(self) -> bool:
-        text, tag = self._take("<tool_call>", "</think>")
+        text, tag = self._take(*self._opens, "</think>")
         self._say(text)
         if tag == "<tool_call>":
             self._state = self._in_name

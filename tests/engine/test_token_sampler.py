@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from glm5.engine import SamplingParams
-from glm5.engine.sampler import filtered_probabilities, prompt_logprobs, uniform, uniforms
+from glm5.engine.sampler import filtered_probabilities, prompt_logprobs, sample_token, uniform, uniforms
 from glm5.engine.token_sampler import TokenSampler
 from glm5.errors import InputError
 
@@ -185,3 +186,21 @@ def test_prompt_logprobs_are_those_of_each_next_token():
 def test_bad_settings_are_refused_with_a_sentence(field, value, sentence):
     with pytest.raises(InputError, match=sentence):
         SamplingParams(**{field: value})
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens, st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3), min_size=1, max_size=5))
+def test_bad_sequences_equal_transformers(output, bad):
+    bad = [*bad, output[-2:] + [7]]  # one that the output is about to complete
+    sampler = sampler_after(SamplingParams(bad_sequences=bad), [1, 2], output)
+    logits_V = random_logits(3)
+    ids_1T = torch.tensor([output], dtype=torch.long)
+    expected_V = NoBadWordsLogitsProcessor(bad)(ids_1T, logits_V[None])[0]
+    assert torch.equal(sampler.adjusted(logits_V), expected_V)
+    assert sampler.choose(logits_V, 5) == sample_token(expected_V, sampler.params, sampler.uniform(5))
+
+
+@pytest.mark.parametrize("bad", [5, [5], [[]], [[-1]], [["x"]], [[1]] * 129, [[1] * 65]])
+def test_bad_sequences_that_are_none_are_refused(bad):
+    with pytest.raises(InputError, match="bad_sequences"):
+        SamplingParams(bad_sequences=bad)

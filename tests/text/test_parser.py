@@ -243,3 +243,14 @@ def test_tools_without_a_name_give_a_sentence(tools: Any) -> None:
 def test_parameters_that_are_no_schema_allow_anything(parameters: Any) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     assert parsed(f"<tool_call>f{arg('a', '12')}</tool_call>", False, tools) == (None, None, [("f", {"a": 12})])
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_where_no_call_may_be_made_its_tag_is_text(size):
+    call = "<tool_call>add<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"
+    text = f"maybe {call}?</think>so {call}"
+    stream = AssistantStream(calls=False)
+    deltas = [delta for at in range(0, len(text), size) for delta in stream.feed(text[at : at + size])]
+    message = stream.finish()
+    assert (message["reasoning_content"], message["content"]) == (f"maybe {call}?", f"so {call}")
+    assert message["tool_calls"] == [] and not any("tool_calls" in delta for delta in deltas)
