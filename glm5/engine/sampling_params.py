@@ -78,8 +78,8 @@ class StructuredOutputs:
 class SamplingParams:
     """Sampling settings of one request; `dataclasses.replace` changes a field (it validates again).
 
-    The order, as in vLLM: structure, `bad_sequences`, `min_tokens`, `logit_bias`, penalties, temperature, `min_p`, `top_k`, `top_p`.
-    Raises `InputError`.
+    The order, as in vLLM: structure, `bad_sequences`, `min_tokens`, `logit_bias`, penalties, temperature, `min_p`,
+    `top_k`, `top_p`. Raises `InputError`.
     """
 
     n: int = 1
@@ -179,9 +179,13 @@ def _biases(given: Any) -> dict[int, float] | None:
 
 def _bad(given: Any) -> tuple[tuple[int, ...], ...]:
     """A checked copy of `bad_sequences`."""
-    found = tuple(as_tuple("bad_sequences entry", one, "token ids") for one in as_tuple("bad_sequences", given, "lists"))
+    found = tuple(
+        as_tuple("bad_sequences entry", one, "token ids") for one in as_tuple("bad_sequences", given, "lists")
+    )
     if len(found) > MAX_BAD or not all(1 <= len(one) <= MAX_BAD_LENGTH for one in found):
-        raise InputError(f"bad_sequences holds at most {MAX_BAD} entries of 1 to {MAX_BAD_LENGTH} token ids; give less.")
+        raise InputError(
+            f"bad_sequences holds at most {MAX_BAD} entries of 1 to {MAX_BAD_LENGTH} token ids; give less."
+        )
     for token in (token for one in found for token in one):
         check_whole("bad_sequences token", token, 0)
     return found

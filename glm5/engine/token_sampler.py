@@ -109,7 +109,7 @@ class TokenSampler:
         return self._random[1][position - start]
 
     def adjusted(self, logits_V: Tensor) -> Tensor:
-        """The logits that are sampled: structure, bad sequences, `min_tokens`, biases, penalties. Float32; may be the input."""
+        """The logits that are sampled, with all of the above but temperature and cuts. Float32; may be the input."""
         params, early = self.params, len(self.output_ids) < self.params.min_tokens and bool(self._stop_ids)
         bad_ids = self._bad_ids() if self._bad else []
         if self.grammar is None and not (early or bad_ids or self._biased_ids or self._counting):

@@ -15,6 +15,7 @@ from typing import Any
 
 from glm5.errors import TextError
 from glm5.serve.anthropic_schema import AnthropicMessage, Content, CountTokensRequest
+from glm5.text.messages import results_in_order
 
 BILLING = "x-anthropic-billing-header"
 Message = dict[str, Any]
@@ -30,7 +31,6 @@ def chat_messages(request: CountTokensRequest) -> tuple[list[Message], str]:
     prefill = ""
     if given[-1].role == "assistant":
         prefill = _prefill(given.pop(), request)
-    calls: list[str] = []
     for number, message in enumerate(given):
         where = f"messages.{number}"
         if message.role == "system":
@@ -38,29 +38,24 @@ def chat_messages(request: CountTokensRequest) -> tuple[list[Message], str]:
         elif message.role == "assistant":
             turn = _assistant(_blocks(message.content), where)
             earlier = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
-            calls = [call["id"] for call in turn["tool_calls"]] + (calls if earlier else [])
             if earlier:
                 _join(earlier, turn)
             else:
                 messages.append(turn)
         else:
-            _add_user(messages, _blocks(message.content), calls, where)
+            _add_user(messages, _blocks(message.content), where)
     if not any(message["role"] != "system" for message in messages):
         raise TextError("messages: there is nothing to answer; send a message of the user.")
-    return messages, prefill
+    return [dict(message) for message in results_in_order(messages)], prefill
 
 
-def _add_user(messages: list[Message], blocks: Sequence[Block], calls: list[str], where: str) -> None:
-    """Results in the order of their calls, then what the user says."""
+def _add_user(messages: list[Message], blocks: Sequence[Block], where: str) -> None:
+    """Results, then what the user says."""
     results = [block for block in blocks if block.get("type") == "tool_result"]
-    for block in results:
-        if block.get("tool_use_id") not in calls:
-            raise TextError(
-                f"{where}: the tool_result for {block.get('tool_use_id')!r} answers no tool_use of the turn "
-                "before it; send both."
-            )
-    results.sort(key=lambda block: calls.index(block["tool_use_id"]))
-    messages += [{"role": "tool", "content": _result(block, where)} for block in results]
+    messages += [
+        {"role": "tool", "tool_call_id": _string(block, "tool_use_id", where), "content": _result(block, where)}
+        for block in results
+    ]
     said = _texts([block for block in blocks if block.get("type") != "tool_result"], where)
     if not said and results:
         return

@@ -18,6 +18,7 @@ from glm5.serve.responses_schema import ResponsesRequest, input_messages
 from glm5.serve.service import Service, named_event
 from glm5.serve.structure import Structure, answer_schema, forced_calls, reasoning_share
 from glm5.text import AssistantStream
+from glm5.text.messages import results_in_order
 
 ENDS = {"stop": "completed", "length": "incomplete", "abort": "cancelled"}
 
@@ -61,7 +62,7 @@ class ResponseReply:
         session_id: str | None,
     ) -> None:  # fmt: skip
         self.request, self.service, self.store = request, service, store
-        self.messages = [*earlier, *input_messages(request.input)]
+        self.messages = [dict(m) for m in results_in_order([*earlier, *input_messages(request.input)])]
         self.tools, self.thinking = request.visible_tools(), request.enable_thinking
         opening = [{"role": "system", "content": request.instructions}] if request.instructions else []
         kwargs = request.chat_template_kwargs

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from glm5.engine import StructuredOutputs
 from glm5.serve.fields import UNREAD, SamplingFields
 from glm5.serve.structure import Structure, answer_schema, forced_calls
+from glm5.text.messages import results_in_order
 
 
 class Thinking(BaseModel):
@@ -162,9 +163,11 @@ class ChatRequest(SamplingFields):
         return self.thinking.clear_thinking if stated is None and self.thinking is not None else stated
 
     def prompt_messages(self) -> list[dict[str, Any]]:
-        """The messages with OpenAI's newer name of the system role put back."""
+        """The messages with OpenAI's newer name of the system role put back, and results in the order of their calls.
+        Raises `TextError`."""
         messages = [message.model_dump(exclude_unset=True) for message in self.messages]
-        return [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        named = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        return [dict(message) for message in results_in_order(named)]
 
     @property
     def visible_tools(self) -> list[dict[str, Any]]:

@@ -14,10 +14,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from glm5.errors import TextError, did_you_mean
 
+Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 
 # Unicode reserves these 32 code points for a program's own use; text that is meant to be read does not contain them.
@@ -46,6 +48,40 @@ def prepare_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, A
             )
         prepared.append(dict(tool))
     return prepared
+
+
+def results_in_order(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the results of tools in the order of the calls that they answer.
+
+    The template shows no ids, so the order alone tells the model which result is whose. Each run of messages of the
+    role "tool" is sorted by the calls of the assistant's turn before it; a run that names no `tool_call_id` stays as it
+    is. Raises `TextError` for a result that answers no call of that turn.
+    """
+    ordered: list[Message] = []
+    calls: list[Any] = []
+    previous = None
+    for is_result, run in groupby(messages, lambda message: _role(message) == "tool"):
+        group = list(run)
+        if not is_result:
+            for message in group:
+                if _role(message) == "assistant":
+                    made = message.get("tool_calls") or []
+                    ids = [call.get("id") for call in made if isinstance(call, Mapping)]
+                    calls = calls + ids if previous == "assistant" else ids
+                previous = _role(message)
+            ordered += group
+            continue
+        previous = "tool"
+        if any(message.get("tool_call_id") is not None for message in group):
+            for message in group:
+                if message.get("tool_call_id") not in calls:
+                    raise TextError(
+                        f"the tool result for {message.get('tool_call_id')!r} answers no call of the turn before it; "
+                        "send the call and its result with the same id"
+                    )
+            group.sort(key=lambda message: calls.index(message["tool_call_id"]))
+        ordered += group
+    return ordered
 
 
 def split_reasoning(content: str) -> tuple[str | None, str]:
@@ -122,6 +158,10 @@ def _content(content: Any, role: str, where: str) -> Any:
     if role == "tool" and content and all(_kind(part) == "tool_reference" for part in content):
         return [dict(part) for part in content]
     return "".join(_text(part, f"{where} ({role})") for part in content)
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, Mapping) else None
 
 
 def _kind(part: Any) -> Any:

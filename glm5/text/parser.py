@@ -69,7 +69,11 @@ class AssistantStream:
     """Parses one assistant turn. `feed` pieces, `close` for the rest at the end, `finish` for the whole message."""
 
     def __init__(
-        self, tools: Sequence[Mapping[str, Any]] | None = None, thinking: bool = True, seed: str = "", calls: bool = True
+        self,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = True,
+        seed: str = "",
+        calls: bool = True,
     ) -> None:
         """`seed` makes the identities of the calls: that of the response, and they differ between turns. `calls`: False
         where none may be made; the tag is text then. Raises `TextError` for a tool without a name."""

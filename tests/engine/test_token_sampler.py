@@ -191,7 +191,7 @@ def test_bad_settings_are_refused_with_a_sentence(field, value, sentence):
 @settings(max_examples=30, deadline=None)
 @given(tokens, st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3), min_size=1, max_size=5))
 def test_bad_sequences_equal_transformers(output, bad):
-    bad = [*bad, output[-2:] + [7]]  # one that the output is about to complete
+    bad = [*bad, [*output[-2:], 7]]  # one that the output is about to complete
     sampler = sampler_after(SamplingParams(bad_sequences=bad), [1, 2], output)
     logits_V = random_logits(3)
     ids_1T = torch.tensor([output], dtype=torch.long)

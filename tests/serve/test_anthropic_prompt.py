@@ -60,7 +60,8 @@ def test_results_follow_the_order_of_the_calls_and_come_before_what_is_said():
         {"name": "one", "arguments": {"a": 1}}, {"name": "two", "arguments": {}},
     ]  # fmt: skip
     assert messages[2:] == [
-        {"role": "tool", "content": "Error: done"}, {"role": "tool", "content": "2\n3"},
+        {"role": "tool", "tool_call_id": "id-one", "content": "Error: done"},
+        {"role": "tool", "tool_call_id": "id-two", "content": "2\n3"},
         {"role": "user", "content": "and now?"},
     ]  # fmt: skip
 
@@ -84,8 +85,8 @@ def test_the_last_turn_of_the_assistant_begins_the_answer():
 @pytest.mark.parametrize(
     ("messages", "sentence"),
     [
-        ([user(result("f"))], "answers no tool_use"),
-        ([user("go"), assistant(call("f")), user(result("g"))], "'id-g' answers no tool_use"),
+        ([user(result("f"))], "answers no call"),
+        ([user("go"), assistant(call("f")), user(result("g"))], "'id-g' answers no call"),
         ([user("go"), assistant(call("f")), user("no"), user(result("f"))], None),
         ([user({"type": "image", "source": {}})], r"messages.0 holds an image.*describe it in words"),
         ([user("go"), assistant(call("f")), user(result("f", [{"type": "image"}]))], "tool_result holds an image"),

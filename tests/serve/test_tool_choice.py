@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from chat_client import ADD, USER, ask, client_of
+from chat_client import ADD, USER, client_of
 from speaker import speaker_tokenizer
 
 CALL = "<tool_call>add<arg_key>a</arg_key><arg_value>12</arg_value></tool_call>"
@@ -42,3 +42,33 @@ def test_without_a_visible_tool_nothing_is_called(path, fields, spelled):
     said = json.dumps(text.json())
     assert "tool_use" not in said and "function_call" not in said and '"tool_calls"' not in said
     assert ("<tool_call>add" in said) is spelled and "I call" in said
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+def test_results_are_matched_to_their_calls_by_id(path):
+    """The template shows no ids, so a prompt with the results the other way round must be the same one."""
+
+    def prompt(*names):
+        if path == "responses":
+            made = [
+                {"type": "function_call", "call_id": i, "name": "add", "arguments": f'{{"note": "{i}"}}'} for i in "ab"
+            ]
+            results = [{"type": "function_call_output", "call_id": i, "output": f"of {i}"} for i in names]
+            fields = {"input": [*USER, *made, *results], "tools": [FLAT]}
+        else:
+            made = [
+                {"id": i, "type": "function", "function": {"name": "add", "arguments": f'{{"note": "{i}"}}'}}
+                for i in "ab"
+            ]
+            results = [{"role": "tool", "tool_call_id": i, "content": f"of {i}"} for i in names]
+            fields = {"messages": [*USER, {"role": "assistant", "tool_calls": made}, *results], "tools": [ADD]}
+        asked = []
+        client = client_of("</think>ok")
+        source = client.app.state.service.source
+        stream = source.stream
+        source.stream = lambda ids, *rest, **more: asked.append(ids) or stream(ids, *rest, **more)
+        answer = post(client, path, **fields)
+        return asked[0] if answer.status_code == 200 else answer.json()["error"]["message"]
+
+    assert prompt("b", "a") == prompt("a", "b") and "of a" in speaker_tokenizer().decode(prompt("a", "b"))
+    assert "the tool result for 'c' answers no call" in prompt("a", "c")
