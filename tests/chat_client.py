@@ -24,6 +24,19 @@ def client_of(text="", *, limits=None, recorder=None, model=None, api_key=None, 
     return TestClient(app, raise_server_exceptions=False)
 
 
+def prompts_of(client):
+    """A list that gets the text of every prompt that the server samples from."""
+    engine, prompts = client.app.state.service.source, []
+    stream = engine.stream
+
+    def watched(prompt_ids, *rest, **more):
+        prompts.append(engine.tokenizer.decode(prompt_ids))
+        return stream(prompt_ids, *rest, **more)
+
+    engine.stream = watched
+    return prompts
+
+
 def ask(client, **fields):
     body = json.dumps({"model": "tiny", "messages": USER, **fields})
     return client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})

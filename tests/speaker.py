@@ -1,6 +1,7 @@
 """A tiny model that speaks: a trained tokenizer of 320 tokens and random weights of the same vocabulary."""
 
 import time
+from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -45,9 +46,9 @@ class ScriptedModel(torch.nn.Module):
     The engine runs it by recomputation (`glm5/engine/recompute.py`), since it has no layers to cache.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, positions: int = 512) -> None:
         super().__init__()
-        self.config = speaker_config()
+        self.config = replace(speaker_config(), max_position_embeddings=positions)
         tokenizer = speaker_tokenizer()
         self.script = [*tokenizer.encode(text), tokenizer.token_to_id("<|user|>")]
         self.delay = 0.0

@@ -80,10 +80,11 @@ class OutputFormat(BaseModel):
 
 
 class OutputConfig(BaseModel):
-    """`output_config`. The effort is accepted unread: its line belongs to GLM-5.2's form of the prompt."""
+    """`output_config`."""
 
     model_config = ConfigDict(extra="ignore")
     format: OutputFormat | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
 
 class CountTokensRequest(RequestBody):

@@ -45,7 +45,7 @@ class ChatReply:
         messages = request.prompt_messages()
         prompt = service.prompt(
             messages, session_id, tools or None, enable_thinking=thinking, clear_thinking=request.clear_thinking,
-            reasoning_effort=request.chat_template_kwargs.reasoning_effort,
+            reasoning_effort=request.chat_template_kwargs.reasoning_effort, effort=request.reasoning_effort,
         )  # fmt: skip
         most = request.max_completion_tokens or request.max_tokens
         share = reasoning_share(len(prompt), most, service.source.max_model_len)

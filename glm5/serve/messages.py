@@ -61,7 +61,7 @@ class Asked:
         """The conversation, and the text that begins the answer."""
         ids = service.prompt(
             self.messages, session_id, request.visible_tools or None, enable_thinking=request.enable_thinking,
-            clear_thinking=False,
+            clear_thinking=False, effort=request.output_config.effort,
         )  # fmt: skip
         self.prompt = ids + service.tokenizer.encode(self.prefill, allow_special=False)
 

@@ -9,14 +9,16 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from glm5.engine import SamplingParams
+from glm5.engine import SamplingParams, TokenDelta
 from glm5.serve.errors import ApiError
 from glm5.serve.generation import Generation, Step
 from glm5.serve.response_items import ResponseItems
 from glm5.serve.response_store import ResponseStore
 from glm5.serve.responses_schema import ResponsesRequest, input_messages
+from glm5.serve.responses_tools import shown_tools
 from glm5.serve.service import Service, named_event
-from glm5.serve.structure import Structure, answer_schema, forced_calls, reasoning_share
+from glm5.serve.structure import Structure, answer_schema, reasoning_share
+from glm5.serve.wording import SpokenTokens
 from glm5.text import AssistantStream
 from glm5.text.messages import results_in_order
 
@@ -63,19 +65,23 @@ class ResponseReply:
     ) -> None:  # fmt: skip
         self.request, self.service, self.store = request, service, store
         self.messages = [dict(m) for m in results_in_order([*earlier, *input_messages(request.input)])]
-        self.tools, self.thinking = request.visible_tools(), request.enable_thinking
+        shown, origins = shown_tools(request.tools)
+        self.tools, self.thinking = request.choice.visible(shown), request.enable_thinking
         opening = [{"role": "system", "content": request.instructions}] if request.instructions else []
         kwargs = request.chat_template_kwargs
         prompt = service.prompt(
             [*opening, *self.messages], session_id, self.tools or None, enable_thinking=self.thinking,
             clear_thinking=kwargs.clear_thinking, reasoning_effort=kwargs.reasoning_effort,
+            effort=request.reasoning.effort,
         )  # fmt: skip
         self.generation = Generation(
             service.source, [prompt], self._params(len(prompt)), parser=self._parser, session_id=session_id,
             priority=request.priority, messages=[*opening, *self.messages],
         )  # fmt: skip
         self.id = f"resp_{self.generation.id}"
-        self.items = ResponseItems(self.generation.id)
+        sealed = "reasoning.encrypted_content" in request.include
+        self.items = ResponseItems(self.generation.id, origins, sealed=sealed)
+        self.spoken = SpokenTokens(service.tokenizer) if request.logprobs else None
         self.events = 0
 
     def _parser(self, seed: str) -> AssistantStream:
@@ -83,11 +89,7 @@ class ResponseReply:
 
     def _params(self, prompt_tokens: int) -> SamplingParams:
         request = self.request
-        choice = request.tool_choice
-        named = None if isinstance(choice, str) else choice.name
-        tools, calls = forced_calls(
-            self.tools, choice if isinstance(choice, str) else None, named, parallel=request.parallel_tool_calls
-        )
+        tools, calls = request.choice.forced(self.tools, parallel=request.parallel_tool_calls)
         answer = answer_schema(request.text.format) if calls == "none" else None
         if answer is not None and self.tools:
             tools, calls = self.tools, "many" if request.parallel_tool_calls else "one"
@@ -100,6 +102,7 @@ class ResponseReply:
             stop=request.stop or (),
             seed=request.seed,
             ignore_eos=request.ignore_eos,
+            logprobs=request.top_logprobs or 0,
             structured_outputs=structure,
             **self.service.defaults.under(
                 temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, min_p=request.min_p
@@ -111,9 +114,11 @@ class ResponseReply:
     def whole(self) -> dict[str, Any]:
         """The `response` object, from the same items as the events."""
         parser = self._parser(f"{self.generation.id}/0")
-        for delta in [*parser.feed(self.generation.samples[0].text), *parser.close()]:
-            for _ in self.items.take(delta):
+        for token in self.generation.samples[0].tokens:
+            for _ in self._take(parser.feed(token.text), token, parser):
                 pass
+        for _ in self._take(parser.close(), None, parser):
+            pass
         for _ in self.items.finish(whole=self._status == "completed"):
             pass
         return self._finished()
@@ -125,8 +130,8 @@ class ResponseReply:
 
     def step(self, step: Step) -> Iterator[dict[str, Any]]:
         """The events of one token."""
-        for delta in step.deltas:
-            yield from map(self._numbered, self.items.take(delta))
+        assert step.sample.parser is not None
+        yield from map(self._numbered, self._take(step.deltas, step.token, step.sample.parser))
 
     def closing(self) -> Iterator[dict[str, Any]]:
         """The end of the last item, and the whole response."""
@@ -144,6 +149,16 @@ class ResponseReply:
         return named_event(body)
 
     # ---- parts --------------------------------------------------------------------------------------------------
+    def _take(
+        self, deltas: list[dict[str, Any]], token: TokenDelta | None, parser: AssistantStream
+    ) -> Iterator[dict[str, Any]]:
+        """The events of what the parser made of a token; the log-probabilities go with the content."""
+        if self.spoken is not None and token is not None:
+            self.spoken.take(token, reasoning=parser.reasoning)
+        for delta in deltas:
+            logprobs = self.spoken.give() if self.spoken is not None and delta.get("content") else ()
+            yield from self.items.take(delta, logprobs)
+
     @property
     def _status(self) -> str:
         return ENDS[self.generation.samples[0].finish_reason]
@@ -163,7 +178,7 @@ class ResponseReply:
     def _body(self, status: str) -> dict[str, Any]:
         request, generation = self.request, self.generation
         done = status != "in_progress"
-        choice = request.tool_choice
+        ignored = [tool.type for tool in request.tools if tool.ignored]
         return {
             "id": self.id,
             "object": "response",
@@ -184,8 +199,9 @@ class ResponseReply:
             "store": request.store,
             "temperature": generation.params.temperature,
             "text": {"format": request.text.format or {"type": "text"}},
-            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
-            "tools": [tool.model_dump() for tool in request.tools],
+            "tool_choice": request.tool_choice,
+            "tools": [tool.model_dump(exclude_unset=True) for tool in request.tools if not tool.ignored],
+            **({"ignored_tools": ignored} if ignored else {}),
             "top_p": generation.params.top_p,
             "truncation": "disabled",
             "usage": self._usage() if done else None,

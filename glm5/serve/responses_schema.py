@@ -5,44 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from glm5.errors import InputError
 from glm5.serve.fields import UNREAD, RequestBody, StreamOptions
+from glm5.serve.response_items import opened
+from glm5.serve.responses_tools import ResponseTool, shown_name
 from glm5.serve.schema import ChatTemplateKwargs
+from glm5.serve.tool_choice import ToolChoice, tool_choice
 
 TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal")
 ROLES = {"developer": "system"}
-
-
-class FunctionTool(BaseModel):
-    """A tool: OpenAI's flat form."""
-
-    model_config = ConfigDict(extra="allow")
-    type: Literal["function"]
-    name: str = Field(min_length=1)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-    def chat_form(self) -> dict[str, Any]:
-        """The same tool as chat completions write it."""
-        return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_none=True)}
-
-
-class NamedTool(BaseModel):
-    """`tool_choice` that names the one tool to call."""
-
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["function"]
-    name: str
+Includable = Literal[
+    "reasoning.encrypted_content", "message.output_text.logprobs",
+    # of tools and inputs that this server does not have
+    "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
+    "message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs",
+]  # fmt: skip
 
 
 class Reasoning(BaseModel):
     """`reasoning`. Summaries are not made: the reasoning itself is given."""
 
     model_config = ConfigDict(extra="ignore")
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
 
 class TextSettings(BaseModel):
@@ -55,22 +41,24 @@ class TextSettings(BaseModel):
 class ResponsesRequest(RequestBody):
     """The body."""
 
-    unread: ClassVar[frozenset[str]] = (UNREAD - {"metadata", "store"}) | {"include", "max_tool_calls"}
+    unread: ClassVar[frozenset[str]] = (UNREAD - {"metadata", "store"}) | {"client_metadata", "max_tool_calls"}
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "background": (False,), "conversation": (), "prompt": (), "truncation": ("disabled",), "top_logprobs": (0,),
+        "background": (False,), "conversation": (), "prompt": (), "truncation": ("disabled",),
     }  # fmt: skip
 
     model: str
     input: str | list[dict[str, Any]]
     instructions: str | None = None
-    tools: list[FunctionTool] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    tools: list[ResponseTool] = Field(default_factory=list)
+    tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = None
     text: TextSettings = Field(default_factory=TextSettings)
     reasoning: Reasoning = Field(default_factory=Reasoning)
+    include: list[Includable] = Field(default_factory=list)
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
     previous_response_id: str | None = None
     store: bool = True
     metadata: dict[str, Any] | None = None
@@ -89,9 +77,21 @@ class ResponsesRequest(RequestBody):
         """Whether the model thinks before it answers."""
         return self.chat_template_kwargs.enable_thinking and self.reasoning.effort != "none"
 
-    def visible_tools(self) -> list[dict[str, Any]]:
-        """The tools that the prompt shows."""
-        return [] if self.tool_choice == "none" else [tool.chat_form() for tool in self.tools]
+    @property
+    def logprobs(self) -> bool:
+        """Whether the message comes with log-probabilities."""
+        return "message.output_text.logprobs" in self.include or bool(self.top_logprobs)
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _choice_is_readable(cls, given: Any) -> Any:
+        tool_choice(given)
+        return given
+
+    @property
+    def choice(self) -> ToolChoice:
+        """`tool_choice`, read."""
+        return tool_choice(self.tool_choice)
 
 
 def input_messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -113,22 +113,23 @@ def input_messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
             else:
                 messages.append({"role": ROLES.get(str(role), role), "content": text})
         elif kind == "reasoning":
-            turn = _open_turn(messages, fresh="reasoning_content")
-            turn["reasoning_content"] = _text(item.get("content") or item.get("summary") or [], where)
-        elif kind == "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            if text := _text(item.get("content") or item.get("summary") or [], where) or opened(item):
+                _open_turn(messages, fresh="reasoning_content")["reasoning_content"] = text
+        elif kind in ("function_call", "custom_tool_call"):
+            arguments = item.get("arguments") if kind == "function_call" else {"input": item.get("input")}
+            function = {"name": shown_name(item.get("name", ""), item.get("namespace")), "arguments": arguments}
             turn = _open_turn(messages, fresh=None)
             turn.setdefault("tool_calls", []).append(
                 {"id": item.get("call_id"), "type": "function", "function": function}
             )
-        elif kind == "function_call_output":
+        elif kind in ("function_call_output", "custom_tool_call_output"):
             messages.append(
                 {"role": "tool", "tool_call_id": item.get("call_id"), "content": _text(item.get("output"), where)}
             )
         else:
             raise InputError(
-                f"{where} is of type {kind!r}; this server reads message, reasoning, function_call and "
-                "function_call_output."
+                f"{where} is of type {kind!r}; this server reads message, reasoning, function_call, custom_tool_call "
+                "and their outputs."
             )
     return messages
 

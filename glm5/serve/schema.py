@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from glm5.engine import StructuredOutputs
 from glm5.serve.fields import UNREAD, SamplingFields
-from glm5.serve.structure import Structure, answer_schema, forced_calls
+from glm5.serve.structure import Structure, answer_schema
+from glm5.serve.tool_choice import ToolChoice, tool_choice
 from glm5.text.messages import results_in_order
 
 
@@ -27,7 +29,7 @@ class ChatTemplateKwargs(BaseModel):
     enable_thinking: bool = True
     clear_thinking: bool | None = None
     reasoning_effort: Literal["low", "high", "max"] | None = None
-    """The effort line of GLM-5.2; the OpenAI field of the same name only turns thinking off ("none")."""
+    """The effort line of GLM-5.2, whatever the template; see `Service.prompt` for the OpenAI field of the same name."""
 
 
 class ChatMessage(BaseModel):
@@ -61,23 +63,15 @@ class Tool(BaseModel):
     """A tool in OpenAI's envelope."""
 
     model_config = ConfigDict(extra="allow")
-    type: Literal["function"]
+    type: str
     function: Function
 
-
-class ChosenFunction(BaseModel):
-    """The name in a `tool_choice`."""
-
-    model_config = ConfigDict(extra="forbid")
-    name: str
-
-
-class ToolChoice(BaseModel):
-    """`tool_choice` that names the one tool to call."""
-
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["function"]
-    function: ChosenFunction
+    @field_validator("type")
+    @classmethod
+    def _runs_at_the_client(cls, kind: str) -> str:
+        if kind != "function":
+            raise ValueError(f"a tool of type {kind!r} is not read here; send it as a function")
+        return kind
 
 
 class StructuredFields(BaseModel):
@@ -108,20 +102,26 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tool_choice: Any = None
     parallel_tool_calls: bool = True
     response_format: dict[str, Any] | None = None
     structured_outputs: StructuredFields | None = None
     thinking: Thinking | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: ChatTemplateKwargs = Field(default_factory=ChatTemplateKwargs)
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _choice_is_readable(cls, given: Any) -> Any:
+        tool_choice(given)
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if self.structured_outputs is not None:
-            if self.response_format is not None or self.forced:
+            if self.response_format is not None or self.choice.mode == "required":
                 raise ValueError("structured_outputs stands alone; leave out response_format and a forced tool_choice")
             if self.enable_thinking:
                 raise ValueError(
@@ -130,25 +130,18 @@ class ChatRequest(SamplingFields):
         return self
 
     @property
-    def chosen(self) -> str | None:
-        """The name of the tool that must be called."""
-        return self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
-
-    @property
-    def forced(self) -> bool:
-        """Whether the answer must be a call."""
-        return self.tool_choice == "required" or self.chosen is not None
+    def choice(self) -> ToolChoice:
+        """`tool_choice`, read."""
+        return tool_choice(self.tool_choice)
 
     def structure(self) -> Structure:
         """What the answer must look like; raises `InputError`."""
-        choice = self.tool_choice if isinstance(self.tool_choice, str) else None
-        tools, calls = forced_calls(self.visible_tools, choice, self.chosen, parallel=self.parallel_tool_calls)
+        tools = self.visible_tools
+        forced, calls = self.choice.forced(tools, parallel=self.parallel_tool_calls)
         answer = answer_schema(self.response_format)
-        if calls == "none" and answer is not None and self.visible_tools:  # an answer in the format, or calls
-            return Structure(
-                answer=answer, tools=self.visible_tools, calls="many" if self.parallel_tool_calls else "one"
-            )
-        return Structure(tools=tools, calls=calls) if calls != "none" else Structure(answer=answer)
+        if calls == "none" and answer is not None and tools:  # an answer in the format, or calls
+            return Structure(answer=answer, tools=tools, calls="many" if self.parallel_tool_calls else "one")
+        return Structure(tools=forced, calls=calls) if calls != "none" else Structure(answer=answer)
 
     @property
     def enable_thinking(self) -> bool:
@@ -170,7 +163,6 @@ class ChatRequest(SamplingFields):
         return [dict(message) for message in results_in_order(named)]
 
     @property
-    def visible_tools(self) -> list[dict[str, Any]]:
-        """The tools that the prompt shows; none of them with `tool_choice: "none"`."""
-        tools = [] if self.tool_choice == "none" else self.tools or []
-        return [tool.model_dump(exclude_unset=True) for tool in tools]
+    def visible_tools(self) -> list[Mapping[str, Any]]:
+        """The tools that the prompt shows: of those that `tool_choice` allows, all. Raises `InputError`."""
+        return self.choice.visible([tool.model_dump(exclude_unset=True) for tool in self.tools or []])

@@ -34,6 +34,7 @@ from glm5.serve.generation import Generation, Source, Step
 from glm5.serve.limits import Limits, deadline_of
 from glm5.serve.structure import with_calls_as_allowed
 from glm5.text import Tokenizer, Written, spliced_prompt
+from glm5.text.template import EFFORTS, takes_effort
 
 log = logging.getLogger("glm5.serve")
 
@@ -173,11 +174,16 @@ class Service:
     def prompt(
         self, messages: Sequence[Mapping[str, Any]], session_id: str | None, tools: Sequence[Mapping[str, Any]] | None,
         *, enable_thinking: bool, clear_thinking: bool | None = None, reasoning_effort: str | None = None,
+        effort: str | None = None,
     ) -> list[int]:  # fmt: skip
         """The prompt of a conversation. Answers that the recorder knows stand in it as the tokens that were sampled.
 
+        effort: how much an API asks the model to think, for templates that say so to it; `reasoning_effort` says it to
+        any. (To this project's own template it would mean another form, which its models have not learnt.)
         What a client sends is text: a special token inside it must not speak as another role. Raises `TextError`.
         """
+        if reasoning_effort is None and effort in EFFORTS and takes_effort(self.tokenizer.chat_template):
+            reasoning_effort = effort
         known = session_id is not None and self.recorder is not None
         written = self.recorder.written(session_id, messages) if known else {}  # type: ignore[union-attr, arg-type]
         return spliced_prompt(

@@ -75,22 +75,6 @@ def reasoning_share(prompt_tokens: int, max_tokens: int | None, max_model_len: i
     return (max_tokens or max(2, max_model_len - prompt_tokens)) // 2
 
 
-def forced_calls(
-    tools: Sequence[Mapping[str, Any]], choice: str | None, name: str | None, *, parallel: bool
-) -> tuple[Sequence[Mapping[str, Any]], Calls]:
-    """The tools and how many calls of them a `tool_choice` forces: "required" any, a name that one, else none.
-
-    Raises `InputError` when there is no such tool.
-    """
-    if choice != "required" and name is None:
-        return (), "none"
-    chosen = [tool for tool in tools if name in (None, tool.get("function", tool).get("name"))]
-    if not chosen:
-        what = f"the tool {name!r}, which is not among the tools" if name is not None else "a tool, and there are none"
-        raise InputError(f"tool_choice forces {what}; send it in tools.")
-    return chosen, "many" if parallel and name is None else "one"
-
-
 def answer_schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | bool | None:
     """The JSON schema that a `response_format` (or the `text.format` of responses) asks for; None for plain text.
 

@@ -41,6 +41,29 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: list[TokenDelta]) -> dict[str, A
     return {"content": content, "refusal": None}
 
 
+class SpokenTokens:
+    """The log-probabilities of a message's own tokens: no reasoning, no calls, no tags."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._special = frozenset(tokenizer.special_ids.values())
+        self._begin, self._end = map(tokenizer.token_to_id, ("<tool_call>", "</tool_call>"))
+        self._calling = False
+        self._waiting: list[TokenDelta] = []
+
+    def take(self, token: TokenDelta, *, reasoning: bool) -> None:
+        """One more token; `reasoning`: whether the reasoning is still open behind it."""
+        if token.token_id in (self._begin, self._end):
+            self._calling = token.token_id == self._begin
+        elif not reasoning and not self._calling and token.token_id not in self._special:
+            self._waiting.append(token)
+
+    def give(self) -> list[dict[str, Any]]:
+        """The entries of all tokens since the last time."""
+        tokens, self._waiting = self._waiting, []
+        return list(chat_logprobs(self.tokenizer, tokens)["content"])
+
+
 def token_logprob(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     """One token with its spelling."""
     spelling = token_bytes(tokenizer, token_id)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -23,6 +24,10 @@ from glm5.errors import TextError
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 """This project's own template: GLM-5.1's form, GLM-5.2's when `reasoning_effort` is given."""
+
+
+EFFORTS = ("low", "high", "max")
+"""What `reasoning_effort` may be."""
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
@@ -33,6 +38,13 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
         raise TextError(f"the chat template cannot render this conversation: {error}") from None
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RecursionError) as error:
         raise TextError(f"the chat template failed on this conversation: {type(error).__name__}: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def takes_effort(template: str) -> bool:
+    """Whether a template says the `reasoning_effort` to its model; this project's own does it for GLM-5.2 alone."""
+    named = jinja2.meta.find_undeclared_variables(_environment().parse(template))
+    return template != CHAT_TEMPLATE and "reasoning_effort" in named
 
 
 class _Generation(Extension):
@@ -47,13 +59,17 @@ class _Generation(Extension):
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+    return environment
 
 
 def _tojson(

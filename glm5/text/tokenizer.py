@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from glm5.errors import TextError, did_you_mean
 from glm5.text.messages import disarm, prepare_messages, prepare_tools
 from glm5.text.specials import CHAT_TOKENS, CONTROL_TOKENS, PAD_TOKEN, SPECIAL_TOKENS, TERMINATORS
-from glm5.text.template import CHAT_TEMPLATE, render
+from glm5.text.template import CHAT_TEMPLATE, EFFORTS, render
 
 # Words with one leading non-letter, runs of up to DIGITS digits, punctuation with its newlines, white space.
 _PRE_TOKEN = (
@@ -231,7 +231,7 @@ class Tokenizer:
         variables: Mapping[str, Any] | None = None,
     ) -> tuple[str, str]:
         """The text of a prompt, and the character that breaks its escaped special tokens; "" when none are."""
-        if reasoning_effort not in (None, "low", "high", "max"):
+        if reasoning_effort not in (None, *EFFORTS):
             raise TextError(f"reasoning_effort is {reasoning_effort!r}; use 'low', 'high' or 'max'")
         plain_messages, plain_tools, marker = prepare_messages(messages), prepare_tools(tools), ""
         if escape_special:

@@ -141,7 +141,10 @@ def test_items_of_one_turn_become_one_message():
         ({"input": [{"type": "item_reference", "id": "x"}]}, "is of type 'item_reference'"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{"}]}, "not JSON"),
         ({"input": []}, "at least one message"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "code_interpreter"}]}, "send a function and run it yourself"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "forces a tool, and there are none"),
+        ({"tool_choice": {"type": "web_search"}}, "is not run by this server, so it cannot be chosen"),
+        ({"include": ["everything"]}, "include.0"),
         ({"background": True}, "background is not supported"),
         ({"truncation": "auto"}, "truncation is not supported"),
         ({"max_tokens": 5}, "Unknown field 'max_tokens'"),
@@ -165,3 +168,21 @@ def test_a_failure_in_the_stream_is_an_event_and_a_store_is_bounded():
     assert store.bytes == 0
     with pytest.raises(InputError):
         input_messages([{"role": "user", "content": 5}])
+
+
+@pytest.mark.parametrize("asked", [{"include": ["message.output_text.logprobs"]}, {"top_logprobs": 2}])
+def test_the_message_has_the_logprobs_of_its_tokens(asked):
+    text = f"hm</think>I add.{CALL} So."
+    ask = {"model": "tiny", "input": "12?", "tools": [TOOL], **asked}
+    message = scripted(text).responses.create(**ask).output[1]
+    (part,) = message.content
+    tops = asked.get("top_logprobs", 0)
+    assert "".join(entry.token for entry in part.logprobs) == part.text == "I add."
+    assert all(entry.logprob <= 0 and len(entry.top_logprobs) == tops for entry in part.logprobs)
+    events = list(scripted(text).responses.create(**ask, stream=True))
+    told = [entry for event in events if event.type == "response.output_text.delta" for entry in event.logprobs]
+    final = events[-1].response.output
+    assert [e.token for e in told[: len(part.logprobs)]] == [e.token for e in part.logprobs]
+    assert [e.token for e in final[1].content[0].logprobs] == [e.token for e in part.logprobs]
+    (plain,) = scripted(text).responses.create(model="tiny", input="12?", tools=[TOOL]).output[1].content
+    assert plain.logprobs == []
