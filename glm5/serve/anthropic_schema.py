@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from glm5.serve.fields import RequestBody
 
@@ -19,8 +19,15 @@ class Thinking(BaseModel):
     """`thinking`. A budget bounds the reasoning before a forced call or a JSON answer; elsewhere `max_tokens` does."""
 
     model_config = ConfigDict(extra="ignore")
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = Field(default=None, ge=1)
+
+    @field_validator("type")
+    @classmethod
+    def _is_built(cls, kind: str) -> str:
+        if kind == "between_tools":
+            raise ValueError("'between_tools' is not supported by this server; use enabled, adaptive or disabled")
+        return kind
 
 
 class AnthropicMessage(BaseModel):
@@ -137,6 +144,6 @@ class MessagesRequest(CountTokensRequest):
     max_tokens: int = Field(ge=1)
     stream: bool = False
     stop_sequences: list[str] = Field(default_factory=list)
-    temperature: float | None = Field(default=None, ge=0, le=2)
+    temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0)

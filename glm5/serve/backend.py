@@ -203,7 +203,9 @@ class BackendStream:
         for number, token in enumerate(piece.tokens, 1):
             if completion.done:
                 return
-            delta = completion.append(SampledToken(*token), piece.version)
+            token_id, logprob, tops = token  # vLLM adds the sampled one to the likeliest
+            sampled = SampledToken(token_id, logprob, tops[: completion.params.logprobs or 0])
+            delta = completion.append(sampled, piece.version)
             if number == len(piece.tokens) and piece.finish_reason and not completion.done:
                 delta = completion.deltas[-1] = replace(delta, finish_reason=piece.finish_reason)
             self._ready.append(delta)

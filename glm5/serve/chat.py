@@ -8,11 +8,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
+from glm5.engine import TokenDelta
 from glm5.serve.errors import ApiError, error_body
 from glm5.serve.generation import Generation, Sample, Step
 from glm5.serve.schema import ChatRequest
 from glm5.serve.service import DONE, Service, data_event
 from glm5.serve.structure import reasoning_share
+from glm5.serve.unfinished import Unfinished
 from glm5.serve.wording import chat_logprobs, envelope, finish_reason, prompt_logprobs, usage
 from glm5.text import AssistantStream
 
@@ -41,24 +43,26 @@ class ChatReply:
 
     def __init__(self, request: ChatRequest, service: Service, session_id: str | None) -> None:
         self.request, self.service = request, service
-        tools, thinking = request.visible_tools, request.enable_thinking
-        messages = request.prompt_messages()
+        tools, messages = request.visible_tools, request.prompt_messages()
+        begun = Unfinished.of(messages.pop()) if request.continue_final_message else None
+        thinking = request.enable_thinking if begun is None else begun.reasoning is not None
         prompt = service.prompt(
             messages, session_id, tools or None, enable_thinking=thinking, clear_thinking=request.clear_thinking,
             reasoning_effort=request.chat_template_kwargs.reasoning_effort, effort=request.reasoning_effort,
         )  # fmt: skip
+        if begun is not None:
+            prompt, thinking = prompt + begun.ids(service.tokenizer), False
         most = request.max_completion_tokens or request.max_tokens
         share = reasoning_share(len(prompt), most, service.source.max_model_len)
         structure = request.structure().outputs(thinking=thinking, reasoning_tokens=share)
-        if request.structured_outputs is not None:
-            structure = request.structured_outputs.outputs()
         params = request.sampling(
-            service.defaults, max_tokens=most, logprobs=request.top_logprobs or 0, structured_outputs=structure
-        )
+            service.defaults, max_tokens=most, logprobs=request.top_logprobs or 0, structured_outputs=structure,
+            bad_sequences=request.bad_sequences(service.tokenizer),
+        )  # fmt: skip
         params = service.under_tools(params, tools, parallel=request.parallel_tool_calls)
         self.generation = Generation(
             service.source, [prompt], params, parser=lambda seed: AssistantStream(tools, thinking, seed, bool(tools)),
-            session_id=session_id, priority=request.priority, messages=messages,
+            session_id=session_id, salt=request.cache_salt, priority=request.priority, messages=messages,
         )  # fmt: skip
 
     # ---- the plain reply ----------------------------------------------------------------------------------------
@@ -82,7 +86,7 @@ class ChatReply:
         choice: dict[str, Any] = {
             "index": sample.index,
             "message": message,
-            "logprobs": chat_logprobs(self.service.tokenizer, sample.tokens) if self.request.logprobs else None,
+            "logprobs": self._logprobs(sample.tokens) if self.request.logprobs else None,
             "finish_reason": finish_reason(sample.finish_reason, called),
         }
         if self.request.return_token_ids:
@@ -129,11 +133,14 @@ class ChatReply:
         choice: dict[str, Any] = {"index": sample.index, "delta": delta, "logprobs": None, "finish_reason": finish}
         if step is not None and step.token is not None:
             if self.request.logprobs:
-                choice["logprobs"] = chat_logprobs(self.service.tokenizer, [step.token])
+                choice["logprobs"] = self._logprobs([step.token])
             if self.request.return_token_ids:
                 choice["token_ids"] = [step.token.token_id]
                 choice["weight_versions"] = [step.token.version]
         return {**self._envelope("chat.completion.chunk"), "choices": [choice]}
+
+    def _logprobs(self, tokens: list[TokenDelta]) -> dict[str, Any]:
+        return chat_logprobs(self.service.tokenizer, tokens, as_ids=self.request.return_tokens_as_token_ids)
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return envelope(self.generation, kind, "chatcmpl", self.service.model_name)

@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from glm5.serve.errors import ApiError, error_body
-from glm5.serve.fields import UNREAD, SamplingFields
+from glm5.serve.fields import NEUTRAL, UNREAD, SamplingFields
 from glm5.serve.generation import Generation, Sample, Step
 from glm5.serve.schema import StructuredFields
 from glm5.serve.service import DONE, Service, data_event
@@ -30,8 +30,8 @@ Row = tuple[int, float | None, Any]
 class CompletionRequest(SamplingFields):
     """The body."""
 
-    unread: ClassVar[frozenset[str]] = UNREAD
-    refused: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",), "best_of": (1,)}
+    unread: ClassVar[frozenset[str]] = UNREAD | {"add_special_tokens"}  # the tokenizer adds none
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL | {"suffix": ("",), "best_of": (1,)}
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(default=None, ge=0)
@@ -84,19 +84,21 @@ class CompletionReply:
         # With max_tokens 0 a token is sampled all the same, and not shown: the prompt must be read.
         params = request.sampling(
             service.defaults, max_tokens=max(1, most), logprobs=request.logprobs, structured_outputs=structure,
-            **settings,
+            bad_sequences=request.bad_sequences(service.tokenizer), **settings,
         )  # fmt: skip
         self.hidden = most == 0
         encode = service.tokenizer.encode
         prompts = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.given]
-        self.generation = Generation(service.source, prompts, params, session_id=session_id, priority=request.priority)
+        self.generation = Generation(
+            service.source, prompts, params, session_id=session_id, salt=request.cache_salt, priority=request.priority
+        )
 
     def whole(self) -> dict[str, Any]:
         """The `text_completion` object."""
         body = {**self._envelope(), "choices": [self._choice(sample) for sample in self.generation.samples]}
         if self.request.return_token_ids:
             body["prompt_token_ids"] = self.generation.prompts[0]
-        return {**body, "usage": usage(self.generation)}
+        return {**body, "usage": self._usage()}
 
     def _choice(self, sample: Sample) -> dict[str, Any]:
         shown = [] if self.hidden else sample.tokens
@@ -145,7 +147,7 @@ class CompletionReply:
     def closing(self) -> Iterator[dict[str, Any]]:
         """The usage, when it was asked for."""
         if self.request.stream_options is not None and self.request.stream_options.include_usage:
-            yield {**self._envelope(), "choices": [], "usage": usage(self.generation)}
+            yield {**self._envelope(), "choices": [], "usage": self._usage()}
 
     def failure(self, status: int, message: str) -> dict[str, Any]:
         """An error event."""
@@ -154,6 +156,11 @@ class CompletionReply:
     def encode(self, body: dict[str, Any]) -> str:
         """A chunk as it is sent."""
         return data_event(body)
+
+    def _usage(self) -> dict[str, Any]:
+        """A token that is not shown was not asked for."""
+        counts = usage(self.generation)
+        return counts | ({"completion_tokens": 0, "total_tokens": counts["prompt_tokens"]} if self.hidden else {})
 
     # ---- parts --------------------------------------------------------------------------------------------------
     def _details(self, sample: Sample, tokens: list[Any], *, last: bool) -> dict[str, Any]:
@@ -195,6 +202,8 @@ class CompletionReply:
         return found
 
     def _spelling(self, token_id: int) -> str:
+        if self.request.return_tokens_as_token_ids:
+            return f"token_id:{token_id}"
         return token_bytes(self.service.tokenizer, token_id).decode(errors="replace")
 
     def _prompt_text(self, sample: Sample) -> str:

@@ -13,11 +13,31 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from glm5.engine import SamplingDefaults, SamplingParams
+from glm5.engine.sampling_params import MAX_BAD
 from glm5.errors import did_you_mean
+from glm5.text import Tokenizer
 
 UNREAD = frozenset(
-    {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user"}
+    {
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "spaces_between_special_tokens",
+        "store",
+        "user",
+    }
 )
+
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (), "include_reasoning": (True,), "length_penalty": (1.0,), "moderation": (),
+    "skip_special_tokens": (True,), "truncate_prompt_tokens": (), "use_beam_search": (False,),
+}  # fmt: skip
+"""What is refused everywhere but at these values."""
 
 
 class RequestBody(BaseModel):
@@ -62,7 +82,7 @@ class SamplingFields(RequestBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
+    temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = None
     n: int | None = Field(default=None, ge=1)
     stop: str | list[str] | None = None
@@ -80,6 +100,10 @@ class SamplingFields(RequestBody):
     prompt_logprobs: int | None = None
     priority: int = 0
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    """Names the tokens of log-probabilities by their ids: `token_id:17`."""
+    bad_words: list[str] | None = Field(default=None, max_length=MAX_BAD // 2)
+    cache_salt: str | None = Field(default=None, min_length=1)
 
     def sampling(self, defaults: SamplingDefaults, **settings: Any) -> SamplingParams:
         """The engine's settings, over `defaults` and under `settings`; raises `InputError` for values out of range."""
@@ -115,6 +139,13 @@ class SamplingFields(RequestBody):
         if wrong is not None:
             raise ValueError(f"logit_bias has the key {wrong!r}; the keys are token ids")
         return {int(key): bias for key, bias in self.logit_bias.items()}
+
+    def bad_sequences(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """`bad_words` as the tokenizer writes them, alone and behind a space, as in vLLM: other ways to cut a word into
+        tokens stay open."""
+        words = [word.strip() for word in self.bad_words or []]
+        forms = [tokenizer.encode(form, allow_special=False) for word in words for form in (word, f" {word}")]
+        return [form for form in forms if form]
 
     @model_validator(mode="after")
     def _sampling_is_consistent(self) -> SamplingFields:

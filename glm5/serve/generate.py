@@ -30,7 +30,7 @@ class GenerateRequest(RequestBody):
     """The body."""
 
     unread: ClassVar[frozenset[str]] = frozenset({"request_id", "kv_transfer_params"})
-    refused: ClassVar[dict[str, tuple[Any, ...]]] = {"features": (), "cache_salt": (), "routed_experts": (False,)}
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {"features": (), "routed_experts": (False,)}
 
     model: str | None = None
     token_ids: list[int] = Field(min_length=1)
@@ -38,6 +38,7 @@ class GenerateRequest(RequestBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: int = 0
+    cache_salt: str | None = Field(default=None, min_length=1)
 
     def params(self) -> SamplingParams:
         """The engine's settings; raises `InputError` for an unknown name or a value out of range."""
@@ -83,8 +84,9 @@ class GenerateReply:
         if params.n > service.limits.max_n:
             raise ApiError(400, f"n is {params.n}; at most {service.limits.max_n} samples are made of one prompt.")
         self.generation = Generation(
-            service.source, [request.token_ids], params, session_id=session_id, priority=request.priority
-        )
+            service.source, [request.token_ids], params, session_id=session_id, salt=request.cache_salt,
+            priority=request.priority,
+        )  # fmt: skip
 
     def whole(self) -> dict[str, Any]:
         """Everything at once."""

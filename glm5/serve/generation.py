@@ -8,6 +8,7 @@ after the last step and a streamed one step by step, from the same samples.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -124,14 +125,17 @@ class Generation:
         *,
         parser: Parser | None = None,
         session_id: str | None = None,
+        salt: str | None = None,
         priority: int = 0,
         messages: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """messages: the conversation that the one prompt was made of, for whoever records it."""
+        """messages: the conversation that the one prompt was made of, for whoever records it. salt: only requests of
+        the same salt share cached prefixes."""
         self.source = source
         self.prompts = [list(prompt) for prompt in prompts]
         self.params = params
         self.session_id, self.priority, self.messages = session_id, priority, messages
+        self._cache_id = session_id if salt is None else _salted(session_id, salt)
         self.ended = False
         """Whether the recorder was told."""
         self.id = secrets.token_hex(12)
@@ -157,7 +161,7 @@ class Generation:
                 if left is not None and left <= 0:
                     raise ApiError(504, TOO_LATE)
                 stream = self.source.stream(
-                    prompt, self.params, session_id=self.session_id, priority=self.priority, deadline=left
+                    prompt, self.params, session_id=self._cache_id, priority=self.priority, deadline=left
                 )
                 self._streams.append(stream)
         except BaseException:
@@ -244,3 +248,9 @@ class Generation:
     def prompt_logprobs(self, prompt: int = 0) -> Sequence[PromptLogprob] | None:
         """One entry per token of a prompt (None for the first), once a token is there; None if not asked for."""
         return self._streams[prompt].prompt_logprobs
+
+
+def _salted(session_id: str | None, salt: str) -> str:
+    """The session under which a source caches the prefixes of a salt: hashed, since `//` has a meaning there."""
+    hashed = f"salt-{hashlib.sha256(salt.encode()).hexdigest()[:32]}"
+    return hashed if session_id is None else f"{hashed}/{session_id}"

@@ -76,7 +76,7 @@ class ResponseReply:
         )  # fmt: skip
         self.generation = Generation(
             service.source, [prompt], self._params(len(prompt)), parser=self._parser, session_id=session_id,
-            priority=request.priority, messages=[*opening, *self.messages],
+            salt=request.cache_salt, priority=request.priority, messages=[*opening, *self.messages],
         )  # fmt: skip
         self.id = f"resp_{self.generation.id}"
         sealed = "reasoning.encrypted_content" in request.include

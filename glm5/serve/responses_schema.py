@@ -41,9 +41,12 @@ class TextSettings(BaseModel):
 class ResponsesRequest(RequestBody):
     """The body."""
 
-    unread: ClassVar[frozenset[str]] = (UNREAD - {"metadata", "store"}) | {"client_metadata", "max_tool_calls"}
+    unread: ClassVar[frozenset[str]] = (UNREAD - {"metadata", "store"}) | {
+        "access_programs", "background_options", "client_metadata", "image", "max_tool_calls",
+    }  # fmt: skip
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "background": (False,), "conversation": (), "prompt": (), "truncation": ("disabled",),
+        "background": (False,), "conversation": (), "prompt": (), "truncation": ("disabled",), "moderation": (),
+        "context_management": ([],),
     }  # fmt: skip
 
     model: str
@@ -53,7 +56,7 @@ class ResponsesRequest(RequestBody):
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
     max_output_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
+    temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = None
     text: TextSettings = Field(default_factory=TextSettings)
     reasoning: Reasoning = Field(default_factory=Reasoning)
@@ -70,6 +73,7 @@ class ResponsesRequest(RequestBody):
     stop: str | list[str] | None = None
     ignore_eos: bool = False
     priority: int = 0
+    cache_salt: str | None = Field(default=None, min_length=1)
     chat_template_kwargs: ChatTemplateKwargs = Field(default_factory=ChatTemplateKwargs)
 
     @property

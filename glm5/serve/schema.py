@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from glm5.engine import StructuredOutputs
-from glm5.serve.fields import UNREAD, SamplingFields
+from glm5.serve.fields import NEUTRAL, UNREAD, SamplingFields
 from glm5.serve.structure import Structure, answer_schema
 from glm5.serve.tool_choice import ToolChoice, tool_choice
 from glm5.text.messages import results_in_order
@@ -92,9 +92,10 @@ class ChatRequest(SamplingFields):
     """A chat completion request."""
 
     unread: ClassVar[frozenset[str]] = UNREAD | {"verbosity"}
-    refused: ClassVar[dict[str, tuple[Any, ...]]] = {
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL | {
         "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
-        "prediction": (), "web_search_options": (),
+        "prediction": (), "web_search_options": (), "echo": (False,), "documents": ([],), "chat_template": (),
+        "add_special_tokens": (False,),
     }  # fmt: skip
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -109,6 +110,8 @@ class ChatRequest(SamplingFields):
     thinking: Thinking | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: ChatTemplateKwargs = Field(default_factory=ChatTemplateKwargs)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
     @field_validator("tool_choice")
     @classmethod
@@ -123,10 +126,15 @@ class ChatRequest(SamplingFields):
         if self.structured_outputs is not None:
             if self.response_format is not None or self.choice.mode == "required":
                 raise ValueError("structured_outputs stands alone; leave out response_format and a forced tool_choice")
-            if self.enable_thinking:
+            if self.enable_thinking and self.structured_outputs.grammar is not None:
                 raise ValueError(
-                    "structured_outputs begin with the first token; turn thinking off, or use response_format"
+                    "structured_outputs.grammar begins with the first token; turn thinking off, or use "
+                    "json, regex or choice"
                 )
+        if self.continue_final_message and (self.response_format is not None or self.choice.mode == "required"):
+            raise ValueError("continue_final_message cannot begin a call or an answer in a format; leave one out")
+        if not self.add_generation_prompt and not self.continue_final_message:
+            raise ValueError("add_generation_prompt: false leaves nothing to answer; set continue_final_message too")
         return self
 
     @property
@@ -141,6 +149,8 @@ class ChatRequest(SamplingFields):
         answer = answer_schema(self.response_format)
         if calls == "none" and answer is not None and tools:  # an answer in the format, or calls
             return Structure(answer=answer, tools=tools, calls="many" if self.parallel_tool_calls else "one")
+        if self.structured_outputs is not None:
+            return Structure(whole=self.structured_outputs.outputs())
         return Structure(tools=forced, calls=calls) if calls != "none" else Structure(answer=answer)
 
     @property

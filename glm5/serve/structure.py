@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from glm5.engine import SamplingParams, StructuredOutputs
 from glm5.errors import InputError
-from glm5.serve.tool_rules import call_rules, json_terminal
+from glm5.serve.tool_rules import call_rules, json_terminal, slashes_escaped
 from glm5.text import Tokenizer
 
 Calls = Literal["none", "one", "many"]
@@ -27,22 +27,29 @@ REASONING = r"/(?s:.*)/ & ~/(?s:.*)(<\/think>|<tool_call>)(?s:.*)/"
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """What an answer may be: `answer` (a JSON schema), calls of `tools`, or either when both are given."""
+    """What an answer may be: `answer` (a JSON schema), calls of `tools`, or either when both are given; or `whole`:
+    what vLLM's field says (behind a reasoning no `grammar`)."""
 
     answer: Mapping[str, Any] | bool | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     calls: Calls = "none"
+    whole: StructuredOutputs | None = None
 
     def outputs(self, *, thinking: bool, reasoning_tokens: int) -> StructuredOutputs | None:
         """The grammar, or None when nothing is asked for. `thinking`: the prompt ended in `<think>`, and so many tokens
         of it at most. Raises `InputError` for tools that cannot be forced and schemas that cannot be written."""
-        if self.answer is None and self.calls == "none":
+        if self.whole is not None and not thinking:
+            return self.whole
+        if self.whole is None and self.answer is None and self.calls == "none":
             return None
         try:
             rules, bodies = [], []
             if self.answer is not None:
                 bodies.append("answer")
                 rules.append(f"answer: {json_terminal(self.answer, {})}")
+            if self.whole is not None:
+                bodies.append("answer")
+                rules.append(f"answer: {_behind_reasoning(self.whole)}")
             if self.calls != "none":
                 bodies.append("call+" if self.calls == "many" else "call")
                 rules += call_rules(self.tools)
@@ -52,6 +59,15 @@ class Structure:
         if thinking:
             rules += [f"reasoning[max_tokens={max(1, reasoning_tokens)}]: REASONING", f"REASONING: {REASONING}"]
         return StructuredOutputs(grammar="\n".join([f"start: {head}({' | '.join(bodies)})", *rules]))
+
+
+def _behind_reasoning(outputs: StructuredOutputs) -> str:
+    """The right side of a rule for a JSON schema, an expression or some texts."""
+    if outputs.json is not None:
+        return json_terminal(json.loads(outputs.text), {})
+    if outputs.regex is not None:
+        return f"/{slashes_escaped(outputs.regex)}/"
+    return " | ".join(json.dumps(text, ensure_ascii=False) for text in outputs.choice or ())
 
 
 def with_calls_as_allowed(

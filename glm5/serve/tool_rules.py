@@ -161,11 +161,11 @@ def _string(schema: Mapping[str, Any]) -> str:
         ends = pattern.endswith("$") and not pattern.endswith("\\$")
         body = pattern[begins : len(pattern) - ends]
         pattern = ("" if begins else "(?s:.*)") + f"({body})" + ("" if ends else "(?s:.*)")
-        parts.append("/" + _slashes_escaped(pattern) + "/")
+        parts.append("/" + slashes_escaped(pattern) + "/")
     return " & ".join([*(parts or ["/(?s:.*)/"]), _NO_TAGS])
 
 
-def _slashes_escaped(pattern: str) -> str:
+def slashes_escaped(pattern: str) -> str:
     r"""A slash ends an expression in Lark: `/` becomes `\/`, unless it is escaped already."""
     escaped, backslash = [], False
     for character in pattern.replace("\n", "\\n"):

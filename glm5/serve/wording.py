@@ -32,12 +32,15 @@ def envelope(generation: Generation, kind: str, prefix: str, model: str) -> dict
             "system_fingerprint": f"glm5-weights-{version}", "weight_version": version}  # fmt: skip
 
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: list[TokenDelta]) -> dict[str, Any]:
-    """The `logprobs` object of chat completions and responses."""
+def chat_logprobs(tokenizer: Tokenizer, tokens: list[TokenDelta], *, as_ids: bool = False) -> dict[str, Any]:
+    """The `logprobs` object of chat completions and responses; `as_ids`: tokens are named as `token_id:17`."""
     content = []
     for token in tokens:
-        top = [token_logprob(tokenizer, token_id, logprob) for token_id, logprob in token.top_logprobs]
-        content.append({**token_logprob(tokenizer, token.token_id, token.logprob), "top_logprobs": top})
+        own, *top = (
+            token_logprob(tokenizer, token_id, logprob) | ({"token": f"token_id:{token_id}"} if as_ids else {})
+            for token_id, logprob in ((token.token_id, token.logprob), *token.top_logprobs)
+        )
+        content.append({**own, "top_logprobs": top})
     return {"content": content, "refusal": None}
 
 

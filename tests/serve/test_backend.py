@@ -221,3 +221,14 @@ def test_the_tokens_come_one_by_one(live, directory):
         return delta.text, running
 
     assert asyncio.run(first()) == ("w", 1)
+
+
+@pytest.mark.parametrize("top", [0, 2])
+def test_our_own_completions_are_a_backend_too(directory, top):
+    app = create_app(Engine(directory), model_name="theirs")
+    direct = TestClient(create_app(Engine(directory), model_name="tiny"))
+    through = front(directory, app, "completions", "theirs")
+    fields = {**FIELDS, "n": 1, "top_logprobs": top}
+    answers = [ask(client, **fields) for client in (direct, through)]
+    assert [answer.status_code for answer in answers] == [200, 200], answers[1].text
+    assert without_names(answers[0].json()) == without_names(answers[1].json())

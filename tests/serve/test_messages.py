@@ -198,7 +198,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, anthropic.BadRequestError, "holds an image"),
         ({"model": "claude-9"}, anthropic.NotFoundError, "ask for 'tiny'"),
         ({"max_tokens": 0}, anthropic.BadRequestError, "max_tokens"),
-        ({"extra_body": {"temperature": 3}}, anthropic.BadRequestError, "temperature"),
+        ({"extra_body": {"temperature": -1}}, anthropic.BadRequestError, "temperature"),
         ({"tools": [{"type": "web_search_20250305", "name": "web"}]}, anthropic.BadRequestError, "Anthropic's service"),
         ({"tool_choice": {"type": "tool", "name": "x"}, "tools": [ADD]}, anthropic.BadRequestError, "no tool 'x'"),
         ({"tool_choice": {"type": "any"}}, anthropic.BadRequestError, "needs tools"),
