@@ -10,6 +10,7 @@ it through a queue.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ from glm5.train import RunDirectory, RunInterrupted
 from glm5.train.progress import interrupts
 from glm5.train.run_directory import directory_sha256, model_of
 
+log = logging.getLogger("glm5.rl")
 Player = Callable[[Ticket], Awaitable[Rollout]]
 """Makes the rollout of a ticket where this program does not play it: from a session of an outside agent."""
 GLANCE = 0.2
@@ -101,10 +103,13 @@ def start_run(
 
 
 def finish_run(session: Session, tokenizer: Tokenizer) -> None:
-    """The report and, last of all, the model."""
+    """The model, and then the pages: whatever is wrong with these, what was learnt is there."""
     session.journal.close()
-    write_rl_report(session.run.path)
     save_model(session.learner.whole_model().eval(), session.run.model_directory, tokenizer)
+    try:
+        write_rl_report(session.run.path)
+    except Exception:
+        log.exception("The model is in %s, but the report could not be written.", session.run.model_directory)
 
 
 class Orchestrator:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from glm5.train import RunDirectory
 from glm5.train.charts import HEIGHT, MARGIN, WIDTH, Points, heat_map, line_chart
 from glm5.train.report import STYLE, configuration
 
+log = logging.getLogger("glm5.rl")
 SHOWN = 12
 ROLLOUT_TOKENS = 1_000_000
 """Of the page of rollouts that the report makes."""
@@ -76,7 +78,11 @@ def _link(run: RunDirectory) -> str:
     """Makes the page of rollouts, and points to it."""
     if not (run.path / JOURNAL).exists():
         return ""
-    page = view_run(run.path, most_tokens=ROLLOUT_TOKENS)
+    try:
+        page = view_run(run.path, most_tokens=ROLLOUT_TOKENS)
+    except Exception as error:  # the figures do not need it
+        log.exception("The page of rollouts of %s could not be made.", run.path)
+        return f"<p>The page of rollouts could not be made: {html.escape(repr(error))}</p>"
     return f'<p><a href="{page.name}">The rollouts</a>: every episode, turn, tool call and token.</p>'
 
 

@@ -271,3 +271,15 @@ def test_the_last_step_is_recorded_however_late_its_news_is(parent, tmp_path, mo
     monkeypatch.setattr(Learner, "step", slow)
     run = train_rl(config_of(parent, steps=2), [SingleTurn(Letters())], tmp_path / "run")
     assert [line["step"] for line in run.read("metrics")] == [0, 1]
+
+
+@pytest.mark.parametrize("broken", ["glm5.rl.report.view_run", "glm5.rl.orchestrator.write_rl_report"])
+def test_a_page_that_cannot_be_made_does_not_cost_the_model(parent, tmp_path, monkeypatch, caplog, broken):
+    def fails(*arguments, **settings):
+        raise ValueError("no page")
+
+    monkeypatch.setattr(broken, fails)
+    run = train_rl(config_of(parent, steps=1), [SingleTurn(Letters())], tmp_path / "run")
+    assert run.finished and weights_of(run) and "no page" in caplog.text
+    if "view_run" in broken:
+        assert "could not be made: ValueError" in (run.path / "report.html").read_text()
