@@ -13,7 +13,7 @@ import torch
 from glm5.checkpoint import load_model
 from glm5.engine import Engine
 from glm5.model import GLM5
-from glm5.rl.adapters import LoRA, adapt
+from glm5.rl.adapters import LoRA, adapt, merged_model
 from glm5.rl.config import RLRunConfig
 from glm5.rl.fleet import Fleet, FleetConfig, InProcessFleet, ProcessExecutor, SupervisedFleet
 from glm5.text import Tokenizer
@@ -27,7 +27,7 @@ def one_engine(config: RLRunConfig, **engine: Any) -> MakeFleet:
     """One engine in this process. engine: settings of `Engine`."""
 
     def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
-        settings = {"attention": config.learner.attention, "max_num_seqs": config.scheduler.max_running, **engine}
+        settings = {**engine_settings(config), **engine}
         return InProcessFleet([Engine(copy.deepcopy(model), tokenizer, version=version, **settings)])
 
     return make
@@ -70,15 +70,21 @@ def engine_actors(
 
 def _build(config: RLRunConfig, engine: Mapping[str, Any]) -> Callable[[], Engine]:
     """Makes an engine of the run in a process of its own."""
-    settings = {"attention": config.learner.attention, "max_num_seqs": config.scheduler.max_running, **engine}
-    lora = config.learner.lora
-    adapters = lora if lora is not None and lora.sync == "adapters" else None
-    return partial(parent_engine, model_of(config.parent), adapters, **settings)
+    return partial(
+        parent_engine, model_of(config.parent), config.learner.lora, **{**engine_settings(config), **engine}
+    )  # fmt: skip
 
 
-def parent_engine(parent: Path, adapters: LoRA | None, **settings: Any) -> Engine:
-    """An engine with the parent's model, and with the learner's adapters where these alone are sent."""
+def engine_settings(config: RLRunConfig) -> dict[str, Any]:
+    """Of `Engine`: attention as the learner's, and a place for every rollout that may run at once."""
+    most = config.concurrency.most if config.concurrency is not None else 0
+    return {"attention": config.learner.attention, "max_num_seqs": max(config.scheduler.max_running, most)}
+
+
+def parent_engine(parent: Path, lora: LoRA | None, **settings: Any) -> Engine:
+    """An engine with the learner's first policy: the parent, on its rounded base and with its adapters under LoRA."""
     model = load_model(parent, dtype=torch.float32)
-    if adapters is not None:
-        adapt(model, adapters)
+    if lora is not None:
+        adapt(model, lora)
+        model = merged_model(model) if lora.sync == "merged" else model
     return Engine(model, Tokenizer.from_pretrained(parent), **settings)

@@ -40,7 +40,10 @@ __all__ = ["Learner", "LearnerConfig"]
 
 
 class Learner:
-    """Trains `model` in place. `version` counts the batches that were learnt from, `steps` are those of the run."""
+    """Trains `model` in place. `version` counts the batches that were learnt from, `steps` are those of the run.
+
+    publish_every: versions between two that the engines take.
+    """
 
     def __init__(
         self,
@@ -50,13 +53,14 @@ class Learner:
         version: int = 0,
         steps: int | None = None,
         aids: Aids | None = None,
+        publish_every: int = 1,
     ) -> None:
         self.model, self.config, self.version, self.aids = model, config, version, aids or Aids()
         if steps is None and config.schedule.shape != "constant":
             raise ConfigError(
                 f"A {config.schedule.shape} schedule needs the number of steps; give the learner `steps`."
             )
-        self.steps = steps or 1
+        self.steps, self.publish_every = steps or 1, publish_every
         self.reference = self.aids.reference
         if config.kl is not None and self.reference is None and config.lora is None:
             self.reference = copy.deepcopy(model)
@@ -101,7 +105,7 @@ class Learner:
                 sums[name] += value
         means = {name: value / taken for name, value in sums.items()}
         self.version += 1
-        if config.reset_optimizer:
+        if config.reset_optimizer and self.version % self.publish_every == 0:
             self.reset_optimizer()
         values = {"lr": fraction * config.optimizer.lr, "updates": taken, "skipped_updates": len(parts) - taken}
         return {**means, **values, **batch_metrics(batch), **kept}

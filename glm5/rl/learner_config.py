@@ -48,7 +48,8 @@ class LearnerConfig:
     updates: int = 1
     """Optimiser steps per batch, each on its share of the rollouts."""
     reset_optimizer: bool = False
-    """Forget the optimiser's moments after every batch, when the engines take the new weights (GLM-5 report, 3.3)."""
+    """Forget the optimiser's moments whenever the engines take new weights (GLM-5 report, 3.3): after every batch, or
+    every `publish_every` of the scheduler."""
     on_trouble: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop with the batch's number, or leave the update out and say so."""
 

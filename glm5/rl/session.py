@@ -46,7 +46,9 @@ class Session:
         """model: the parent's; it becomes that of the learner's newest version. Trains where the journal is ahead."""
         self.config, self.run, self.path = config, run, run.path / JOURNAL
         self.environments = {environment.name: environment for environment in environments}
-        self.learner = Learner(model, config.learner, steps=config.steps, aids=aids)
+        self.learner = Learner(
+            model, config.learner, steps=config.steps, aids=aids, publish_every=config.scheduler.publish_every
+        )  # fmt: skip
         self.version = first = self.learner.load(run)
         """Batches that were learnt from. The learner's own version moves in another thread, before anybody knows."""
         run.rewind(first)
