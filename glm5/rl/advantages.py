@@ -31,6 +31,8 @@ Advantages = Literal["grpo", "dr-grpo", "rloo", "reinforce++", "reinforce++-base
 KINDS: tuple[Advantages, ...] = (
     "grpo", "dr-grpo", "rloo", "reinforce++", "reinforce++-baseline", "reward", "gae", "none",
 )  # fmt: skip
+AGAINST_GROUP = frozenset[Advantages]({"grpo", "dr-grpo", "rloo", "reinforce++-baseline"})
+"""Those that are 0 in a group of one."""
 EPSILON = 1e-6
 
 

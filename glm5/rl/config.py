@@ -7,6 +7,7 @@ from pathlib import Path
 
 from glm5.errors import ConfigError
 from glm5.rl.admission import SchedulerConfig
+from glm5.rl.advantages import AGAINST_GROUP
 from glm5.rl.aids_config import AidsConfig
 from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.learner_config import LearnerConfig
@@ -44,3 +45,12 @@ class RLRunConfig:
         check_numbers(self, "patience", above=0)
         if self.rollout.max_episode_tokens is not None and self.rollout.max_episode_tokens <= 2:
             raise ConfigError("rollout.max_episode_tokens leaves no room for a prompt and an answer; raise it.")
+
+    def check_groups(self, *, taught: bool) -> None:
+        """Raises ConfigError when groups of one are compared with themselves and nothing else is learnt from."""
+        kind = self.learner.advantages
+        if self.scheduler.group_size == 1 and kind in AGAINST_GROUP and not taught and self.learner.kl is None:
+            raise ConfigError(
+                f"{kind} compares the samples of a task with each other, and scheduler.group_size is 1, so nothing "
+                "would be learnt; take larger groups, or the advantages reinforce++, gae or reward."
+            )

@@ -31,8 +31,10 @@ from glm5.rl.aids import Aids, open_aids
 from glm5.rl.around import AroundSource
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece
-from glm5.rl.orchestrator import aborted, finish_run, start_run
+from glm5.rl.executors import engine_settings
+from glm5.rl.orchestrator import aborted
 from glm5.rl.records import Rollout, Ticket, Turn
+from glm5.rl.run_ends import finish_run, reopened, start_run
 from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
@@ -60,10 +62,12 @@ def train_in_lockstep(
         raise ConfigError("The deterministic mode is asynchronous and publishes every batch; change the scheduler's.")
     parent = model_of(config.parent)
     tokenizer = Tokenizer.from_pretrained(parent)
-    run = start_run(config, environments, run_directory, resume=resume)
-    if run.finished:
-        return run
+    run = start_run(
+        config, environments, run_directory, sources=sources, aids=aids, deterministic=True, resume=resume
+    )  # fmt: skip
     with run.exclusive():
+        if not reopened(run, config):
+            return run
         aids = open_aids(config.aids, tokenizer, attention=config.learner.attention, given=aids)
         session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources, aids)
         try:
@@ -87,7 +91,7 @@ class Lockstep:
         self.engine = Engine(
             copy.deepcopy(session.learner.engine_model()),
             tokenizer,
-            attention=session.config.learner.attention,
+            **engine_settings(self.config),
             strict=True,
             version=session.scheduler.version,
             threaded=False,

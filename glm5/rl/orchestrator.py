@@ -10,7 +10,6 @@ it through a queue.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from glm5.checkpoint import load_model, save_model
+from glm5.checkpoint import load_model
 from glm5.envs import Environment, Task
 from glm5.errors import RunError
 from glm5.rl.aids import Aids, open_aids
@@ -30,7 +29,7 @@ from glm5.rl.executors import MakeFleet, one_engine
 from glm5.rl.fleet import Fleet, FleetStats
 from glm5.rl.meter import Meter, Metered
 from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
-from glm5.rl.report import write_rl_report
+from glm5.rl.run_ends import finish_run, reopened, start_run
 from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
@@ -40,9 +39,8 @@ from glm5.text import Tokenizer
 from glm5.threads import in_thread
 from glm5.train import RunDirectory, RunInterrupted
 from glm5.train.progress import interrupts
-from glm5.train.run_directory import directory_sha256, model_of
+from glm5.train.run_directory import model_of
 
-log = logging.getLogger("glm5.rl")
 Player = Callable[[Ticket], Awaitable[Rollout]]
 """Makes the rollout of a ticket where this program does not play it: from a session of an outside agent."""
 GLANCE = 0.2
@@ -62,7 +60,8 @@ def train_rl(
     resume: bool = False,
     console: Console | None = None,
 ) -> RunDirectory:
-    """Trains the parent's model on the environments; gives the finished run. With `resume`, goes on where it stopped.
+    """Trains the parent's model on the environments; gives the finished run. With `resume`, goes on where it stopped,
+    and beyond its end where `steps` are more than it was started for.
 
     sources: how each environment takes part (share, concurrency, curriculum). make_fleet: where the engines are, by
     default one in this process (`glm5.rl.executors` has others). aids: objects of your own in place of `config.aids`.
@@ -71,10 +70,10 @@ def train_rl(
     """
     parent = model_of(config.parent)
     tokenizer = Tokenizer.from_pretrained(parent)
-    run = start_run(config, environments, run_directory, resume=resume)
-    if run.finished:
-        return run
+    run = start_run(config, environments, run_directory, sources=sources, aids=aids, resume=resume)
     with run.exclusive():
+        if not reopened(run, config):
+            return run
         aids = open_aids(config.aids, tokenizer, attention=config.learner.attention, given=aids)
         session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources, aids)
         make = make_fleet or one_engine(config)
@@ -84,32 +83,6 @@ def train_rl(
             asyncio.run(Orchestrator(session, fleet, watch, player, meter).run(stopped))
         finish_run(session, tokenizer)
     return run
-
-
-def start_run(
-    config: RLRunConfig, environments: Sequence[Environment], run_directory: Path, *, resume: bool
-) -> RunDirectory:
-    """The run's directory."""
-    names = [environment.name for environment in environments]
-    config.aids.check_environments(names)
-    return RunDirectory.start(
-        run_directory,
-        stage="rl",
-        config=config,
-        inputs={"environments": ", ".join(names), **config.aids.inputs()},
-        parent=directory_sha256(model_of(config.parent)),
-        resume=resume,
-    )
-
-
-def finish_run(session: Session, tokenizer: Tokenizer) -> None:
-    """The model, and then the pages: whatever is wrong with these, what was learnt is there."""
-    session.journal.close()
-    save_model(session.learner.whole_model().eval(), session.run.model_directory, tokenizer)
-    try:
-        write_rl_report(session.run.path)
-    except Exception:
-        log.exception("The model is in %s, but the report could not be written.", session.run.model_directory)
 
 
 class Orchestrator:

@@ -64,7 +64,10 @@ def replay_step(config: RLRunConfig, run_directory: Path, step: int, *, aids: Ai
     parent = model_of(config.parent)
     aids = open_aids(config.aids, Tokenizer.from_pretrained(parent), attention=config.learner.attention, given=aids)
     model = load_model(parent, dtype=torch.float32)
-    learner = Learner(model, config.learner, steps=config.steps, aids=aids)
+    learner = Learner(
+        model, config.learner, steps=run.description["config"]["steps"], aids=aids,
+        publish_every=config.scheduler.publish_every,
+    )  # fmt: skip
     learner.version = run.load_checkpoint(learner.module, learner.optimizers, at_most=step)
     for batch in batches_of(run.path / JOURNAL):
         if batch.step < learner.version:

@@ -80,19 +80,27 @@ class RunDirectory:
         inputs: dict[str, str],
         parent: str | None = None,
         resume: bool = False,
+        may_change: frozenset[str] = frozenset(),
     ) -> RunDirectory:
         """A new run, or the same one again when `resume`.
 
         config: the stage's dataclass. inputs: name -> SHA-256 of what the run reads. parent: SHA-256 of the model
         that it starts from. Raises RunError when the directory is taken, or when a resumed run was started
-        differently; `OPERATIONAL` settings may differ, each session notes its own.
+        differently; `OPERATIONAL` settings and those of `may_change` may differ, each session notes its own.
         """
-        on_first(lambda: cls._note(path, stage, config, inputs, parent, resume))
+        on_first(lambda: cls._note(path, stage, config, inputs, parent, resume, OPERATIONAL | may_change))
         return cls.open(path)
 
     @classmethod
     def _note(
-        cls, path: Path, stage: str, config: Any, inputs: dict[str, str], parent: str | None, resume: bool
+        cls,
+        path: Path,
+        stage: str,
+        config: Any,
+        inputs: dict[str, str],
+        parent: str | None,
+        resume: bool,
+        free: frozenset[str],
     ) -> None:
         """Writes `run.json`, or adds a session to it."""
         plan = {"stage": stage, "config": plain(config), "inputs": inputs, "parent": parent}
@@ -102,7 +110,7 @@ class RunDirectory:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
-            "settings": operational(plan),
+            "settings": operational(plan, free),
         }
         sessions = []
         if (path / "run.json").exists():
@@ -110,7 +118,7 @@ class RunDirectory:
             if not resume:
                 raise RunError(f"{path} already holds a run; resume it, or choose another directory.")
             before = {name: old.description.get(name) for name in plan}
-            change = first_difference(without_paths(before), without_paths(plan))
+            change = first_difference(without_paths(before), without_paths(plan), free=free)
             if change is not None:
                 raise RunError(f"{path} was started with another {change}; resume it unchanged, or start a new run.")
             sessions = old.description["sessions"]
@@ -216,6 +224,10 @@ class RunDirectory:
     def finished(self) -> bool:
         return (self.model_directory / "config.json").exists()
 
+    def reopen(self) -> None:
+        """Puts the model of a finished run aside, as `model-N` after the steps it has learnt from: the run goes on."""
+        self.model_directory.rename(self.path / f"model-{len(self.read('metrics'))}")
+
 
 def step_of(checkpoint: Path) -> int:
     """The step before which a checkpoint was saved, from its name."""
@@ -269,14 +281,14 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def operational(values: dict[str, Any]) -> dict[str, Any]:
-    """The `OPERATIONAL` settings of a nested configuration, side by side."""
+def operational(values: dict[str, Any], free: frozenset[str] = OPERATIONAL) -> dict[str, Any]:
+    """The settings of a nested configuration that a resumed run may change, side by side."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        if name in OPERATIONAL:
+        if name in free:
             found[name] = value
         elif isinstance(value, dict):
-            found |= operational(value)
+            found |= operational(value, free)
     return found
 
 
@@ -294,11 +306,11 @@ def without_paths(plan: dict[str, Any]) -> dict[str, Any]:
     return {**plan, "config": stripped(plan["config"])}
 
 
-def first_difference(old: Any, new: Any, name: str = "") -> str | None:
-    """`name (old, now new)` of the first value but `OPERATIONAL` in which nested dictionaries differ, or None."""
+def first_difference(old: Any, new: Any, name: str = "", *, free: frozenset[str] = OPERATIONAL) -> str | None:
+    """`name (old, now new)` of the first value but those of `free` in which nested dictionaries differ, or None."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted((old.keys() | new.keys()) - OPERATIONAL):
-            found = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        for key in sorted((old.keys() | new.keys()) - free):
+            found = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key, free=free)
             if found is not None:
                 return found
         return None

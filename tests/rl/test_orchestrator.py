@@ -273,7 +273,7 @@ def test_the_last_step_is_recorded_however_late_its_news_is(parent, tmp_path, mo
     assert [line["step"] for line in run.read("metrics")] == [0, 1]
 
 
-@pytest.mark.parametrize("broken", ["glm5.rl.report.view_run", "glm5.rl.orchestrator.write_rl_report"])
+@pytest.mark.parametrize("broken", ["glm5.rl.report.view_run", "glm5.rl.run_ends.write_rl_report"])
 def test_a_page_that_cannot_be_made_does_not_cost_the_model(parent, tmp_path, monkeypatch, caplog, broken):
     def fails(*arguments, **settings):
         raise ValueError("no page")

@@ -1,0 +1,98 @@
+"""How a run begins and ends: its directory with all that fixes the run, and the model and pages that it leaves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from glm5.checkpoint import save_model
+from glm5.envs import Environment
+from glm5.errors import RunError
+from glm5.rl.aids import Aids
+from glm5.rl.config import RLRunConfig
+from glm5.rl.report import write_rl_report
+from glm5.rl.session import Session
+from glm5.rl.tasks import TaskSource
+from glm5.text import Tokenizer
+from glm5.train import RunDirectory
+from glm5.train.run_directory import directory_sha256, model_of
+
+log = logging.getLogger("glm5.rl")
+
+
+def start_run(
+    config: RLRunConfig,
+    environments: Sequence[Environment],
+    run_directory: Path,
+    *,
+    sources: Sequence[TaskSource] | None = None,
+    aids: Aids | None = None,
+    deterministic: bool = False,
+    resume: bool,
+) -> RunDirectory:
+    """The run's directory. What a resumed run may change: `OPERATIONAL` settings and, at a constant rate, `steps`."""
+    names = [environment.name for environment in environments]
+    config.aids.check_environments(names)
+    config.check_groups(taught=bool(config.aids.teachers or (aids and aids.teachers)))
+    constant = config.learner.schedule.shape == "constant"
+    if resume and not constant:
+        _check_steps(config, run_directory)
+    return RunDirectory.start(
+        run_directory,
+        stage="rl",
+        config=config,
+        inputs={
+            "environments": ", ".join(names),
+            **drawn(environments, sources),
+            **({"clock": "deterministic"} if deterministic else {}),
+            **config.aids.inputs(),
+        },
+        parent=directory_sha256(model_of(config.parent)),
+        resume=resume,
+        may_change=frozenset({"steps"} if constant else ()),
+    )
+
+
+def drawn(environments: Sequence[Environment], sources: Sequence[TaskSource] | None) -> dict[str, str]:
+    """How each environment takes part, where that is not the default: it changes which tasks come next."""
+    found = {}
+    for source in sources if sources is not None else [TaskSource.of(environment) for environment in environments]:
+        changed = {f.name: getattr(source, f.name) for f in fields(source) if f.name != "environment"}
+        plain = TaskSource(environment=source.environment)
+        words = [f"{name}={value}" for name, value in changed.items() if value != getattr(plain, name)]
+        if words:
+            found[f"tasks of {source.environment}"] = ", ".join(words)
+    return found
+
+
+def _check_steps(config: RLRunConfig, run_directory: Path) -> None:
+    """Says why a run whose rate falls keeps its number of steps."""
+    if not (run_directory / "run.json").exists():
+        return
+    before = RunDirectory.open(run_directory).description["config"].get("steps")
+    if before not in (None, config.steps):
+        raise RunError(
+            f"{run_directory} was started for {before} steps with a {config.learner.schedule.shape} rate, which falls "
+            f"over just these: with {config.steps} every step would have had another rate. Start a new run with "
+            f"{run_directory} as its parent; a run with a constant rate (--learner.schedule.shape constant) can be "
+            "made longer."
+        )
+
+
+def reopened(run: RunDirectory, config: RLRunConfig) -> bool:
+    """Whether there is something left to do; a finished run that is to have more steps goes on."""
+    if run.finished and len(run.read("metrics")) < config.steps:
+        run.reopen()
+    return not run.finished
+
+
+def finish_run(session: Session, tokenizer: Tokenizer) -> None:
+    """The model, and then the pages: whatever is wrong with these, what was learnt is there."""
+    session.journal.close()
+    save_model(session.learner.whole_model().eval(), session.run.model_directory, tokenizer)
+    try:
+        write_rl_report(session.run.path)
+    except Exception:
+        log.exception("The model is in %s, but the report could not be written.", session.run.model_directory)

@@ -1,0 +1,153 @@
+"""What a resumed run may change: more steps at a constant rate, and nothing of what decides what is learnt."""
+
+import dataclasses
+import re
+
+import lockstep_runs
+import pytest
+import torch
+from learning import at_version, engine_batch
+from scripted import Chat, brief_model
+from speaker import speaker_model, speaker_tokenizer
+
+import glm5
+from glm5.errors import ConfigError, RunError
+from glm5.optim import Schedule
+from glm5.rl.adapters import LoRA
+from glm5.rl.admission import SchedulerConfig
+from glm5.rl.aids import Aids
+from glm5.rl.concurrency import ConcurrencyConfig
+from glm5.rl.config import RLRunConfig
+from glm5.rl.executors import engine_processes, engine_settings, one_engine, parent_engine
+from glm5.rl.learner import Learner, LearnerConfig
+from glm5.rl.lockstep import train_in_lockstep
+from glm5.rl.orchestrator import train_rl
+from glm5.rl.reference import KL
+from glm5.rl.replay import replay_step
+from glm5.rl.runner import RolloutConfig
+from glm5.rl.tasks import Band, TaskSource
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("parent")
+    glm5.save_model(brief_model(), directory, speaker_tokenizer())
+    return directory
+
+
+def config_of(parent, *, steps=2, scheduler=None, learner=None, **changes):
+    return RLRunConfig(
+        parent=parent,
+        steps=steps,
+        rollout=RolloutConfig(max_tokens=5),
+        scheduler=SchedulerConfig(**{"groups_per_batch": 2, "group_size": 2, "max_running": 8, **(scheduler or {})}),
+        learner=LearnerConfig(**{"rows": 5, **(learner or {})}),
+        **changes,
+    )
+
+
+def letters():
+    """Rewards that differ between answers."""
+    return Chat(reward=lambda said: float(len(said[-1]["content"] or "") % 2))
+
+
+def test_a_finished_run_is_made_longer(parent, tmp_path):
+    run = train_rl(config_of(parent), [letters()], tmp_path / "run")
+    first = run.read("metrics")
+    assert train_rl(config_of(parent), [letters()], run.path, resume=True).read("metrics") == first
+    longer = train_rl(config_of(parent, steps=4), [letters()], run.path, resume=True)
+    assert longer.finished and longer.description["config"]["steps"] == 4
+    assert longer.read("metrics")[:2] == first and [line["step"] for line in longer.read("metrics")] == [0, 1, 2, 3]
+    assert [session["settings"]["steps"] for session in longer.description["sessions"]] == [2, 4]
+    before, after = (
+        glm5.load_model(run.path / name, dtype=torch.float32).state_dict() for name in ("model-2", "model")
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_deterministic_run_made_longer_is_the_long_run(parent, tmp_path):
+    config = lockstep_runs.config_of(parent)
+    whole = lockstep_runs.run(parent, tmp_path / "whole", resume=False)
+    path = tmp_path / "short"
+    train_in_lockstep(dataclasses.replace(config, steps=2), [lockstep_runs.chat()], path)
+    train_in_lockstep(config, [lockstep_runs.chat()], path, resume=True)
+    assert lockstep_runs.fingerprint(path) == lockstep_runs.fingerprint(whole.path)
+
+
+def test_a_falling_rate_keeps_its_steps(parent, tmp_path):
+    falling = {"learner": {"schedule": Schedule(shape="linear")}}
+    run = train_rl(config_of(parent, **falling), [letters()], tmp_path / "run")
+    with pytest.raises(RunError, match=r"for 2 steps with a linear rate.*with 3 every step.*new run"):
+        train_rl(config_of(parent, steps=3, **falling), [letters()], run.path, resume=True)
+    assert run.finished
+    assert replay_step(config_of(parent, steps=9, **falling), run.path, 1).same  # the rate is that of the run's steps
+
+
+def test_how_environments_take_part_is_part_of_the_run(parent, tmp_path):
+    source = TaskSource.of(letters(), weight=2.0, band=Band())
+    run = train_rl(config_of(parent), [letters()], tmp_path / "run", sources=[source])
+    for other, says in (
+        (None, r"tasks of chat \('weight=2.0, band=Band.*now None"),
+        ([dataclasses.replace(source, uniform_groups="keep")], "uniform_groups=keep"),
+    ):
+        with pytest.raises(RunError, match=says):
+            train_rl(config_of(parent), [letters()], run.path, sources=other, resume=True)
+    assert train_rl(config_of(parent), [letters()], run.path, sources=[source], resume=True).finished
+
+
+def test_the_clock_is_part_of_the_run(parent, tmp_path):
+    train_in_lockstep(config_of(parent), [letters()], tmp_path / "exact")
+    with pytest.raises(RunError, match=r"another inputs.clock \('deterministic', now None\)"):
+        train_rl(config_of(parent), [letters()], tmp_path / "exact", resume=True)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr-grpo", "rloo", "reinforce++-baseline"])
+def test_groups_of_one_that_teach_nothing_are_refused(parent, tmp_path, kind):
+    config = config_of(parent, scheduler={"group_size": 1}, learner={"advantages": kind})
+    with pytest.raises(ConfigError, match=f"{re.escape(kind)} compares.*larger groups"):
+        train_rl(config, [letters()], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    config.check_groups(taught=True)
+    config_of(parent, scheduler={"group_size": 1}, learner={"advantages": kind, "kl": KL()}).check_groups(taught=False)
+
+
+def test_groups_of_one_learn_from_a_teacher_and_from_a_batch(parent, tmp_path):
+    one = {"scheduler": {"group_size": 1}}
+    teacher = Aids(teachers={"*": speaker_model(1)})
+    run = train_rl(config_of(parent, steps=1, **one), [letters()], tmp_path / "taught", aids=teacher)
+    assert run.read("metrics")[0]["grad_norm"] > 0
+    config = config_of(parent, steps=1, learner={"advantages": "reinforce++"}, scheduler={"group_size": 1})
+    assert train_rl(config, [letters()], tmp_path / "batch").finished
+
+
+def test_engines_have_a_place_for_every_rollout_that_the_concurrency_control_allows(parent):
+    config = config_of(parent, concurrency=ConcurrencyConfig(least=1, most=24))
+    assert engine_settings(config)["max_num_seqs"] == 24 and engine_settings(config_of(parent))["max_num_seqs"] == 8
+    [engine] = one_engine(config)(speaker_model(), speaker_tokenizer(), 0).engines.values()
+    fleet = engine_processes(config, 1)(speaker_model(), speaker_tokenizer(), 0)
+    there = fleet._executor.build()
+    assert [e._core.scheduler.max_num_seqs for e in (engine, there)] == [24, 24]
+    engine.close(), there.close()
+
+
+@pytest.mark.parametrize("sync", ["merged", "adapters"])
+def test_an_engine_elsewhere_begins_with_the_rounded_weights_that_the_learner_has(parent, sync):
+    lora = LoRA(rank=2, base="int4", sync=sync)
+    learner = Learner(glm5.load_model(parent, dtype=torch.float32), LearnerConfig(lora=lora))
+    ours = learner.engine_model().state_dict()
+    engine = parent_engine(parent, lora, num_blocks=8)
+    theirs = engine.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    if sync == "merged":
+        whole = glm5.load_model(parent, dtype=torch.float32).state_dict()
+        assert any(not torch.equal(tensor, theirs[name]) for name, tensor in whole.items())
+    engine.close()
+
+
+def test_moments_are_forgotten_when_engines_take_the_weights():
+    learner = Learner(speaker_model(), LearnerConfig(reset_optimizer=True), publish_every=2)
+    batch, held = engine_batch(), []
+    for version in range(4):
+        learner.step(at_version(batch, version))
+        held.append(any(optimizer.state for optimizer in learner.optimizers))
+    assert held == [True, False, True, False]
