@@ -50,6 +50,9 @@ class RLOptions:
     env: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """An environment: sums, arithmetic, gym:TASK, calculator, lookup, facts, openenv:URL; @2 for twice the share. May
     be given several times."""
+    held_out_env: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An environment, named as for --env, of which held-out tasks are measured on the way (--held-out.every) and never
+    learnt from. May be given several times."""
     out: Path
     """The run directory."""
     world: Path | None = None
@@ -117,6 +120,7 @@ def run(arguments: Sequence[str]) -> int:
         config,
         [named.environment for named in environments],
         options.out,
+        held_out=[named_environment(text, options.world, split="heldout").environment for text in options.held_out_env],
         sources=sources_of(environments, options.uniform_groups or ("keep" if config.aids.teachers else None)),
         resume=options.resume,
         console=console,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glm5.data.corpus import Split
 from glm5.data.world import World
 from glm5.data.world_text import open_world
 from glm5.envs import (
@@ -45,8 +46,11 @@ class Named:
     """Its name on the command line, without the weight."""
 
 
-def named_environment(text: str, world: Path | None = None) -> Named:
-    """The environment of a name; raises InputError that says what is wrong with it."""
+def named_environment(text: str, world: Path | None = None, *, split: Split = "train") -> Named:
+    """The environment of a name; raises InputError that says what is wrong with it.
+
+    split: of the tasks, where the kind has one (lookup and openenv have none).
+    """
     spec, _, weight = text.rpartition("@") if _is_weight(text.rpartition("@")[2]) and "@" in text else (text, "", "1")
     kind, _, rest = spec.partition(":")
     if kind not in KINDS:
@@ -54,7 +58,7 @@ def named_environment(text: str, world: Path | None = None) -> Named:
     if float(weight) <= 0:
         raise InputError(f"The weight of {spec} is {weight}; it must be more than 0.")
     try:
-        return Named(KINDS[kind](rest, world), float(weight), spec)
+        return Named(KINDS[kind](rest, world, split), float(weight), spec)
     except TypeError as error:
         raise InputError(f"{spec}: {error}") from None
 
@@ -81,9 +85,13 @@ def settings(text: str) -> dict[str, Any]:
     return found
 
 
-def _gym(rest: str, world: Path | None) -> Environment:
+def _gym(rest: str, world: Path | None, split: Split) -> Environment:
     task, _, given = rest.partition(":")
-    return SingleTurn(ReasoningGym(task, settings(given)))
+    return SingleTurn(ReasoningGym(task, settings(given), split=split))
+
+
+def _facts(rest: str, world: Path | None, split: Split) -> Environment:
+    return facts_environment(Facts(_world("facts", world), **{"phrasing": split, **settings(rest)}))
 
 
 def _world(kind: str, world: Path | None) -> World:
@@ -92,12 +100,12 @@ def _world(kind: str, world: Path | None) -> World:
     return open_world(world)
 
 
-KINDS: dict[str, Callable[[str, Path | None], Environment]] = {
-    "sums": lambda rest, world: SingleTurn(Sums(split="train", **settings(rest))),
-    "arithmetic": lambda rest, world: SingleTurn(Arithmetic(split="train", **settings(rest))),
+KINDS: dict[str, Callable[[str, Path | None, Split], Environment]] = {
+    "sums": lambda rest, world, split: SingleTurn(Sums(split=split, **settings(rest))),
+    "arithmetic": lambda rest, world, split: SingleTurn(Arithmetic(split=split, **settings(rest))),
     "gym": _gym,
-    "calculator": lambda rest, world: calculator_environment(**settings(rest)),
-    "lookup": lambda rest, world: lookup_environment(_world("lookup", world), **settings(rest)),
-    "facts": lambda rest, world: facts_environment(Facts(_world("facts", world), **settings(rest))),
-    "openenv": lambda rest, world: OpenEnv(f"openenv/{rest}", rest),
+    "calculator": lambda rest, world, split: calculator_environment(**{"split": split, **settings(rest)}),
+    "lookup": lambda rest, world, split: lookup_environment(_world("lookup", world), **settings(rest)),
+    "facts": _facts,
+    "openenv": lambda rest, world, split: OpenEnv(f"openenv/{rest}", rest),
 }

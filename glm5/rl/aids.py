@@ -37,6 +37,17 @@ class Aids:
     """Batches of earlier stages: number `version * updates + i` goes with update i of a batch."""
     retention: Retention | None = None
     """Measures that join the metrics of the step that begins with the weights which they are of."""
+    rewards: Retention | None = None
+    """The same of held-out tasks (`held_out.py`); a run makes it of the environments that it is given."""
+
+    def measured(self, model: GLM5, version: int | None) -> dict[str, float]:
+        """What is due at the version; None: everything."""
+        return {
+            name: value
+            for part in (self.retention, self.rewards)
+            if part is not None and (version is None or part.due(version))
+            for name, value in part.measure(model).items()
+        }
 
 
 def open_aids(

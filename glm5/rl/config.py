@@ -10,6 +10,7 @@ from glm5.rl.admission import SchedulerConfig
 from glm5.rl.advantages import AGAINST_GROUP
 from glm5.rl.aids_config import AidsConfig
 from glm5.rl.concurrency import ConcurrencyConfig
+from glm5.rl.held_out import HeldOut
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.runner import RolloutConfig
 from glm5.train.checks import check_counts, check_numbers
@@ -29,6 +30,8 @@ class RLRunConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     aids: AidsConfig = field(default_factory=AidsConfig)
     """What the learner has beside its model: teachers, replay, a reference, measures."""
+    held_out: HeldOut = field(default_factory=HeldOut)
+    """How often, and of how many tasks, the reward of held-out environments is measured, where there are any."""
     concurrency: ConcurrencyConfig | None = None
     """Adapts the number of rollouts at once to what trainer and engines bear; None: always the scheduler's."""
     learning_ticks: int = 8

@@ -86,10 +86,10 @@ class Learner:
         """
         if batch.version != self.version:
             raise InputError(f"The batch is of version {batch.version} and the learner at version {self.version}.")
-        config, retention = self.config, self.aids.retention
+        config = self.config
         fraction = rate_at(config.schedule, self.version, self.steps)
         set_rate(self.optimizers, fraction)
-        kept = retention.measure(self.model) if retention is not None and retention.due(self.version) else {}
+        kept = self.aids.measured(self.model, self.version)
         sums: defaultdict[str, float] = defaultdict(float)
         parts = [
             examples_of(part, config.normalisation, fixed_length=config.fixed_length, version=batch.version)

@@ -19,22 +19,20 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from glm5.checkpoint import load_model
 from glm5.engine import Engine, SamplingParams, TokenDelta, TokenStream
 from glm5.engine.outputs import PromptLogprob
 from glm5.envs import Environment
 from glm5.errors import ConfigError, RunError
-from glm5.rl.aids import Aids, open_aids
+from glm5.rl.aids import Aids
 from glm5.rl.around import AroundSource
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece
 from glm5.rl.executors import engine_settings
 from glm5.rl.orchestrator import aborted
 from glm5.rl.records import Rollout, Ticket, Turn
-from glm5.rl.run_ends import finish_run, reopened, start_run
+from glm5.rl.run_ends import finish_run, open_session, reopened, start_run
 from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
@@ -51,6 +49,7 @@ def train_in_lockstep(
     *,
     sources: Sequence[TaskSource] | None = None,
     aids: Aids | None = None,
+    held_out: Sequence[Environment] = (),
     resume: bool = False,
     console: Console | None = None,
 ) -> RunDirectory:
@@ -60,16 +59,14 @@ def train_in_lockstep(
     """
     if config.scheduler.mode != "async" or config.scheduler.publish_every != 1:
         raise ConfigError("The deterministic mode is asynchronous and publishes every batch; change the scheduler's.")
-    parent = model_of(config.parent)
-    tokenizer = Tokenizer.from_pretrained(parent)
+    tokenizer = Tokenizer.from_pretrained(model_of(config.parent))
     run = start_run(
         config, environments, run_directory, sources=sources, aids=aids, deterministic=True, resume=resume
     )  # fmt: skip
     with run.exclusive():
         if not reopened(run, config):
             return run
-        aids = open_aids(config.aids, tokenizer, attention=config.learner.attention, given=aids)
-        session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources, aids)
+        session = open_session(config, environments, run, tokenizer, sources=sources, aids=aids, held_out=held_out)
         try:
             with progress_bar("rl", session.version, config.steps, console) as show:
                 asyncio.run(Lockstep(session, tokenizer, show).run())

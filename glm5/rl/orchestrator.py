@@ -15,21 +15,19 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
-from glm5.checkpoint import load_model
 from glm5.envs import Environment, Task
 from glm5.errors import RunError
-from glm5.rl.aids import Aids, open_aids
+from glm5.rl.aids import Aids
 from glm5.rl.concurrency import Load, next_limit
 from glm5.rl.config import RLRunConfig
 from glm5.rl.executors import MakeFleet, one_engine
 from glm5.rl.fleet import Fleet, FleetStats
 from glm5.rl.meter import Meter, Metered
 from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
-from glm5.rl.run_ends import finish_run, reopened, start_run
+from glm5.rl.run_ends import finish_run, open_session, reopened, start_run
 from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
@@ -55,6 +53,7 @@ def train_rl(
     sources: Sequence[TaskSource] | None = None,
     make_fleet: MakeFleet | None = None,
     aids: Aids | None = None,
+    held_out: Sequence[Environment] = (),
     player: Player | None = None,
     meter: Meter | None = None,
     resume: bool = False,
@@ -65,17 +64,16 @@ def train_rl(
 
     sources: how each environment takes part (share, concurrency, curriculum). make_fleet: where the engines are, by
     default one in this process (`glm5.rl.executors` has others). aids: objects of your own in place of `config.aids`.
+    held_out: environments whose reward is measured on the way (`config.held_out`) and never learnt from.
     player: who plays the episodes, if not this program; then meter: what counts their tokens. Ctrl-C finishes the
     running step, saves and raises `RunInterrupted`; after a crash or kill nothing that was finished is sampled again.
     """
-    parent = model_of(config.parent)
-    tokenizer = Tokenizer.from_pretrained(parent)
+    tokenizer = Tokenizer.from_pretrained(model_of(config.parent))
     run = start_run(config, environments, run_directory, sources=sources, aids=aids, resume=resume)
     with run.exclusive():
         if not reopened(run, config):
             return run
-        aids = open_aids(config.aids, tokenizer, attention=config.learner.attention, given=aids)
-        session = Session(config, environments, run, load_model(parent, dtype=torch.float32), sources, aids)
+        session = open_session(config, environments, run, tokenizer, sources=sources, aids=aids, held_out=held_out)
         make = make_fleet or one_engine(config)
         fleet = make(session.learner.engine_model(), tokenizer, session.version)
         with LiveView(console) as view, interrupts() as stopped:

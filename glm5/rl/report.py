@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from glm5.files import replacing
+from glm5.rl.retention import PREFIX
 from glm5.rl.session import JOURNAL
 from glm5.rl.view.of_run import view_run
 from glm5.train import RunDirectory
@@ -23,6 +24,8 @@ from glm5.train.report import STYLE, configuration
 
 log = logging.getLogger("glm5.rl")
 SHOWN = 12
+RETENTION = "retention.json"
+"""In the run directory: what was measured of the finished model."""
 ROLLOUT_TOKENS = 1_000_000
 """Of the page of rollouts that the report makes."""
 MOST_COLUMNS = 120
@@ -41,6 +44,7 @@ def write_rl_report(run_directory: Path) -> Path:
         _link(run),
         "<h2>Reward</h2>",
         reward_figure(metrics),
+        *_held(metrics, run),
         "<h2>What became of the samples</h2>",
         _fates(metrics),
         _staleness(metrics),
@@ -115,6 +119,31 @@ def reward_figure(metrics: Lines) -> str:
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="reward over steps">{"".join(marks)}</svg>'
         "<figcaption>Mean reward of a step's samples; the line is the mean of the last five.</figcaption></figure>"
     )
+
+
+def _held(metrics: Lines, run: RunDirectory) -> list[str]:
+    """What is measured on the way (`retention.py`, `held_out.py`), the last values those of the finished model."""
+    last = json.loads((run.path / RETENTION).read_text()) if (run.path / RETENTION).exists() else {}
+    lines = [*metrics, {**last, "step": last["version"]}] if last else metrics
+    names = sorted({name for line in lines for name in line if name.startswith(PREFIX)})
+    if not names:
+        return []
+    rows, series = [], list[tuple[str, Points]]()
+    for name in names:
+        points, short = _points(lines, name), name.removeprefix(PREFIX)
+        series.append((short, points))
+        values = "".join(f"<td class=number>{value:.3f}</td>" for value in (points[0][1], points[-1][1]))
+        rows.append(f"<tr><td>{html.escape(short)}</td>{values}</tr>")
+    charts = [
+        line_chart(some, label=f"held-out {what} over versions", caption=f"Held-out {what}, by version.")
+        for what, some in (
+            ("rewards", [one for one in series if one[0].endswith("/reward")]),
+            ("bits per byte", [one for one in series if one[0].endswith("bits_per_byte")]),
+        )
+        if some
+    ]
+    head = "<tr><th>measure</th><th>first</th><th>last</th></tr>"
+    return ["<h2>Held out</h2>", *charts, f"<table>{head}{''.join(rows)}</table>"]
 
 
 def _fates(metrics: Lines) -> str:

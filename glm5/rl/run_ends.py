@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
-from glm5.checkpoint import save_model
+import torch
+
+from glm5.checkpoint import load_model, save_model
 from glm5.envs import Environment
 from glm5.errors import RunError
-from glm5.rl.aids import Aids
+from glm5.files import write_json
+from glm5.rl.aids import Aids, open_aids
 from glm5.rl.config import RLRunConfig
-from glm5.rl.report import write_rl_report
+from glm5.rl.held_out import held_out_rewards
+from glm5.rl.report import RETENTION, write_rl_report
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
 from glm5.text import Tokenizer
@@ -88,11 +92,35 @@ def reopened(run: RunDirectory, config: RLRunConfig) -> bool:
     return not run.finished
 
 
+def open_session(
+    config: RLRunConfig,
+    environments: Sequence[Environment],
+    run: RunDirectory,
+    tokenizer: Tokenizer,
+    *,
+    sources: Sequence[TaskSource] | None,
+    aids: Aids | None,
+    held_out: Sequence[Environment],
+) -> Session:
+    """The run in this process, brought back to where it was."""
+    attention = config.learner.attention
+    opened = open_aids(config.aids, tokenizer, attention=attention, given=aids)
+    if held_out:
+        rewards = held_out_rewards(held_out, tokenizer, config.held_out, config.rollout, attention)
+        opened = replace(opened, rewards=rewards)
+    model = load_model(model_of(config.parent), dtype=torch.float32)
+    return Session(config, environments, run, model, sources, opened)
+
+
 def finish_run(session: Session, tokenizer: Tokenizer) -> None:
     """The model, and then the pages: whatever is wrong with these, what was learnt is there."""
     session.journal.close()
     save_model(session.learner.whole_model().eval(), session.run.model_directory, tokenizer)
     try:
+        learner = session.learner
+        values = learner.aids.measured(learner.model, None)
+        if values:
+            write_json(session.run.path / RETENTION, {"version": learner.version, **values})
         write_rl_report(session.run.path)
     except Exception:
         log.exception("The model is in %s, but the report could not be written.", session.run.model_directory)

@@ -37,6 +37,7 @@ OPERATIONAL = frozenset(
         "episode_seconds",
         "evaluate_every",
         "groups_in_vain",
+        "held_out",
         "keep_best",
         "keep_checkpoints",
         "on_spike",

@@ -41,6 +41,8 @@ def render(snapshot: Snapshot) -> RenderableType:
         _reward(snapshot),
         Columns([_flow(snapshot), _staleness(snapshot), _fates(snapshot)]),
     ]
+    if snapshot.held:
+        parts.append(_held(snapshot))
     if snapshot.engines:
         parts.append(_engines(snapshot))
     if snapshot.note:
@@ -66,6 +68,7 @@ def line(snapshot: Snapshot) -> str:
         known.append(f"mismatch {snapshot.mismatch:.1e}")
     if snapshot.entropy is not None:
         known.append(f"entropy {snapshot.entropy:.3f}")
+    known += [f"{name} {now:.3f}" for name, (_, now) in snapshot.held.items() if name.endswith("/reward")]
     known.append(f"trained {snapshot.trained} dropped {sum(snapshot.dropped.values())}")
     known.append(f"requeued {sum(snapshot.requeued.values())}")
     return "  ".join([*known, *([snapshot.note] if snapshot.note else [])])
@@ -152,6 +155,14 @@ def _fates(snapshot: Snapshot) -> RenderableType:
         table.add_row(name, f"{sum(reasons.values()):,}")
         for reason, count in _ordered(reasons):
             table.add_row(Text(f"  {_cut(reason)}", style="dim"), Text(f"{count:,}", style="dim"))
+    return table
+
+
+def _held(snapshot: Snapshot) -> RenderableType:
+    """What is measured and never learnt from."""
+    table = _table("held out, now and at first")
+    for name, (first, now) in snapshot.held.items():
+        table.add_row(Text(name), f"{now:.3f}", Text(f"{first:.3f}", style="dim"))
     return table
 
 

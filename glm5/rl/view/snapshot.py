@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from glm5.rl.fleet import EngineState
+from glm5.rl.retention import PREFIX
 
 RECENT = 10
 """Steps over which the histogram and the rates are taken."""
@@ -54,12 +55,19 @@ class Snapshot:
     """Samples, by reason; with `trained`, since the view began."""
     ages: tuple[Mapping[int, int], ...] = ()
     """Of the last steps: tokens by the versions between the weights that sampled them and those that learnt."""
+    held: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """What is measured on the way and never learnt from, by name: the first value and the newest."""
     engines: tuple[EngineState, ...] = ()
     note: str = ""
     """What a person should know now."""
 
     def after(self, metrics: Mapping[str, Any], speed: Mapping[str, Any]) -> Snapshot:
         """One step later. Keys that are missing leave what was known."""
+        held = {
+            name: (self.held.get(name, (value,))[0], value)
+            for key, value in metrics.items()
+            if (name := key.removeprefix(PREFIX)) != key
+        }
         ages = {int(age): count for age, count in metrics.get("staleness", {}).items()}
         return replace(
             self,
@@ -78,6 +86,7 @@ class Snapshot:
             dropped=_sum(self.dropped, metrics.get("dropped", {})),
             requeued=_sum(self.requeued, metrics.get("requeued_because", {})),
             ages=(*self.ages, ages)[-RECENT:],
+            held={**self.held, **held},
         )
 
     @property
