@@ -5,6 +5,7 @@ r"""`glm5 rl`: reinforcement learning from environments, from agents behind a ga
     glm5 rl --parent runs/sft --env sums --out runs/rl --resume
     glm5 rl --parent runs/sft --env sums --out runs/rl --replay-step 17           # that step again, without engines
     glm5 rl --parent runs/sft --env sums --out runs/two --executor processes --engines 2
+    glm5 rl --parent runs/sft --env sums --out runs/far --executor servers --server http://a:8000 --publish-to weights
     glm5 rl --simulate --like runs/rl                                             # other settings, in virtual time
     glm5 rl --from-gateway --parent runs/sft --out runs/agents                    # agents of others, as they run
     glm5 rl --from-records used --parent runs/sft --out runs/used                 # what glm5 serve --record used kept
@@ -29,7 +30,7 @@ from rich.console import Console
 
 from glm5.cli import rl_outside, rl_simulate
 from glm5.cli.rl_aids import with_recorded_aids
-from glm5.cli.rl_engines import Executor, fleet_of
+from glm5.cli.rl_engines import EngineOptions
 from glm5.cli.rl_environments import Named, named_environment
 from glm5.cli.rl_flags import REGISTRY
 from glm5.cli.threads import use_threads
@@ -59,16 +60,9 @@ class RLOptions:
     """The world that facts and lookup ask about."""
     resume: bool = False
     """Go on where the run stopped."""
-    executor: Executor = "local"
-    """local: one engine in this process. processes: engines in processes of their own, replaced when they die. ray: the
-    same as actors on a cluster."""
-    engines: int = 1
-    """How many, with --executor processes or ray."""
     uniform_groups: UniformGroups | None = None
     """Whether groups whose rewards are all equal are learnt from; left out: as each environment says, and keep where
     there are teachers, who have something to say about those too."""
-    ray: str | None = None
-    """Address of the Ray cluster (auto: the one that this machine belongs to); one is started here when left out."""
     deterministic: bool = False
     """Order everything by a clock that counts tokens, with the strict engine: a run, however often it was killed and
     resumed, gives the same weights to the bit. Slower."""
@@ -86,6 +80,7 @@ class Flags:
 
     config: Annotated[RLRunConfig, tyro.conf.arg(name="")]
     run: Annotated[RLOptions, tyro.conf.arg(name="")]
+    engines: Annotated[EngineOptions, tyro.conf.arg(name="")]
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -95,15 +90,12 @@ def run(arguments: Sequence[str]) -> int:
     if any(argument.split("=")[0] in ("--from-gateway", "--from-records") for argument in arguments):
         return rl_outside.run(arguments)
     flags = tyro.cli(Flags, prog="glm5 rl", args=list(arguments), registry=REGISTRY)
-    options = flags.run
+    options, engines = flags.run, flags.engines
     use_threads(options.threads)
     environments = [named_environment(text, options.world) for text in options.env]
-    if options.executor == "local" and options.engines != 1:
-        raise InputError(f"--engines {options.engines} needs --executor processes.")
-    if options.ray is not None and options.executor != "ray":
-        raise InputError(f"--ray {options.ray} needs --executor ray.")
-    if options.deterministic and options.executor != "local":
-        raise InputError("--deterministic runs in one process; leave --executor out.")
+    engines.check()
+    if options.deterministic and (engines.executor != "local" or engines.publish_to is not None):
+        raise InputError("--deterministic runs in one process; leave --executor and --publish-to out.")
     if not environments:
         raise InputError("There is nothing to learn from: give at least one --env, such as --env sums.")
     names = {named.short: named.environment.name for named in environments}
@@ -115,7 +107,7 @@ def run(arguments: Sequence[str]) -> int:
         return print_replay(replay_step(config, options.out, options.replay_step), console, options.json)
     train = train_in_lockstep
     if not options.deterministic:
-        train = functools.partial(train_rl, make_fleet=fleet_of(config, options.executor, options.engines, options.ray))
+        train = functools.partial(train_rl, make_fleet=engines.fleet(config), publish_to=engines.mirror)
     done = train(
         config,
         [named.environment for named in environments],

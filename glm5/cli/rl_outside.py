@@ -1,9 +1,10 @@
 """`glm5 rl --from-gateway` and `--from-records`: learning from agents that other people run.
 
     glm5 rl --from-gateway --parent runs/sft --out runs/agents --port 8000      # serves them and learns
+    glm5 rl --from-gateway --parent runs/sft --out runs/agents --executor processes --engines 2
     glm5 rl --from-records used --parent runs/sft --out runs/used               # what glm5 serve --record used has kept
 
-Engine processes, environments, deterministic mode and replay of a step belong to `glm5 rl` without these flags.
+Environments, deterministic mode and replay of a step belong to `glm5 rl` without these flags.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tyro
 from rich.console import Console
 
 from glm5.cli.rl_aids import with_recorded_aids
+from glm5.cli.rl_engines import EngineOptions
 from glm5.cli.rl_flags import REGISTRY
 from glm5.cli.threads import use_threads
 from glm5.envs.protocol import UniformGroups
@@ -77,6 +79,7 @@ class Flags:
 
     config: Annotated[RLRunConfig, tyro.conf.arg(name="")]
     run: Annotated[OutsideOptions, tyro.conf.arg(name="")]
+    engines: Annotated[EngineOptions, tyro.conf.arg(name="")]
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -86,6 +89,8 @@ def run(arguments: Sequence[str]) -> int:
     if options.from_gateway == (options.from_records is not None):
         raise InputError("Episodes come either from a gateway or from records; give one of --from-gateway, "
                          "--from-records DIR.")  # fmt: skip
+    engines = flags.engines
+    engines.check()
     use_threads(options.threads)
     config = with_recorded_aids(flags.config, options.out) if options.resume else flags.config
     common: dict[str, Any] = {
@@ -94,6 +99,8 @@ def run(arguments: Sequence[str]) -> int:
         "console": console,
     }
     if options.from_records is not None:
+        if engines != EngineOptions():
+            raise InputError("A run from records samples nothing; leave out what says who samples.")
         done = train_from_records(config, options.from_records, options.out, **common)
     else:
         address = options.address()
@@ -101,7 +108,10 @@ def run(arguments: Sequence[str]) -> int:
             print(f"Warning: everybody who reaches {options.host} may use and teach this model; set {KEY_VARIABLE} to "
                   "require a key.", file=sys.stderr, flush=True)  # fmt: skip
         ready = lambda url: print(f"Agents: {url}/s/SESSION/v1 (OpenAI), {url}/s/SESSION (Anthropic)", flush=True)
-        done = train_from_gateway(config, options.out, address, ready=ready, **common)
+        make = engines.fleet(config, max_num_seqs=address.limits.max_concurrent)
+        done = train_from_gateway(
+            config, options.out, address, ready=ready, make_fleet=make, publish_to=engines.mirror, **common
+        )  # fmt: skip
     summarise(done, console, as_json=options.json)
     return 0
 

@@ -34,6 +34,9 @@ class RLRunConfig:
     """How often, and of how many tasks, the reward of held-out environments is measured, where there are any."""
     concurrency: ConcurrencyConfig | None = None
     """Adapts the number of rollouts at once to what trainer and engines bear; None: always the scheduler's."""
+    recompute: bool | None = None
+    """Whether sequences that run compute their cache anew when the engines take new weights, so that what they say next
+    is of these weights alone; kept, swaps cost nothing. None: anew in strict mode only."""
     learning_ticks: int = 8
     """In deterministic mode: tokens that every rollout gets while a batch is learnt from."""
     patience: float = 600.0

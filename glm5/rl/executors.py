@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from httpx import AsyncBaseTransport
 
 from glm5.checkpoint import load_model
 from glm5.engine import Engine
+from glm5.errors import ConfigError
 from glm5.model import GLM5
 from glm5.rl.adapters import LoRA, adapt, merged_model
 from glm5.rl.config import RLRunConfig
 from glm5.rl.fleet import Fleet, FleetConfig, InProcessFleet, ProcessExecutor, SupervisedFleet
+from glm5.rl.fleet.external import Polled, Reloaded, ServerExecutor
+from glm5.rl.weights import DirectoryPublisher
+from glm5.serve.backend import Backend
+from glm5.serve.backend_api import backend_api
 from glm5.text import Tokenizer
 from glm5.train.run_directory import model_of
 
@@ -28,7 +34,8 @@ def one_engine(config: RLRunConfig, **engine: Any) -> MakeFleet:
 
     def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
         settings = {**engine_settings(config), **engine}
-        return InProcessFleet([Engine(copy.deepcopy(model), tokenizer, version=version, **settings)])
+        engines = [Engine(copy.deepcopy(model), tokenizer, version=version, **settings)]
+        return InProcessFleet(engines, recompute=config.recompute)
 
     return make
 
@@ -44,7 +51,8 @@ def engine_processes(
     build = _build(config, engine)
 
     def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
-        return SupervisedFleet(ProcessExecutor(build, threads=threads), count, tokenizer=tokenizer, config=limits)
+        executor = ProcessExecutor(build, recompute=config.recompute, threads=threads)
+        return SupervisedFleet(executor, count, tokenizer=tokenizer, config=limits)
 
     return make
 
@@ -62,8 +70,42 @@ def engine_actors(
     build = _build(config, engine)
 
     def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
-        executor = RayExecutor(build, threads=threads, num_cpus=num_cpus, num_gpus=num_gpus)
+        executor = RayExecutor(
+            build, recompute=config.recompute, threads=threads, num_cpus=num_cpus, num_gpus=num_gpus
+        )  # fmt: skip
         return SupervisedFleet(executor, count, tokenizer=tokenizer, config=limits)
+
+    return make
+
+
+def engine_servers(
+    config: RLRunConfig, urls: Sequence[str], weights: Path, *, api: Literal["glm5", "sglang"] = "glm5",
+    api_key: str | None = None, limits: FleetConfig | None = None, transport: AsyncBaseTransport | None = None,
+) -> MakeFleet:  # fmt: skip
+    """Servers that somebody else has started with the parent's model, one engine each.
+
+    weights: a directory that the servers see too, where they find new versions: those of glm5 were started with
+    `--weights-from` it, those of SGLang are told to read a model directory in it. transport: for tests.
+    """
+    if config.rollout.replay_experts or config.recompute is not None:
+        raise ConfigError(
+            "Servers say nothing of experts and decide about their cache themselves; leave rollout.replay_experts and "
+            "recompute out."
+        )
+    lora = config.learner.lora
+    if lora is not None and lora.sync == "adapters":
+        raise ConfigError("Servers take whole models; set sync=merged in learner.lora.")
+    parent = model_of(config.parent)
+    spoken = backend_api("generate" if api == "glm5" else "sglang")
+    backends = [Backend(url, parent, spoken, api_key=api_key, transport=transport) for url in urls]
+
+    def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
+        delivery = (
+            Reloaded(weights, model.config, tokenizer) if api == "sglang"
+            # Theirs is the version before, whatever a killed run has left: it is written again, and whole.
+            else Polled(DirectoryPublisher(weights, after=version - 1))
+        )  # fmt: skip
+        return SupervisedFleet(ServerExecutor(backends, delivery), len(backends), tokenizer=tokenizer, config=limits)
 
     return make
 

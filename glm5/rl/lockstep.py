@@ -199,7 +199,7 @@ class Lockstep:
         version = session.version
         cancelled = session.published(version)
         if version > self.engine.version:
-            self.engine.update_weights(version, session.learner.weights())
+            self.engine.update_weights(version, session.learner.weights(), recompute=self.config.recompute)
         await self._call_off(cancelled)
         self.show(version, f"reward of the batch {metrics['trained_reward']:.3f}", 0.0)
         if version % self.config.checkpoint_every == 0 and version < self.config.steps:

@@ -33,6 +33,7 @@ from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
 from glm5.rl.view.live import LiveView
 from glm5.rl.view.watch import Watch, snapshot_of
+from glm5.rl.weights.mirror import Mirror
 from glm5.text import Tokenizer
 from glm5.threads import in_thread
 from glm5.train import RunDirectory, RunInterrupted
@@ -54,6 +55,7 @@ def train_rl(
     make_fleet: MakeFleet | None = None,
     aids: Aids | None = None,
     held_out: Sequence[Environment] = (),
+    publish_to: Path | None = None,
     player: Player | None = None,
     meter: Meter | None = None,
     resume: bool = False,
@@ -65,6 +67,7 @@ def train_rl(
     sources: how each environment takes part (share, concurrency, curriculum). make_fleet: where the engines are, by
     default one in this process (`glm5.rl.executors` has others). aids: objects of your own in place of `config.aids`.
     held_out: environments whose reward is measured on the way (`config.held_out`) and never learnt from.
+    publish_to: a directory that gets every version too, for `glm5 serve --weights-from`.
     player: who plays the episodes, if not this program; then meter: what counts their tokens. Ctrl-C finishes the
     running step, saves and raises `RunInterrupted`; after a crash or kill nothing that was finished is sampled again.
     """
@@ -78,7 +81,9 @@ def train_rl(
         fleet = make(session.learner.engine_model(), tokenizer, session.version)
         with LiveView(console) as view, interrupts() as stopped:
             watch = Watch(view.show, snapshot_of(run))
-            asyncio.run(Orchestrator(session, fleet, watch, player, meter).run(stopped))
+            every = config.scheduler.publish_every
+            mirror = None if publish_to is None else Mirror(publish_to, after=session.version, every=every)
+            asyncio.run(Orchestrator(session, fleet, watch, player, meter, mirror).run(stopped))
         finish_run(session, tokenizer)
     return run
 
@@ -87,10 +92,17 @@ class Orchestrator:
     """One run, from where its session stands to its last step."""
 
     def __init__(
-        self, session: Session, fleet: Fleet, watch: Watch, player: Player | None = None, meter: Meter | None = None
+        self,
+        session: Session,
+        fleet: Fleet,
+        watch: Watch,
+        player: Player | None = None,
+        meter: Meter | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         """player: None plays the session's environments. meter: of the tokens that others ask for."""
         self.session, self.fleet, self.watch, self.player = session, fleet, watch, player or self._episode
+        self.mirror = mirror
         self.config = session.config
         self.meter = meter or Meter()
         self.source = Metered(fleet, self.meter)
@@ -112,6 +124,7 @@ class Orchestrator:
                 await self.fleet.publish(session.version, session.learner.weights())
             if session.scheduler.version < session.version:
                 self._cancel(session.published(session.version))
+            await self._mirrored()
             for ticket in session.under_way():
                 self._begin(ticket)
             while session.version < self.config.steps:
@@ -214,6 +227,7 @@ class Orchestrator:
         session, self._learning = self.session, None
         metrics = session.learnt(values)
         version = session.version
+        await self._mirrored()
         self._unpublished = (version, session.learner.weights())
         if version < self.config.steps:
             await self._publish_if_allowed()
@@ -244,6 +258,12 @@ class Orchestrator:
             await self.fleet.publish(version, weights)
             self._unpublished = None
             self._cancel(self.session.published(version))
+
+    async def _mirrored(self) -> None:
+        """The newest version where others find it, as a plain model."""
+        version, mirror = self.session.version, self.mirror
+        if mirror is not None and version and mirror.wants(version, last=version == self.config.steps):
+            await mirror.write(version, self.session.learner.whole_model().state_dict())
 
     # ---- ends -----------------------------------------------------------------------------------------------------
     def _interrupted(self) -> None:

@@ -119,6 +119,7 @@ class RunDirectory:
             if not resume:
                 raise RunError(f"{path} already holds a run; resume it, or choose another directory.")
             before = {name: old.description.get(name) for name in plan}
+            before["config"] = with_defaults(before["config"], config)
             change = first_difference(without_paths(before), without_paths(plan), free=free)
             if change is not None:
                 raise RunError(f"{path} was started with another {change}; resume it unchanged, or start a new run.")
@@ -280,6 +281,21 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def with_defaults(recorded: Any, config: Any) -> Any:
+    """A recorded configuration, with the settings that came later as they are by default."""
+    if not (isinstance(recorded, dict) and dataclasses.is_dataclass(config)):
+        return recorded
+    found = dict(recorded)
+    for field in dataclasses.fields(config):
+        if field.name in recorded:
+            found[field.name] = with_defaults(recorded[field.name], getattr(config, field.name))
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = plain(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = plain(field.default_factory())
+    return found
 
 
 def operational(values: dict[str, Any], free: frozenset[str] = OPERATIONAL) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a resumed run may change: more steps at a constant rate, and nothing of what decides what is learnt."""
 
 import dataclasses
+import json
 import re
 
 import lockstep_runs
@@ -72,6 +73,16 @@ def test_a_deterministic_run_made_longer_is_the_long_run(parent, tmp_path):
     train_in_lockstep(dataclasses.replace(config, steps=2), [lockstep_runs.chat()], path)
     train_in_lockstep(config, [lockstep_runs.chat()], path, resume=True)
     assert lockstep_runs.fingerprint(path) == lockstep_runs.fingerprint(whole.path)
+
+
+def test_settings_that_came_after_a_run_began_are_no_difference_while_they_are_at_their_defaults(parent, tmp_path):
+    run = train_rl(config_of(parent), [letters()], tmp_path / "run")
+    recorded = dict(run.description)
+    del recorded["config"]["recompute"], recorded["config"]["rollout"]["keep_thoughts"]
+    (run.path / "run.json").write_text(json.dumps(recorded))
+    with pytest.raises(RunError, match=r"another config.recompute \(None, now True\)"):
+        train_rl(config_of(parent, recompute=True), [letters()], run.path, resume=True)
+    assert train_rl(config_of(parent), [letters()], run.path, resume=True).finished
 
 
 def test_a_falling_rate_keeps_its_steps(parent, tmp_path):

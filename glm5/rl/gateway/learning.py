@@ -90,6 +90,7 @@ def train_from_gateway(
     uniform_groups: UniformGroups = "drop",
     make_fleet: MakeFleet | None = None,
     aids: Aids | None = None,
+    publish_to: Path | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> RunDirectory:
@@ -110,8 +111,8 @@ def train_from_gateway(
 
     rollouts = GatewayRollouts(FinishedSessions(recorded, size), run_directory / JOURNAL)
     return train_rl(
-        settings, [OutsideAgents(uniform_groups)], run_directory, make_fleet=make, aids=aids, player=rollouts.play,
-        meter=meter, resume=resume, console=console,
+        settings, [OutsideAgents(uniform_groups)], run_directory, make_fleet=make, aids=aids, publish_to=publish_to,
+        player=rollouts.play, meter=meter, resume=resume, console=console,
     )  # fmt: skip
 
 
