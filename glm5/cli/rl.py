@@ -6,6 +6,7 @@ r"""`glm5 rl`: reinforcement learning from environments, from agents behind a ga
     glm5 rl --parent runs/sft --env sums --out runs/rl --replay-step 17           # that step again, without engines
     glm5 rl --parent runs/sft --env sums --out runs/two --executor processes --engines 2
     glm5 rl --parent runs/sft --env sums --out runs/far --executor servers --server http://a:8000 --publish-to weights
+    glm5 rl --follow runs/rl                                                      # its live view, from another terminal
     glm5 rl --simulate --like runs/rl                                             # other settings, in virtual time
     glm5 rl --from-gateway --parent runs/sft --out runs/agents                    # agents of others, as they run
     glm5 rl --from-records used --parent runs/sft --out runs/used                 # what glm5 serve --record used kept
@@ -41,6 +42,7 @@ from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.replay import ReplayedStep, replay_step
 from glm5.rl.tasks import TaskSource
+from glm5.rl.view import watch_run
 from glm5.train import RunDirectory
 
 
@@ -75,6 +77,14 @@ class RLOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FollowOptions:
+    """The live view of a run that another process makes, until it is finished."""
+
+    follow: Path
+    """The run directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Flags:
     """Reinforcement learning: rollouts of a model are scored by environments, and it learns from them."""
 
@@ -87,6 +97,9 @@ def run(arguments: Sequence[str]) -> int:
     """Parses the flags and trains."""
     if any(argument.split("=")[0] in ("--simulate", "--like") for argument in arguments):
         return rl_simulate.run(arguments)
+    if any(argument.split("=")[0] == "--follow" for argument in arguments):
+        watch_run(tyro.cli(FollowOptions, prog="glm5 rl", args=list(arguments)).follow)
+        return 0
     if any(argument.split("=")[0] in ("--from-gateway", "--from-records") for argument in arguments):
         return rl_outside.run(arguments)
     flags = tyro.cli(Flags, prog="glm5 rl", args=list(arguments), registry=REGISTRY)

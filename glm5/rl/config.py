@@ -13,7 +13,8 @@ from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.held_out import HeldOut
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.runner import RolloutConfig
-from glm5.train.checks import check_counts, check_numbers
+from glm5.train.checks import check_choice, check_counts, check_numbers
+from glm5.train.watch import Watcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +44,19 @@ class RLRunConfig:
     """Seconds without a token, a finished rollout or a step, after which the run stops and says what it waits for."""
     groups_in_vain: int = 256
     """Groups in a row that teach nothing (all rewards equal, or too many failures), after which the run stops."""
+    keep_logprobs: bool = True
+    """Keep what the trainer thought of each token before it learnt from it: the viewer's colours by ratio. About four
+    bytes a token."""
+    watch: tuple[Watcher, ...] = ()
+    """Send metrics and speeds to tensorboard or trackio too (extra `watch`)."""
     checkpoint_every: int = 10
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "learning_ticks", "groups_in_vain", "checkpoint_every", "keep_checkpoints")
         check_numbers(self, "patience", above=0)
+        for name in self.watch:
+            check_choice(self, "watch", "tensorboard", "trackio", value=name)
         if self.rollout.max_episode_tokens is not None and self.rollout.max_episode_tokens <= 2:
             raise ConfigError("rollout.max_episode_tokens leaves no room for a prompt and an answer; raise it.")
 

@@ -32,6 +32,7 @@ from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.objective import Given, distribution, drafts, objective, totals_of
 from glm5.rl.packing import Example, Judged, examples_of, judged, micro_batches
 from glm5.rl.records import Batch, Metrics
+from glm5.rl.seen import TrainerLogprobs
 from glm5.train import RunDirectory
 from glm5.train.guards import LOWER_RATE
 from glm5.train.losses import language_loss
@@ -70,6 +71,8 @@ class Learner:
             check_patterns(model, config)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(learns(name, model, config))
+        self.logprobs: TrainerLogprobs = {}
+        """Of the newest batch, before it was learnt from."""
         self.head: ValueHead | None = None
         self.optimizers = build_optimizers(model, model.config, config.optimizer)
         if config.advantages == "gae":
@@ -93,22 +96,34 @@ class Learner:
         sums: defaultdict[str, float] = defaultdict(float)
         parts = [
             examples_of(part, config.normalisation, fixed_length=config.fixed_length, version=batch.version)
-            for part in _parts(judged(batch, config.advantages), config.updates)
+            for part in _parts(self._lessons(batch), config.updates)
             if part
         ]
-        given = self._given(list(itertools.chain(*parts)), several=len(parts) > 1)
+        given, before = self._given(list(itertools.chain(*parts)), several=len(parts) > 1), PerExample()
         taken = 0
         for number, part in enumerate(parts):
-            values = self._update(part, given, number)
+            values = self._update(part, given, number, before)
             taken += values is not None
             for name, value in (values or {}).items():
                 sums[name] += value
+        self.logprobs = {
+            rollout.id: [before[id(t)].tolist() if t.num_sampled else [] for t in rollout.trajectories]
+            for rollout in batch.rollouts
+            if any(id(t) in before for t in rollout.trajectories)
+        }
         means = {name: value / taken for name, value in sums.items()}
         self.version += 1
         if config.reset_optimizer and self.version % self.publish_every == 0:
             self.reset_optimizer()
         values = {"lr": fraction * config.optimizer.lr, "updates": taken, "skipped_updates": len(parts) - taken}
         return {**means, **values, **batch_metrics(batch), **kept}
+
+    def _lessons(self, batch: Batch) -> list[Judged]:
+        """What is learnt from; a baseline is of all rollouts, also those that are masked."""
+        lessons = judged(batch, self.config.advantages)
+        if self.config.truncated == "mask":
+            lessons = [one for one in lessons if one.lesson.rollout.outcome != "truncated"]
+        return lessons
 
     def reset_optimizer(self) -> None:
         """Forgets the moments: the next update is as if it were the first."""
@@ -135,9 +150,11 @@ class Learner:
         with without_adapters(self.model):
             return fixed_logprobs(self.model, examples, self.config.passes)
 
-    def _update(self, examples: Sequence[Example], given: Given, number: int) -> dict[str, float] | None:
-        """One optimiser step, and what it met; None when it was left out."""
-        values = self.backward(examples, given)
+    def _update(
+        self, examples: Sequence[Example], given: Given, number: int, before: PerExample
+    ) -> dict[str, float] | None:
+        """One optimiser step, and what it met; None when it was left out. Adds to `before`."""
+        values = self.backward(examples, given, before)
         if self.aids.replay is not None and self.config.replay_weight:
             batch = self.aids.replay.batch(self.version * self.config.updates + number)
             replayed = language_loss(self.model, batch, attention=self.config.attention).total
@@ -151,8 +168,11 @@ class Learner:
             optimizer.zero_grad(set_to_none=True)
         return values if healthy else None
 
-    def backward(self, examples: Sequence[Example], given: Given) -> dict[str, float]:
-        """Adds the gradient of one update to the parameters; gives loss and diagnostics."""
+    def backward(self, examples: Sequence[Example], given: Given, before: PerExample | None = None) -> dict[str, float]:
+        """Adds the gradient of one update to the parameters; gives loss and diagnostics.
+
+        before: is filled with the log-probabilities that the tokens had before the batch.
+        """
         config, totals = self.config, totals_of(self.model, examples)
         drafters = [p for p in self.model.mtp.parameters() if p.requires_grad]
         sums: defaultdict[str, float] = defaultdict(float)
@@ -168,6 +188,8 @@ class Learner:
             for name, value in found.diagnostics.items():
                 sums[name] += value.item()
             fresh.append(found.fresh_M)
+            if before is not None:
+                before |= found.before
         return {**sums, **distribution(torch.cat(fresh))}
 
     def _clip(self) -> dict[str, float]:

@@ -29,6 +29,9 @@ class LearnerConfig:
     normalisation: Normalisation = "sequence-mean"
     fixed_length: int = 1024
     """Of the normalisation of that name: tokens that a full answer has."""
+    truncated: Literal["train", "mask"] = "train"
+    """Answers that a limit of tokens or turns cut off: learnt from, or left out of the loss, since nobody knows how
+    they would have ended (DAPO, arXiv 2503.14476, section 3.4). Their rewards count in the baseline either way."""
     critic: Critic = field(default_factory=Critic)
     """Of the advantages "gae"."""
     distillation: Distillation = field(default_factory=Distillation)
@@ -80,6 +83,7 @@ class LearnerConfig:
         check_numbers(self, "entropy", "mtp_weight", "indexer_weight", "replay_weight")
         check_choice(self, "advantages", *KINDS)
         check_choice(self, "normalisation", "sequence-mean", "token-mean", "fixed-length")
+        check_choice(self, "truncated", "train", "mask")
         check_choice(self, "attention", "sparse", "dense")
         check_choice(self, "on_trouble", "stop", "skip")
         check_choice(self, "mtp", "detached", "joint", "frozen")

@@ -40,6 +40,7 @@ from glm5.text import Tokenizer
 from glm5.train import RunDirectory, RunInterrupted
 from glm5.train.progress import progress_bar
 from glm5.train.run_directory import model_of
+from glm5.train.watch import Write, watchers
 
 
 def train_in_lockstep(
@@ -68,8 +69,9 @@ def train_in_lockstep(
             return run
         session = open_session(config, environments, run, tokenizer, sources=sources, aids=aids, held_out=held_out)
         try:
-            with progress_bar("rl", session.version, config.steps, console) as show:
-                asyncio.run(Lockstep(session, tokenizer, show).run())
+            elsewhere = watchers(config.watch, run.path, session.version)
+            with progress_bar("rl", session.version, config.steps, console) as show, elsewhere as write:
+                asyncio.run(Lockstep(session, tokenizer, show, write).run())
         except KeyboardInterrupt:
             raise RunInterrupted(
                 f"Stopped in step {session.version} of {config.steps} of rl; all is in {run.path}. Run the "
@@ -82,8 +84,10 @@ def train_in_lockstep(
 class Lockstep:
     """The ticks of one run, from where its session stands."""
 
-    def __init__(self, session: Session, tokenizer: Tokenizer, show: Callable[[int, str, float], None]) -> None:
-        self.session, self.show, self.config = session, show, session.config
+    def __init__(
+        self, session: Session, tokenizer: Tokenizer, show: Callable[[int, str, float], None], write: Write
+    ) -> None:
+        self.session, self.show, self.write, self.config = session, show, write, session.config
         self.rollout = replace(self.config.rollout, report_every=1)
         self.engine = Engine(
             copy.deepcopy(session.learner.engine_model()),
@@ -201,6 +205,7 @@ class Lockstep:
         if version > self.engine.version:
             self.engine.update_weights(version, session.learner.weights(), recompute=self.config.recompute)
         await self._call_off(cancelled)
+        self.write(metrics["step"], metrics)
         self.show(version, f"reward of the batch {metrics['trained_reward']:.3f}", 0.0)
         if version % self.config.checkpoint_every == 0 and version < self.config.steps:
             session.checkpoint()

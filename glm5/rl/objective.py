@@ -19,7 +19,7 @@ from torch import Tensor
 from glm5.model import GLM5, ModelOutput
 from glm5.rl.critic import Estimates, ValueHead, value_loss, values_of
 from glm5.rl.drafting import draft_counts, draft_loss
-from glm5.rl.forward import PerExample, chosen, gathered, run, sampled_logits
+from glm5.rl.forward import PerExample, by_example, chosen, gathered, run, sampled_logits
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.loss import PolicyTokens
 from glm5.rl.packing import Example, Rows
@@ -57,6 +57,8 @@ class Objective:
     diagnostics: dict[str, Tensor]
     fresh_M: Tensor
     """|log trainer - log sampler| of the tokens that the weights before the batch sampled: the mismatch of the two."""
+    before: PerExample
+    """The trainer's log-probabilities before the batch."""
 
 
 def totals_of(model: GLM5, examples: Sequence[Example]) -> Totals:
@@ -102,7 +104,8 @@ def objective(
         if config.mtp == "joint":
             total, draft = total + draft, None
     fresh_M = (tokens.old_logprobs_N - tokens.sampled_logprobs_N).abs()[tokens.ages_N == 0]
-    return Objective(total, draft, _value(head, output, rows, config, given, tokens, found), found, fresh_M)
+    before = by_example(rows, tokens.old_logprobs_N)
+    return Objective(total, draft, _value(head, output, rows, config, given, tokens, found), found, fresh_M, before)
 
 
 def distribution(fresh_M: Tensor) -> dict[str, float]:

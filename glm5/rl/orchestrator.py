@@ -39,6 +39,7 @@ from glm5.threads import in_thread
 from glm5.train import RunDirectory, RunInterrupted
 from glm5.train.progress import interrupts
 from glm5.train.run_directory import model_of
+from glm5.train.watch import watchers
 
 Player = Callable[[Ticket], Awaitable[Rollout]]
 """Makes the rollout of a ticket where this program does not play it: from a session of an outside agent."""
@@ -79,8 +80,9 @@ def train_rl(
         session = open_session(config, environments, run, tokenizer, sources=sources, aids=aids, held_out=held_out)
         make = make_fleet or one_engine(config)
         fleet = make(session.learner.engine_model(), tokenizer, session.version)
-        with LiveView(console) as view, interrupts() as stopped:
-            watch = Watch(view.show, snapshot_of(run))
+        elsewhere = watchers(config.watch, run.path, session.version)
+        with LiveView(console) as view, elsewhere as write, interrupts() as stopped:
+            watch = Watch(view.show, snapshot_of(run), write)
             every = config.scheduler.publish_every
             mirror = None if publish_to is None else Mirror(publish_to, after=session.version, every=every)
             asyncio.run(Orchestrator(session, fleet, watch, player, meter, mirror).run(stopped))

@@ -22,6 +22,7 @@ from glm5.rl.journal import Journal, Record, read_journal
 from glm5.rl.learner import Learner
 from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
 from glm5.rl.scheduler import Scheduler
+from glm5.rl.seen import write_seen
 from glm5.rl.tasks import TaskSource, TaskStream
 from glm5.rl.window import Window
 from glm5.train import RunDirectory
@@ -254,6 +255,8 @@ class Session:
         named = {f"trained_{name}" if name in ("reward", "surprise") else name: v for name, v in values.items()}
         named["mean_staleness"] = named.pop("staleness")
         metrics = {"step": self.batch.step, **named, **self._figures}
+        if self.config.keep_logprobs:
+            write_seen(self.run.path, self.batch.step, self.learner.logprobs)
         self.run.append("metrics", metrics)
         self.batch, self.version = None, self.learner.version
         return metrics

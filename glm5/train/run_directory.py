@@ -40,6 +40,7 @@ OPERATIONAL = frozenset(
         "held_out",
         "keep_best",
         "keep_checkpoints",
+        "keep_logprobs",
         "on_spike",
         "parallel",
         "patience",

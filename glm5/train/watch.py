@@ -75,4 +75,4 @@ def trackio(run_directory: Path, first: int) -> Iterator[Write]:
 
 def missing(package: str) -> RunError:
     """The error of a package that is not there."""
-    return RunError(f"{package} is not installed; `pip install glm5[watch]`, or leave it out of loop.watch.")
+    return RunError(f"{package} is not installed; `pip install glm5[watch]`, or leave it out of `watch`.")

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from learning import at_version, copies, drafting_model, engine_batch, examples_from, moved, rollout_of
+from learning import at_version, copies, drafting_model, engine_batch, examples_from, moved, reward_of, rollout_of
 from speaker import speaker_model
 
 from glm5.data import IGNORED
@@ -197,3 +197,28 @@ def test_a_resumed_learner_is_the_same_to_the_bit(tmp_path, options):
     ours, theirs = (learner.step(at_version(batch, 2)) for learner in (again, whole))
     assert ours == theirs
     assert not moved(whole.module.state_dict(), again.module.state_dict())
+
+
+def test_masked_answers_count_in_the_baseline_and_not_in_the_loss(batch):
+    other = batch.groups[1].lessons[0].rollout.trajectories
+
+    def cut(group, *which, **change):
+        """The group with some of its answers cut off, and otherwise as `change` says."""
+        lessons = list(group.lessons)
+        for i in which:
+            lessons[i] = Lesson(dataclasses.replace(lessons[i].rollout, outcome="truncated", **change))
+        return Group(tuple(lessons))
+
+    def after(*groups, truncated="mask"):
+        learner = Learner(speaker_model(), LearnerConfig(truncated=truncated))
+        learner.step(Batch(0, 0, groups))
+        return learner
+
+    first, second = batch.groups
+    masked = after(cut(first, 1), second)
+    assert len(masked.logprobs) == sum(len(group.lessons) for group in batch.groups) - 1
+    assert not moved(masked.weights(), after(cut(first, 1, trajectories=other), second).weights())
+    assert moved(masked.weights(), after(cut(first, 1, reward=reward_of(0.9)), second).weights())
+    assert moved(masked.weights(), after(cut(first, 1), second, truncated="train").weights())
+    nothing = after(cut(first, 0, 1, 2, 3))
+    assert nothing.version == 1 and not moved(nothing.weights(), speaker_model().state_dict())

@@ -102,7 +102,8 @@ def test_servers_sample_and_take_new_weights(parent, tmp_path, capsys):
     with live(create_app(engine)) as url:
         status = main([
             "rl", "--parent", str(parent), "--env", "gym:spell_backward", "--out", str(tmp_path / "run"),
-            "--steps", "3", "--rollout.max-tokens", "4", "--scheduler.groups-per-batch", "1", "--scheduler.group-size", "2",
+            "--steps", "3", "--rollout.max-tokens", "4", "--scheduler.groups-per-batch", "1",
+            "--scheduler.group-size", "2",
             "--uniform-groups", "keep", "--learner.advantages", "reward", "--learner.loss", "ddis", "--executor",
             "servers", "--server", url, "--publish-to", str(weights), "--threads", "1", "--json",
         ])  # fmt: skip

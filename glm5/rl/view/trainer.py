@@ -12,9 +12,7 @@ from glm5.engine.strict import strict_logprobs
 from glm5.model import GLM5
 from glm5.rl.loss import gathered_logprobs
 from glm5.rl.records import Rollout
-
-TrainerLogprobs = dict[str, list[list[float]]]
-"""By rollout: of each trajectory, of its sampled tokens in order."""
+from glm5.rl.seen import TrainerLogprobs
 
 
 def trainer_logprobs(

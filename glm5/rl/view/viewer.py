@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from glm5.files import replacing
+from glm5.rl.seen import TrainerLogprobs
 from glm5.rl.view.history import Told
 from glm5.rl.view.pieces import body_of, row_of
-from glm5.rl.view.trainer import TrainerLogprobs
 from glm5.text import Tokenizer
 
 CHUNK = 64

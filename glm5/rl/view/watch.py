@@ -15,6 +15,7 @@ from glm5.rl.fleet import EngineState
 from glm5.rl.view.live import LiveView
 from glm5.rl.view.snapshot import Snapshot
 from glm5.train import RunDirectory
+from glm5.train.watch import Write
 
 EVERY = 0.5
 """Seconds between two glances that are drawn."""
@@ -23,16 +24,18 @@ LONGEST = 300
 
 
 class Watch:
-    """`show`: of a `LiveView`, or any function of a snapshot."""
+    """`show`: of a `LiveView`, or any function of a snapshot. `write`: takes the numbers of a step elsewhere."""
 
-    def __init__(self, show: Callable[[Snapshot], None], snapshot: Snapshot) -> None:
-        self._show, self._snapshot = show, snapshot
+    def __init__(self, show: Callable[[Snapshot], None], snapshot: Snapshot, write: Write | None = None) -> None:
+        self._show, self._snapshot, self._write = show, snapshot, write
         self._due = 0.0
 
     def learnt(self, metrics: dict[str, Any], speed: dict[str, Any]) -> None:
         """A step was taken: its lines of `metrics` and `speed`."""
         self._snapshot = replace(self._snapshot.after(metrics, speed), note="")
         self._show(self._snapshot)
+        if self._write is not None:
+            self._write(metrics["step"], {**metrics, **{f"speed/{name}": value for name, value in speed.items()}})
 
     def glance(self, running: int, queue: int, engines: Callable[[], Sequence[EngineState]]) -> None:
         """Between two steps; most calls draw nothing."""

@@ -13,6 +13,7 @@ from speaker import speaker_model, speaker_tokenizer
 from test_viewer import opened
 
 import glm5
+from glm5.cli.main import main
 from glm5.engine import Engine
 from glm5.envs import EnvironmentFailure, EpisodeLimits
 from glm5.optim import OptimizerConfig
@@ -55,6 +56,7 @@ def run(tmp_path_factory):
             optimizer=OptimizerConfig(name="adamw", lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0), rows=5
         ),
         patience=60.0,
+        watch=("tensorboard",),
     )
     chat = Chat({"role": "user", "content": "Again?"}, limits=EpisodeLimits(turns=2), reward=reward)
     console = Console(file=io.StringIO(), width=200)
@@ -99,6 +101,35 @@ def test_with_the_weights_that_sampled_the_ratio_is_zero_to_the_bit(run):
         for trainer, logprob in zip(part["trainer"], part["logprobs"], strict=True)
     ]
     assert gaps and max(gaps) == 0.0
+
+
+def test_tokens_have_the_ratio_that_the_trainer_saw(run):
+    index, bodies = opened(view_run(run.path).read_text())
+    assert index["ratios"]
+    gaps = {}
+    for row, body in zip(index["rows"], bodies, strict=True):
+        parts = [part for path in body["paths"] for part in path if isinstance(part, dict)]
+        assert all(("trainer" in part) == (row["fate"] == "trained") for part in parts)
+        if row["fate"] == "trained":
+            gaps.setdefault(row["step"], []).append(
+                [abs(t - s) for part in parts for t, s in zip(part["trainer"], part["logprobs"], strict=True)]
+            )
+    for line in run.read("metrics"):  # that of the loss: every rollout weighs the same
+        means = [sum(values) / len(values) for values in gaps[line["step"]]]
+        assert sum(means) / len(means) == pytest.approx(line["mismatch"], rel=1e-3, abs=1e-7)
+    for path in (run.path / "logprobs").iterdir():
+        path.unlink()
+    assert not opened(view_run(run.path).read_text())[0]["ratios"]
+
+
+def test_a_run_is_followed_and_its_numbers_go_elsewhere_too(run, capsys):
+    assert main(["rl", "--follow", str(run.path)]) == 0
+    assert "step 4/4" in capsys.readouterr().err
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("reward")] == [0, 1, 2, 3]
+    assert {"loss", "speed/tokens_per_second"} < set(events.Tags()["scalars"])
 
 
 def test_the_report_adds_up(run):
