@@ -37,7 +37,7 @@ def turns_to_json(turns: Sequence[Turn]) -> Json:
     found: list[Json] = []
     before: tuple[int, ...] = ()
     for turn in turns:
-        shared = _shared(before, turn.prompt_ids)
+        shared = shared_tokens(before, turn.prompt_ids)
         found.append(
             {
                 "shared": shared,
@@ -125,7 +125,7 @@ def rollout_from_json(value: Json) -> Rollout:
     )
 
 
-def _shared(before: tuple[int, ...], prompt: tuple[int, ...]) -> int:
+def shared_tokens(before: tuple[int, ...], prompt: tuple[int, ...]) -> int:
     """Leading tokens that both have."""
     if prompt[: len(before)] == before:
         return len(before)

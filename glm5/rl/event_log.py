@@ -23,6 +23,7 @@ from glm5.rl.codec import (
     experts_to_json,
     rollout_from_json,
     rollout_to_json,
+    shared_tokens,
     ticket_from_json,
     ticket_to_json,
 )
@@ -34,7 +35,10 @@ from glm5.rl.runner import OPEN
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens of a turn since the last piece of it; the first one also holds the prompt and replaces what was there."""
+    """Tokens of a turn since the last piece of it; the first one also holds the prompt and replaces what was there.
+
+    Of the prompt it holds what the turn before (prompt and output) does not begin with: turns repeat each other.
+    """
 
     ticket: Ticket
     number: int
@@ -42,7 +46,9 @@ class Piece:
     first: int
     """Of the tokens, counted in the turn."""
     turn: Turn
-    """Only these tokens; the prompt is empty unless `first` is 0."""
+    """Only these tokens; the prompt is empty unless `first` is 0, and begins behind the `shared` tokens."""
+    shared: int = 0
+    """Tokens of the prompt that are those of the turn before."""
 
 
 class Unfinished:
@@ -54,7 +60,11 @@ class Unfinished:
     def add(self, piece: Piece) -> None:
         """A piece from the journal, or from `news`."""
         turns = self.turns.setdefault(piece.ticket.id, [])
-        before = turns[piece.number] if piece.first else Turn(piece.turn.prompt_ids, (), (), (), OPEN)
+        if piece.first:
+            before = turns[piece.number]
+        else:
+            prompt = _said(turns, piece.number)[: piece.shared] + piece.turn.prompt_ids
+            before = Turn(prompt, (), (), (), OPEN)
         turns[piece.number :] = [
             Turn(
                 before.prompt_ids,
@@ -72,12 +82,13 @@ class Unfinished:
         first = len(known[number].output_ids) if number < len(known) else 0
         if first and turn.output_ids[:first] != known[number].output_ids:
             first = 0  # the rollout began anew
-        prompt = () if first else turn.prompt_ids
+        shared = 0 if first else shared_tokens(_said(known, number), turn.prompt_ids)
+        prompt = () if first else turn.prompt_ids[shared:]
         parts = (turn.output_ids[first:], turn.logprobs[first:], turn.versions[first:])
         experts = turn.experts
         if first and experts is not None and (before := known[number].experts) is not None:
             experts = experts.part(before.end)
-        return Piece(ticket, number, first, Turn(prompt, *parts, turn.finish_reason, experts=experts))
+        return Piece(ticket, number, first, Turn(prompt, *parts, turn.finish_reason, experts=experts), shared)
 
     def forget(self, events: Iterable[Event]) -> None:
         """Drops those that finished or were called off."""
@@ -86,6 +97,11 @@ class Unfinished:
                 self.turns.pop(event.rollout.id, None)
             elif isinstance(event, Cancelled):
                 self.turns.pop(event.ticket.id, None)
+
+
+def _said(turns: Sequence[Turn], number: int) -> tuple[int, ...]:
+    """All tokens of the turn before that of the number; none before the first."""
+    return turns[number - 1].prompt_ids + turns[number - 1].output_ids if number else ()
 
 
 def write_events(journal: Journal, events: Sequence[Event], tick: int) -> None:
@@ -134,10 +150,10 @@ def _piece_to_json(piece: Piece) -> Any:
     }
     if turn.experts is not None:
         value["experts"] = experts_to_json(turn.experts)
-    return value if piece.first else {**value, "prompt": turn.prompt_ids}
+    return value if piece.first else {**value, "shared": piece.shared, "prompt": turn.prompt_ids}
 
 
 def _piece_from_json(value: Any) -> Piece:
     parts = (tuple(value.get("prompt", ())), tuple(value["output"]), tuple(value["logprobs"]), tuple(value["versions"]))
     turn = Turn(*parts, value["finish"], experts=experts_from_json(value.get("experts")))
-    return Piece(ticket_from_json(value["ticket"]), value["turn"], value["first"], turn)
+    return Piece(ticket_from_json(value["ticket"]), value["turn"], value["first"], turn, value.get("shared", 0))

@@ -49,6 +49,29 @@ def test_reports_become_pieces_and_come_back(tmp_path):
     assert again.turns == {}
 
 
+def test_a_prompt_is_written_once_however_many_turns_repeat_it(tmp_path):
+    journal, live = Journal(tmp_path / "journal"), Unfinished()
+    prompt, sizes = tuple(range(500, 700)), []
+    for number in range(12):
+        ids = tuple(range(1000 + 100 * number, 1020 + 100 * number))
+        told = Turn(prompt, ids, (-0.5,) * 20, (3,) * 20, "stop")
+        piece = live.news(A, number, told)
+        live.add(piece)
+        before = (tmp_path / "journal").stat().st_size
+        write_pieces(journal, "progress", [piece], 0)
+        sizes.append((tmp_path / "journal").stat().st_size - before)
+        prompt = (*prompt, *told.output_ids, 7, 8)
+        if number == 5:
+            prompt = prompt[:250] + prompt[300:]  # a history that was compacted
+    assert max(sizes[1:6] + sizes[7:]) < 1.1 * min(sizes[1:6] + sizes[7:]) < 1.1 * sizes[0]
+    journal.close()
+    again = Unfinished()
+    for record in read_journal(tmp_path / "journal"):
+        for piece in pieces_of(record):
+            again.add(piece)
+    assert again.turns == live.turns and again.turns[A.id][-1].prompt_ids == told.prompt_ids
+
+
 def test_events_of_one_call_are_one_line(tmp_path):
     journal = Journal(tmp_path / "journal")
     events = [Started(A, 4), Finished(aborted(A)), Cancelled(B, "stale")]

@@ -119,7 +119,9 @@ class ServerMember:
         self.version = 0
         self._backend, self._events, self._config, self._delivery = backend, events, config, delivery
         self._orders: dict[int, Order] = {}
-        """What runs, with the tokens that it has."""
+        """What runs, with the tokens that it was begun with."""
+        self._said: dict[int, list[TokenDelta]] = {}
+        """All tokens that it has."""
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._heard = time.monotonic()
         self._loop = asyncio.new_event_loop()
@@ -191,10 +193,12 @@ class ServerMember:
 
     def _begin(self, order: Order) -> None:
         self._orders[order.number] = order
+        self._said[order.number] = list(order.said)
         self._tasks[order.number] = self._loop.create_task(self._stream(order))
 
     def _stop(self, number: int) -> None:
         self._orders.pop(number, None)
+        self._said.pop(number, None)
         task = self._tasks.pop(number, None)
         if task is not None:
             task.cancel()
@@ -236,8 +240,7 @@ class ServerMember:
         self._heard = time.monotonic()
         if self._delivery is not None and self._delivery.interrupts:
             delta = replace(delta, version=self.version)
-        order = self._orders[number]
-        self._orders[number] = replace(order, said=(*order.said, delta))
+        self._said[number].append(delta)
         self._events.delivered(self, [Delivery(number, [delta], cached_tokens, None)])
 
     async def _update(self, version: int) -> int:
@@ -255,11 +258,12 @@ class ServerMember:
         finally:
             for order in interrupted:
                 if order.number in self._orders:
-                    self._begin(self._orders[order.number])
+                    self._begin(replace(order, said=tuple(self._said[order.number])))
         return self.version
 
     def _ended(self, order: Order, error: BaseException | None) -> None:
         self._orders.pop(order.number, None)
+        self._said.pop(order.number, None)
         self._tasks.pop(order.number, None)
         self._events.ended(self, order.number, error)
 

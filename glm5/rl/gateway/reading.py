@@ -9,6 +9,8 @@ Places in groups are numbered by the order of closing, so the same directory alw
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,8 @@ from glm5.rl.gateway.sessions import read_session
 from glm5.rl.records import Rollout, Ticket
 
 UNGROUPED = ""
+SETTLED = 2_000_000_000
+"""Nanoseconds after which a later change of a directory has a later time of its own, on coarse file systems too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,8 @@ class FinishedSessions:
 
     def __post_init__(self) -> None:
         self._seen: set[str] = set()
+        self._looked: int | None = None
+        """When the directory had last changed at the last look, if that was long enough before it."""
         self._waiting: dict[str, list[Rollout]] = {}
         self._numbers: dict[str, int] = {}
         self._attempts: dict[str, int] = {}
@@ -50,13 +56,22 @@ class FinishedSessions:
         """Sessions whose group is not complete."""
         return sum(map(len, self._waiting.values()))
 
+    def _new(self) -> list[str]:
+        """Names of sessions that were not read yet. A directory in which nothing has changed is not listed again."""
+        folder = self.directory / "finished"
+        if not folder.is_dir():
+            return []
+        changed = folder.stat().st_mtime_ns
+        if changed == self._looked:
+            return []
+        self._looked = changed if time.time_ns() - changed > SETTLED else None
+        return sorted(name for name in os.listdir(folder) if name.endswith(".jsonl") and name not in self._seen)
+
     def poll(self) -> Iterator[list[Rollout]]:
         """The groups that have become complete since the last call."""
-        for path in sorted((self.directory / "finished").glob("*.jsonl")):
-            if path.name in self._seen:
-                continue
-            self._seen.add(path.name)
-            session = read_session(path)
+        for name in self._new():
+            self._seen.add(name)
+            session = read_session(self.directory / "finished" / name)
             if self.weights is not None and session.weights != self.weights:
                 self.others.append(OtherWeights(session.id, session.weights))
                 continue

@@ -53,6 +53,7 @@ class GatewayRollouts:
         """Fills tickets as long as somebody waits for one; what goes wrong is theirs to hear."""
         try:
             while self._wanted:
+                self._ready += await asyncio.to_thread(lambda: list(self.finished.poll()))
                 self.fill()
                 await asyncio.sleep(GLANCE)
         except Exception as error:
@@ -64,7 +65,6 @@ class GatewayRollouts:
         """Gives every complete group that there are tickets for to them."""
         if self._had is None:
             self._had = sessions_had(self.journal)
-        self._ready += self.finished.poll()
         left = []
         for group in self._ready:
             fresh = [rollout for rollout in group if rollout.task.id not in self._had]

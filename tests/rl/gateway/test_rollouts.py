@@ -1,13 +1,15 @@
 """Closed sessions fill the scheduler's tickets: whole groups, in order, each session once, also after a crash."""
 
 import asyncio
+import os
+import time
 
 import pytest
 
 from glm5.errors import RunError
 from glm5.rl.event_log import write_events
 from glm5.rl.events import Finished
-from glm5.rl.gateway import FinishedSessions, Sessions
+from glm5.rl.gateway import FinishedSessions, Sessions, reading
 from glm5.rl.gateway.rollouts import GatewayRollouts, sessions_had
 from glm5.rl.journal import Journal
 from glm5.rl.records import Ticket, Turn
@@ -84,3 +86,22 @@ def test_a_damaged_record_stops_the_run_in_a_sentence(sessions, tmp_path):
     rollouts = GatewayRollouts(FinishedSessions(sessions.directory, 1), tmp_path / "journal")
     with pytest.raises(RunError, match="is damaged at line 2"):
         asyncio.run(played(rollouts, tickets(0, (0,))))
+
+
+def test_a_directory_in_which_nothing_changed_is_not_listed_again(sessions, monkeypatch):
+    monkeypatch.setattr(reading, "SETTLED", 0)
+    listed, listdir = [], os.listdir
+    monkeypatch.setattr(reading.os, "listdir", lambda path: (listed.append(path), listdir(path))[1])
+    finished = FinishedSessions(sessions.directory, 2)
+    close(sessions, "a")
+    assert list(finished.poll()) == list(finished.poll()) == [] and finished.waiting == 1 and len(listed) == 1
+    time.sleep(0.02)
+    close(sessions, "b")
+    assert [[rollout.task.id for rollout in group] for group in finished.poll()] == [["a", "b"]] and len(listed) == 2
+
+
+def test_a_change_right_before_a_look_is_looked_for_again(sessions):
+    finished = FinishedSessions(sessions.directory, 1)
+    for name in "abc":  # however coarse the clock of the file system is
+        close(sessions, name)
+        assert [[rollout.task.id for rollout in group] for group in finished.poll()] == [[name]]
