@@ -286,7 +286,7 @@ def plain(value: Any) -> Any:
 
 def with_defaults(recorded: Any, config: Any) -> Any:
     """A recorded configuration, with the settings that came later as they are by default."""
-    if not (isinstance(recorded, dict) and dataclasses.is_dataclass(config)):
+    if isinstance(config, ModelConfig) or not (isinstance(recorded, dict) and dataclasses.is_dataclass(config)):
         return recorded
     found = dict(recorded)
     for field in dataclasses.fields(config):

@@ -21,6 +21,7 @@ from glm5.rl.gateway.reading import FinishedSessions
 from glm5.rl.gateway.session import ENVIRONMENT
 from glm5.rl.journal import read_journal
 from glm5.rl.records import Rollout, Ticket
+from glm5.threads import in_thread
 
 GLANCE = 0.1
 """Seconds between two looks at the directory."""
@@ -53,7 +54,7 @@ class GatewayRollouts:
         """Fills tickets as long as somebody waits for one; what goes wrong is theirs to hear."""
         try:
             while self._wanted:
-                self._ready += await asyncio.to_thread(lambda: list(self.finished.poll()))
+                self._ready += await in_thread(lambda: list(self.finished.poll()))
                 self.fill()
                 await asyncio.sleep(GLANCE)
         except Exception as error:

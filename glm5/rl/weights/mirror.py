@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from glm5.errors import WeightsError
 from glm5.rl.weights.directory import DirectoryPublisher
+from glm5.threads import in_thread
 
 log = logging.getLogger("glm5.rl")
 
@@ -31,6 +31,6 @@ class Mirror:
         """The tensors are copied before the first await."""
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         try:
-            await asyncio.to_thread(self._publisher.publish, version, copies)
+            await in_thread(self._publisher.publish, version, copies)
         except (OSError, WeightsError) as error:
             log.warning("Version %d was not written to %s: %s", version, self._publisher.path, error)
