@@ -4,6 +4,7 @@
     gym:chain_sum:max_terms=3@2        any task of reasoning-gym with its settings; twice the share of the others
     calculator        lookup        facts            the last two ask about a world: --world DIR (of `glm5 data world`)
     openenv:http://127.0.0.1:8001      an environment server
+    gymnasium:FrozenLake-v1:is_slippery=false,actions=left+down+right+up,turns=20
 
 Python callers pass objects instead; an environment of your own needs no name (docs/environments.md).
 """
@@ -29,6 +30,7 @@ from glm5.envs import (
     Sums,
     calculator_environment,
     facts_environment,
+    gymnasium_environment,
     lookup_environment,
 )
 from glm5.errors import InputError, did_you_mean
@@ -94,6 +96,13 @@ def _facts(rest: str, world: Path | None, split: Split) -> Environment:
     return facts_environment(Facts(_world("facts", world), **{"phrasing": split, **settings(rest)}))
 
 
+def _gymnasium(rest: str, world: Path | None, split: Split) -> Environment:
+    name, _, given = rest.partition(":")
+    chosen = settings(given)
+    actions, turns = tuple(filter(None, str(chosen.pop("actions", "")).split("+"))), chosen.pop("turns", 32)
+    return gymnasium_environment(name, chosen, actions=actions, turns=turns)
+
+
 def _world(kind: str, world: Path | None) -> World:
     if world is None:
         raise InputError(f"{kind} asks about a world: give --world DIR, a directory of `glm5 data world`.")
@@ -104,6 +113,7 @@ KINDS: dict[str, Callable[[str, Path | None, Split], Environment]] = {
     "sums": lambda rest, world, split: SingleTurn(Sums(split=split, **settings(rest))),
     "arithmetic": lambda rest, world, split: SingleTurn(Arithmetic(split=split, **settings(rest))),
     "gym": _gym,
+    "gymnasium": _gymnasium,
     "calculator": lambda rest, world, split: calculator_environment(**{"split": split, **settings(rest)}),
     "lookup": lambda rest, world, split: lookup_environment(_world("lookup", world), **settings(rest)),
     "facts": _facts,

@@ -5,6 +5,7 @@ from glm5.envs.counting import Counting
 from glm5.envs.facts import FactRewards, Facts, facts_environment
 from glm5.envs.function import single_questions
 from glm5.envs.gym import GymEnvironment
+from glm5.envs.gymnasium_text import gymnasium_environment
 from glm5.envs.openenv import OpenEnv
 from glm5.envs.protocol import (
     Environment,
@@ -35,6 +36,6 @@ __all__ = [
     "EpisodeLimits", "FactRewards", "Facts", "FailureKind", "GymEnvironment", "Latency", "Lookups", "Message",
     "Observation", "OpenEnv", "Questions", "ReasoningGym", "Retried", "Reward", "RewardFunction", "SingleTurn", "Sums",
     "Task", "TasksetEnvironment", "Tool", "ToolEnvironment", "Toolbox", "UniformGroups", "calculator",
-    "calculator_environment", "facts_environment", "lookup_environment", "right_number", "right_text",
-    "single_questions", "taskset_environment",
+    "calculator_environment", "facts_environment", "gymnasium_environment", "lookup_environment", "right_number",
+    "right_text", "single_questions", "taskset_environment",
 ]  # fmt: skip

@@ -7,7 +7,9 @@ import gymnasium
 import pytest
 from episodes import play, played, said
 
-from glm5.envs import EnvironmentFailure, GymEnvironment
+from glm5.cli.rl_environments import named_environment
+from glm5.envs import EnvironmentFailure, GymEnvironment, gymnasium_environment
+from glm5.errors import InputError
 
 WAYS = ["left", "down", "right", "up"]
 
@@ -100,3 +102,35 @@ def test_gymnasium_itself():
     assert [o.messages[0]["content"] for o in seen[1:-1]] == ["4", "8", "9", "10", "14"]
     assert seen[-1].done and reward.value == 1.0
     assert play(env, env.task(0, 0), said("I go down"), said("right"))[1].value == 0.0
+
+
+def test_an_environment_of_gymnasium_by_its_id():
+    env = named_environment(
+        "gymnasium:FrozenLake-v1:is_slippery=false,actions=left+down+right+up,turns=9@2"
+    ).environment
+    assert env.name == "gymnasium/FrozenLake-v1/is_slippery=False,turns=9,actions=left+down+right+up"
+    path = [said(f"Not left: {way}!") for way in ("Down", "down", "right", "right", "down", "right")]
+    seen, reward = play(env, env.task(0, 0), *path)
+    first, second = seen[0].messages[0]["content"], seen[1].messages[0]["content"]
+    assert first == "Answer with one of: left, down, right, up.\n\n[S]FFF\nFHFH\nFFFH\nHFFG"
+    assert second.endswith("SFFF\n[F]HFH\nFFFH\nHFFG")
+    assert seen[-1].done and reward.value == 1.0 and env.limits.turns == 9
+    wrong, _ = play(env, env.task(0, 0), said("upwards"))
+    assert "answer with one of left, down" in wrong[-1].messages[0]["content"]
+    numbered = gymnasium_environment("Blackjack-v1")
+    assert "Answer with one of: 0, 1." in play(numbered, numbered.task(0, 0))[0][0].messages[0]["content"]
+    assert numbered.action("I stick, 0.") == 0 and numbered.action("1") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("gymnasium:FrozenPond-v1", "gymnasium makes no 'FrozenPond-v1'"),
+        ("gymnasium:FrozenLake-v1:depth=3", "depth"),
+        ("gymnasium:FrozenLake-v1:actions=left+right", "4 different actions, and 2 are named"),
+        ("gymnasium:Pendulum-v1", "of the kind Box"),
+    ],
+)
+def test_what_gymnasium_cannot_be_is_refused(text, says):
+    with pytest.raises(InputError, match=says):
+        named_environment(text)
