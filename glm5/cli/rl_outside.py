@@ -22,6 +22,7 @@ from rich.console import Console
 
 from glm5.cli.rl_aids import with_recorded_aids
 from glm5.cli.rl_engines import EngineOptions
+from glm5.cli.rl_environments import named_environment
 from glm5.cli.rl_flags import REGISTRY
 from glm5.cli.threads import use_threads
 from glm5.envs.protocol import UniformGroups
@@ -54,6 +55,10 @@ class OutsideOptions:
     """Port of the gateway; 0 takes a free one, which is printed."""
     name: str = "glm5"
     """The model's name in the API."""
+    held_out_env: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An environment, named as for `glm5 rl --env`, whose held-out tasks are measured on the way."""
+    world: Path | None = None
+    """The world that facts and lookup ask about."""
     uniform_groups: UniformGroups = "drop"
     """Whether groups whose rewards are all equal are learnt from: keep, where that is what must be seen."""
     resume: bool = False
@@ -95,6 +100,7 @@ def run(arguments: Sequence[str]) -> int:
     config = with_recorded_aids(flags.config, options.out) if options.resume else flags.config
     common: dict[str, Any] = {
         "uniform_groups": options.uniform_groups,
+        "held_out": [named_environment(t, options.world, split="heldout").environment for t in options.held_out_env],
         "resume": options.resume,
         "console": console,
     }

@@ -48,7 +48,8 @@ def test_records_become_a_model(parent, records, tmp_path, capsys):
     assert any(not (tensor == before[name]).all() for name, tensor in after.items())
 
 
-def test_agents_reach_the_gateway_and_the_run_ends_when_its_steps_are_done(parent, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("more", [(), ("--executor", "processes", "--held-out-env", "sums", "--held-out.tasks", 2)])
+def test_agents_reach_the_gateway_and_the_run_ends_when_its_steps_are_done(parent, tmp_path, capsys, monkeypatch, more):
     monkeypatch.setenv("GLM5_API_KEY", "secret")
     http, replies = httpx.Client(headers={"x-api-key": "secret"}), []
 
@@ -63,10 +64,11 @@ def test_agents_reach_the_gateway_and_the_run_ends_when_its_steps_are_done(paren
         threading.Thread(target=use, args=(text.split("/s/")[0].removeprefix("Agents: "),)).start()
 
     monkeypatch.setattr("builtins.print", lambda text, **k: said(text) if str(text).startswith("Agents") else None)
-    assert main(flags(parent, tmp_path / "run", "--from-gateway", "--port", 0, "--steps", 1)) == 0
+    assert main(flags(parent, tmp_path / "run", "--from-gateway", "--port", 0, "--steps", 1, *more)) == 0
     assert replies == [200] * 4
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert line["trained"] == 4 and line["trained_reward"] == 0.5
+    assert ("retention/sums/heldout/2/reward" in line) == bool(more)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,7 @@ def test_agents_reach_the_gateway_and_the_run_ends_when_its_steps_are_done(paren
     [
         (["--from-gateway", "--from-records", "x"], "give one of"),
         (["--from-records", "nowhere"], "no recorded sessions"),
+        (["--from-records", "nowhere", "--executor", "processes"], "samples nothing"),
     ],
 )
 def test_what_is_refused(parent, tmp_path, capsys, more, says):

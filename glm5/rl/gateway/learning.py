@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from glm5.engine import SamplingParams, TokenDelta
+from glm5.envs import Environment
 from glm5.envs.protocol import UniformGroups
 from glm5.errors import ConfigError, GLM5Error, InputError
 from glm5.model import GLM5
@@ -90,6 +91,7 @@ def train_from_gateway(
     uniform_groups: UniformGroups = "drop",
     make_fleet: MakeFleet | None = None,
     aids: Aids | None = None,
+    held_out: Sequence[Environment] = (),
     publish_to: Path | None = None,
     resume: bool = False,
     console: Console | None = None,
@@ -111,8 +113,8 @@ def train_from_gateway(
 
     rollouts = GatewayRollouts(FinishedSessions(recorded, size), run_directory / JOURNAL)
     return train_rl(
-        settings, [OutsideAgents(uniform_groups)], run_directory, make_fleet=make, aids=aids, publish_to=publish_to,
-        player=rollouts.play, meter=meter, resume=resume, console=console,
+        settings, [OutsideAgents(uniform_groups)], run_directory, make_fleet=make, aids=aids, held_out=held_out,
+        publish_to=publish_to, player=rollouts.play, meter=meter, resume=resume, console=console,
     )  # fmt: skip
 
 
@@ -123,6 +125,7 @@ def train_from_records(
     *,
     uniform_groups: UniformGroups = "drop",
     aids: Aids | None = None,
+    held_out: Sequence[Environment] = (),
     resume: bool = False,
     console: Console | None = None,
 ) -> RunDirectory:
@@ -146,8 +149,9 @@ def train_from_records(
         )
     rollouts = GatewayRollouts(FinishedSessions(records, size, weights), run_directory / JOURNAL)
     return train_rl(
-        replace(settings, steps=min(config.steps, steps)), [agents], run_directory, aids=aids, player=rollouts.play,
-        make_fleet=lambda model, tokenizer, version: NoEngines(tokenizer, version), resume=resume, console=console,
+        replace(settings, steps=min(config.steps, steps)), [agents], run_directory, aids=aids, held_out=held_out,
+        player=rollouts.play, make_fleet=lambda model, tokenizer, version: NoEngines(tokenizer, version),
+        resume=resume, console=console,
     )  # fmt: skip
 
 
