@@ -1,6 +1,8 @@
 """Stand-ins for rollouts: a source of tokens that says prepared texts, and environments of several turns."""
 
 import asyncio
+import errno
+import os
 
 import torch
 from speaker import speaker_model, speaker_tokenizer
@@ -127,3 +129,26 @@ class ChatEpisode:
         self.env.closed += 1
         if self.env.broken == "close":
             raise OSError("cannot close")
+
+
+class FullDisk:
+    """A disk on which `takes` more bytes of journals have room, from their line with `word` on; until `free`."""
+
+    def __init__(self, monkeypatch, takes, word=b""):
+        self.takes, self.word, self.write, self.begun = takes, word, os.write, False
+        self.full = True
+        monkeypatch.setattr(os, "write", self)
+
+    def __call__(self, file, data):
+        self.begun = self.begun or self.word in bytes(data)
+        if not self.full or not self.begun:
+            return self.write(file, data)
+        data, room = bytes(data), self.takes
+        self.takes = max(0, room - len(data))
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.write(file, data[:room])
+
+    def free(self):
+        """There is room again."""
+        self.full = False

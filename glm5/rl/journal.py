@@ -1,9 +1,10 @@
 """The journal of a run: what happened, in order, in a file that only grows. The truth from which a killed run goes on.
 
 Each line is `crc32 number {json}`: the checksum covers the rest of the line, the number counts lines from 0. A line is
-handed to the system in one write when it is appended, so a killed process loses nothing; `commit` waits until all is on
-the disk, which is for power cuts. What a crash tore off is at the end: bad lines there are cut when the journal is
-opened. A bad line with a good one behind it is damage, which nobody guesses about.
+handed to the system when it is appended, so a killed process loses nothing; `commit` waits until all is on the disk,
+which is for power cuts. What a crash tore off is at the end: bad lines there are cut when the journal is opened. A bad
+line with a good one behind it is damage, which nobody guesses about; so a line that did not get through whole (the disk
+is full) is taken back, and no other may follow it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +29,66 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Cuts what a crash tore off. Raises RunError for a journal that is damaged in its middle."""
         self.path = path
-        self.count, whole = _extent(path)
+        self.count, self._whole = _extent(path)
+        """Lines and bytes that were written."""
+        self._refusal = ""
+        """Why nothing more is taken."""
         new = not path.exists()
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        os.ftruncate(self._file, whole)
+        os.ftruncate(self._file, self._whole)
         if new:
             directory = os.open(path.parent, os.O_RDONLY)
             os.fsync(directory)
             os.close(directory)
 
     def append(self, record: Record) -> None:
-        """Adds an event. It outlives the process from here on, the machine from the next `commit`."""
+        """Adds an event. It outlives the process from here on, the machine from the next `commit`.
+
+        Raises RunError when the disk takes it not or in part, and at every call after that.
+        """
+        self._check()
         text = f"{self.count} {json.dumps(record, ensure_ascii=False, separators=(',', ':'))}".encode()
         line = b"%08x %b\n" % (zlib.crc32(text), text)
-        written = os.write(self._file, line)
-        if written != len(line):
-            raise RunError(f"{self.path} took {written} of {len(line)} bytes; free some space, then resume the run.")
-        self.count += 1
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            self.count, self._whole = self.count + 1, self._whole + len(line)
+        except BaseException as error:  # Ctrl-C between two writes as well
+            self._refuse(error)
+            raise
 
     def commit(self) -> None:
-        """Returns when everything that was appended is on the disk."""
-        os.fsync(self._file)
+        """Returns when everything that was appended is on the disk. Raises RunError as `append` does."""
+        self._check()
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            self._refuse(error)
 
     def close(self) -> None:
-        """Commits and closes."""
-        self.commit()
-        os.close(self._file)
+        """Commits, unless the disk has refused before, and closes."""
+        try:
+            if not self._refusal:
+                self.commit()
+        finally:
+            os.close(self._file)
+
+    def _check(self) -> None:
+        if self._refusal:
+            raise RunError(self._refusal)
+
+    def _refuse(self, error: BaseException) -> None:
+        """Takes back what is torn; raises RunError for a mistake of the disk."""
+        with suppress(OSError):
+            os.ftruncate(self._file, self._whole)
+        reason = error.strerror if isinstance(error, OSError) else "it was interrupted"
+        self._refusal = (
+            f"The disk refused to write in {self.path} ({reason}); what was written before is whole. Free some space, "
+            "then resume."
+        )
+        if isinstance(error, OSError):
+            raise RunError(self._refusal) from error
 
 
 def read_journal(path: Path) -> Iterator[Record]:

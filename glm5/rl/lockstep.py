@@ -38,6 +38,7 @@ from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory, RunInterrupted
+from glm5.train.job import disk_errors
 from glm5.train.progress import progress_bar
 from glm5.train.run_directory import model_of
 from glm5.train.watch import Write, watchers
@@ -64,7 +65,7 @@ def train_in_lockstep(
     run = start_run(
         config, environments, run_directory, sources=sources, aids=aids, deterministic=True, resume=resume
     )  # fmt: skip
-    with run.exclusive():
+    with run.exclusive(), disk_errors(run):
         if not reopened(run, config):
             return run
         session = open_session(config, environments, run, tokenizer, sources=sources, aids=aids, held_out=held_out)

@@ -37,6 +37,7 @@ from glm5.rl.weights.mirror import Mirror
 from glm5.text import Tokenizer
 from glm5.threads import in_thread
 from glm5.train import RunDirectory, RunInterrupted
+from glm5.train.job import disk_errors
 from glm5.train.progress import interrupts
 from glm5.train.run_directory import model_of
 from glm5.train.watch import watchers
@@ -74,7 +75,7 @@ def train_rl(
     """
     tokenizer = Tokenizer.from_pretrained(model_of(config.parent))
     run = start_run(config, environments, run_directory, sources=sources, aids=aids, resume=resume)
-    with run.exclusive():
+    with run.exclusive(), disk_errors(run):
         if not reopened(run, config):
             return run
         session = open_session(config, environments, run, tokenizer, sources=sources, aids=aids, held_out=held_out)

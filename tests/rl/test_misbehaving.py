@@ -1,12 +1,13 @@
 """Runs whose environments hang, break or lie: the run goes on, or says why it does not."""
 
+import errno
 import io
 import threading
 from collections import Counter
 
 import pytest
 from rich.console import Console
-from scripted import Chat
+from scripted import Chat, FullDisk
 from speaker import speaker_model, speaker_tokenizer
 
 import glm5
@@ -15,7 +16,7 @@ from glm5.errors import RunError
 from glm5.optim import OptimizerConfig
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
-from glm5.rl.learner import LearnerConfig
+from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.runner import RolloutConfig
@@ -147,3 +148,22 @@ def test_a_run_of_empty_batches_does_not_end_as_if_it_had_learnt(parent, tmp_pat
     config = config_of(parent, steps=300, scheduler={"mode": mode}, groups_in_vain=5)
     with pytest.raises(RunError, match=r"the last [56] groups.*all wrong"):
         train_rl(config, [Chat(reward=lambda said: 0.0)], tmp_path / "long")
+
+
+@pytest.mark.parametrize("train", [train_rl, train_in_lockstep])
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(parent, tmp_path, monkeypatch, train):
+    environment = SingleTurn(Tasks(lambda index, before: before % 2))
+    disk = FullDisk(monkeypatch, takes=100, word=b'"kind":"batch"')
+    with pytest.raises(RunError, match=r"The disk refused to write in .*journal .No space left on device.*then resume"):
+        train(config_of(parent), [environment], tmp_path / "run")
+    disk.free()
+
+    def refused(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "save", refused)
+        with pytest.raises(RunError, match=r"The disk refused to write in .*no checkpoint was written yet"):
+            train(config_of(parent), [environment], tmp_path / "run", resume=True)
+    run = train(config_of(parent), [environment], tmp_path / "run", resume=True)
+    assert run.finished and [line["step"] for line in run.read("metrics")] == [0, 1]
