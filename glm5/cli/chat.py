@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,8 @@ from glm5.bundled import bundled_model
 from glm5.cli.chat_input import reader
 from glm5.cli.chat_loop import ChatLoop
 from glm5.cli.chat_source import ChatSettings, EngineSource, ServerSource, Source
-from glm5.engine import Engine, SamplingDefaults
+from glm5.cli.engine_options import EngineOptions
+from glm5.engine import SamplingDefaults
 from glm5.errors import InputError
 from glm5.train.run_directory import model_of
 
@@ -23,7 +24,7 @@ BUNDLED_HINT = "It adds (What is 64 + 28?), and knows an invented world; /reset 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions:
+class ChatOptions(EngineOptions):
     """Chat in the terminal. Thinking is shown dimmed; /help lists the commands; Ctrl-C stops an answer."""
 
     model: Annotated[Path | None, tyro.conf.Positional] = None
@@ -68,13 +69,16 @@ def open_source(options: ChatOptions) -> tuple[Source, str]:
     if options.url is not None:
         if options.model is not None:
             raise InputError("Give a model directory or --url, not both.")
+        given = [f.name for f in fields(EngineOptions) if getattr(options, f.name) != f.default]
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')} is for a model in this process; the server has its own.")
         server = ServerSource(options.url, name=options.name, key=os.environ.get(KEY_VARIABLE))
         return server, f"{server.name} at {server.base}."
     if options.name is not None:
         raise InputError("--name chooses a model of a server; it needs --url.")
     bundled = options.model is None
     directory = bundled_model() if options.model is None else model_of(options.model)
-    engine = Engine(directory)
+    engine = options.engine(directory, max_num_seqs=1)
     name = "the bundled model" if bundled else str(options.model)
     defaults = SamplingDefaults(temperature=0.0) if bundled else SamplingDefaults.from_directory(directory)
     source = EngineSource(engine, name, defaults)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from fastapi import FastAPI
 
 from glm5.bundled import bundled_model
+from glm5.cli.engine_options import EngineOptions
 from glm5.engine import Engine, SamplingDefaults, follow
+from glm5.engine.sampling_params import MAX_SAMPLES
 from glm5.errors import InputError, ParallelError
 from glm5.parallel import InferencePlan
 from glm5.parallel.mesh import processes, world_rank, world_size
@@ -30,7 +31,7 @@ BACKEND_KEY_VARIABLE = "GLM5_BACKEND_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions:
+class ServeOptions(EngineOptions):
     """Serve a model over HTTP: the OpenAI and Anthropic APIs, a chat page at /, /health and /metrics."""
 
     model: Annotated[Path | None, tyro.conf.Positional] = None
@@ -39,10 +40,13 @@ class ServeOptions:
     """Address to listen on. The default is reachable from this machine only."""
     allow_host: tuple[str, ...] = ()
     """More names that clients may use; on a loopback address without a key only the machine's own are answered."""
+    allow_origin: tuple[str, ...] = ()
+    """Web pages of other sites that may use the API from a browser, e.g. https://chat.example; * is all. None else."""
     port: int = 8000
     """Port to listen on; 0 takes a free one, which is printed."""
-    name: str = "glm5"
-    """The model's name in the API."""
+    name: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """The model's name in the API, glm5 when left out. May be given again: clients that ask for a second, smaller model
+    get this one too."""
     record: Path | None = None
     """Record requests that name a session (header X-Session-ID, or a base URL /s/SESSION/v1) into this directory, with
     the rewards that are posted to /rl/sessions/SESSION/reward; glm5 rl --from-records learns from it."""
@@ -56,37 +60,29 @@ class ServeOptions:
     """What the backend calls its model; completions needs it. Its key, if it has one: GLM5_BACKEND_API_KEY."""
     weights_from: Path | None = None
     """Take newer weights from this directory of versions as they appear there (`glm5.rl.weights`)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights."""
-    cache: Literal["fp32", "bf16", "fp8"] | None = None
-    """Format of the cache; that of the weights when left out."""
-    cache_bytes: int | None = None
-    """Memory of the cache; a share of what is free when left out."""
     max_num_seqs: int = 64
     """Sequences that are computed at once."""
-    strict: bool = False
-    """Answers depend on nothing but the request and the weights, to the bit (float32)."""
-    draft_tokens: int = 0
-    """Tokens that the MTP module guesses ahead, where measurement finds that it pays; they change no answer."""
     tensor_parallel: int = 1
     """Processes that share the attention heads, started by `torchrun --nproc-per-node N -m glm5 serve ...`."""
     expert_parallel: int = 1
     """Processes that share the routed experts; the same processes, as many as the larger of the two numbers."""
     step_timeout: float = InferencePlan.timeout_seconds
     """Seconds after which a process that does not answer inside a step is given up."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where the model is; with several processes a GPU for each."""
     generation_config: bool = True
     """Where a request names no temperature, top_p, top_k, min_p or repetition_penalty, that of the model's
     generation_config.json holds; with --no-generation-config the API's own default."""
-    max_model_len: int | None = None
-    """Longest prompt and answer together, in tokens; the model's own limit when left out."""
     max_concurrent: int = Limits.max_concurrent
     """Requests at once."""
     max_waiting: int = Limits.max_waiting
     """Requests that wait for a place; one more is answered with 429."""
     max_body_bytes: int = Limits.max_body_bytes
     """Largest request body; a larger one is answered with 413."""
+    max_messages: int = Limits.max_messages
+    """Longest conversation, in messages."""
+    max_n: int = Limits.max_n
+    """Most samples of one prompt, up to 256."""
+    max_unsent_bytes: int = Limits.max_unsent_bytes
+    """What is kept for one client that reads slowly."""
     deadline: float | None = None
     """Seconds that a request may run, its wait in the engine included; no limit when left out."""
     stall: float = Limits.stall_seconds
@@ -99,16 +95,28 @@ class ServeOptions:
     def limits(self) -> Limits:
         """What the server accepts. Raises `InputError`."""
         seconds = {"deadline": self.deadline, "stall": self.stall, "drain": self.drain}
-        counts = {"max-concurrent": self.max_concurrent, "max-body-bytes": self.max_body_bytes}
+        counts = {"max-concurrent": self.max_concurrent, "max-body-bytes": self.max_body_bytes,
+                  "max-messages": self.max_messages, "max-n": self.max_n,
+                  "max-unsent-bytes": self.max_unsent_bytes}  # fmt: skip
         for name, value in {**seconds, **counts}.items():
             if value is not None and value <= 0:
                 raise InputError(f"--{name} is {value}; it must be more than 0.")
         if self.max_waiting < 0:
             raise InputError(f"--max-waiting is {self.max_waiting}; it must be at least 0.")
+        if self.max_n > MAX_SAMPLES:
+            raise InputError(f"--max-n is {self.max_n}; it must be at most {MAX_SAMPLES}.")
+        if not all(self.names):
+            raise InputError("--name is empty; give a name, or leave it out.")
         return Limits(
             max_concurrent=self.max_concurrent, max_waiting=self.max_waiting, max_body_bytes=self.max_body_bytes,
-            deadline_seconds=self.deadline, stall_seconds=self.stall,
+            deadline_seconds=self.deadline, stall_seconds=self.stall, max_messages=self.max_messages, max_n=self.max_n,
+            max_unsent_bytes=self.max_unsent_bytes,
         )  # fmt: skip
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the API; replies say the first."""
+        return self.name or ("glm5",)
 
     def directory(self) -> Path:
         """Of the model."""
@@ -139,7 +147,8 @@ def run(options: ServeOptions) -> int:
                 signal.signal(number, signal.SIG_IGN)
             follow(directory, plan, device=options.device)
             return 0
-        engine = opened.enter_context(contextlib.closing(_engine(options, directory)))
+        engine = options.engine(directory, max_num_seqs=options.max_num_seqs, parallel=plan)
+        opened.enter_context(contextlib.closing(engine))
         if options.weights_from is not None:
             from glm5.rl.weights.follow import Follower  # heavy
 
@@ -172,20 +181,12 @@ def _serve(options: ServeOptions, limits: Limits, source: Source, defaults: Samp
         app,
         options.host,
         options.port,
-        ready=lambda url: print(f"Serving {options.name} at {url}/v1", flush=True),
+        ready=lambda url: print(f"Serving {', '.join(options.names)} at {url}/v1", flush=True),
         drain_seconds=options.drain,
     )
     if lost:
         raise ParallelError(lost[0])
     return 0
-
-
-def _engine(options: ServeOptions, directory: Path) -> Engine:
-    return Engine(
-        directory, dtype=getattr(torch, options.dtype), device=options.device, max_model_len=options.max_model_len,
-        strict=options.strict, storage=options.cache, memory_bytes=options.cache_bytes,
-        max_num_seqs=options.max_num_seqs, num_speculative_tokens=options.draft_tokens, parallel=options.plan(),
-    )  # fmt: skip
 
 
 def _app(
@@ -194,15 +195,19 @@ def _app(
 ) -> FastAPI:  # fmt: skip
     """The server, or with --record the gateway. Raises `RunError` when another process records to the directory."""
     if options.record is None:
-        return create_app(source, model_name=options.name, limits=limits, api_key=key, hosts=hosts, defaults=defaults)
+        return create_app(
+            source, model_name=options.names[0], aliases=options.names[1:], limits=limits, api_key=key, hosts=hosts,
+            origins=options.allow_origin, defaults=defaults,
+        )  # fmt: skip
     from glm5.rl.gateway import Sessions, create_gateway, fingerprint
 
     began = fingerprint(options.directory())  # versions count from it, unless they are another run's
     sessions = Sessions(options.record, weights=began if options.weights_from is None else f"versions after {began}")
     print(f"Recording sessions, with all that is said in them, to {options.record}", file=sys.stderr, flush=True)
     return create_gateway(
-        source, sessions, model_name=options.name, limits=limits, api_key=key, hosts=hosts, defaults=defaults
-    )
+        source, sessions, model_name=options.names[0], aliases=options.names[1:], limits=limits, api_key=key,
+        hosts=hosts, origins=options.allow_origin, defaults=defaults,
+    )  # fmt: skip
 
 
 def _backend(options: ServeOptions, directory: Path) -> Source:

@@ -1,7 +1,8 @@
 """Anthropic's messages as the chat template's: pure functions, no model.
 
 * `system` and texts are joined; a `tool_result` becomes a message of the role `tool`, in the order of the calls: to
-  the template nothing else tells results apart. A result marked `is_error` that does not say so says it first.
+  the template nothing else tells results apart. A result marked `is_error` that does not say so says it first. One
+  of `tool_reference` blocks shows tools that were deferred.
 * `thinking` blocks become the turn's reasoning and are kept in all turns; signatures are not checked. Redacted ones,
   which this server never makes, are left out.
 * A last message of the assistant is the beginning of the answer (prefill); it needs thinking to be off.
@@ -46,6 +47,7 @@ def chat_messages(request: CountTokensRequest) -> tuple[list[Message], str]:
             _add_user(messages, _blocks(message.content), where)
     if not any(message["role"] != "system" for message in messages):
         raise TextError("messages: there is nothing to answer; send a message of the user.")
+    _check_references(messages, {tool.name for tool in request.tools})
     return [dict(message) for message in results_in_order(messages)], prefill
 
 
@@ -65,9 +67,21 @@ def _add_user(messages: list[Message], blocks: Sequence[Block], where: str) -> N
         messages.append({"role": "user", "content": "\n".join(said)})
 
 
-def _result(block: Block, where: str) -> str:
+def _result(block: Block, where: str) -> str | list[Block]:
+    """The text of a result; or, for the template, the deferred tools that it refers to."""
+    parts = block.get("content") or []
+    if isinstance(parts, list) and any(isinstance(one, dict) and one.get("type") == "tool_reference" for one in parts):
+        if not all(isinstance(one, dict) and one.get("type") == "tool_reference" for one in parts):
+            raise TextError(f"{where}: a tool_result holds tool_reference blocks alone or none; send its text apart.")
+        return [{"type": "tool_reference", "name": _string(one, "tool_name", where)} for one in parts]
     text = "\n".join(_texts(block.get("content") or [], f"{where}: the tool_result"))
     return f"Error: {text}" if block.get("is_error") is True and "error" not in text[:40].lower() else text
+
+
+def _check_references(messages: Sequence[Message], names: set[str]) -> None:
+    for part in (part for message in messages if isinstance(message["content"], list) for part in message["content"]):
+        if part["name"] not in names:
+            raise TextError(f"A tool_reference names the tool {part['name']!r}; send it in tools, with defer_loading.")
 
 
 def _assistant(blocks: Sequence[Block], where: str) -> Message:

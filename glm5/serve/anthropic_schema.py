@@ -46,6 +46,8 @@ class AnthropicTool(BaseModel):
     name: str = Field(min_length=1)
     description: str | None = None
     input_schema: dict[str, Any] | None = None
+    defer_loading: bool = False
+    """Whether the prompt hides the tool until a result refers to it."""
 
     @model_validator(mode="after")
     def _runs_at_the_client(self) -> AnthropicTool:
@@ -59,7 +61,8 @@ class AnthropicTool(BaseModel):
 
     def as_function(self) -> dict[str, Any]:
         """The tool in the envelope that the chat template reads."""
-        function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
+        function = {"name": self.name, "description": self.description, "parameters": self.input_schema,
+                    "defer_loading": self.defer_loading or None}  # fmt: skip
         return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
 
 

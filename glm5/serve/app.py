@@ -6,7 +6,8 @@ whatever weights the engine has.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import FastAPI
@@ -30,23 +31,26 @@ def create_app(
     source: Source,
     *,
     model_name: str = "glm5",
+    aliases: Sequence[str] = (),
     limits: Limits | None = None,
     recorder: Recorder | None = None,
     api_key: str | None = None,
     hosts: Iterable[str] | None = None,
+    origins: Iterable[str] = (),
     defaults: SamplingDefaults = SamplingDefaults(),
 ) -> FastAPI:
     """The ASGI application over an engine, or over what stands in for one. It must have a tokenizer.
 
+    aliases: more names that the one model may be asked for by. origins: whose pages may use it (`cross_origin`).
     defaults: of sampling, where a request names none.
     hosts: the only names that it answers to (see `CheckHost`); None: any.
     """
     if source.tokenizer is None:
         raise GLM5Error("The server needs a tokenizer; give a model directory that holds tokenizer.json.")
-    service = Service(source, source.tokenizer, model_name, limits or Limits(), recorder, defaults)
+    service = Service(source, source.tokenizer, model_name, limits or Limits(), recorder, defaults, tuple(aliases))
     app = FastAPI(title="glm5", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
-    install_outside(app, service, api_key, hosts)
+    install_outside(app, service, api_key, hosts, origins)
     install_error_handlers(app)
     install_page(app)
 
@@ -60,20 +64,26 @@ def create_app(
 
 
 def install_models(app: FastAPI, service: Service) -> None:
-    """Adds the list of the one model, and what is refused for good."""
+    """Adds the list of the one model under all its names, and what is refused for good."""
 
-    def model() -> dict[str, Any]:
-        return {"id": service.model_name, "object": "model", "created": service.created, "owned_by": "glm5",
-                "max_model_len": service.source.max_model_len, "weight_version": service.source.version}  # fmt: skip
+    created_at = datetime.fromtimestamp(service.created, UTC).isoformat().replace("+00:00", "Z")
+
+    def model(name: str) -> dict[str, Any]:
+        """As OpenAI's clients read it, and Anthropic's."""
+        return {"id": name, "object": "model", "created": service.created, "owned_by": "glm5",
+                "max_model_len": service.source.max_model_len, "weight_version": service.source.version,
+                "type": "model", "display_name": name, "created_at": created_at}  # fmt: skip
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model()]}
+        names = service.names
+        return {"object": "list", "data": [model(name) for name in names], "has_more": False, "first_id": names[0],
+                "last_id": names[-1]}  # fmt: skip
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
         service.check_model(name)
-        return model()
+        return model(name)
 
     @app.post("/v1/embeddings")
     async def embeddings() -> None:

@@ -32,7 +32,9 @@ class Limits:
     max_unsent_bytes: int = 64 * 2**20
     """What is kept for one client that reads slowly."""
     max_messages: int = 2048
+    """Messages of a conversation."""
     max_n: int = 16
+    """Samples of one prompt."""
 
 
 def deadline_of(headers: Mapping[str, str], limits: Limits) -> float | None:

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 
 from glm5.serve.access_log import AccessLog
 from glm5.serve.auth import RequireKey, check_key
+from glm5.serve.cross_origin import install_cross_origin
 from glm5.serve.host_check import CheckHost
 from glm5.serve.lifecycle import CountRequests, Lifecycle
 from glm5.serve.limits import BodyLimit
@@ -19,8 +20,9 @@ from glm5.serve.slow_readers import SendAtLeisure
 
 
 def install_outside(
-    app: FastAPI, service: Service, api_key: str | None = None, hosts: Iterable[str] | None = None
-) -> None:
+    app: FastAPI, service: Service, api_key: str | None = None, hosts: Iterable[str] | None = None,
+    origins: Iterable[str] = (),
+) -> None:  # fmt: skip
     """Adds the layers, the outermost last, and the two endpoints; `app.state.lifecycle` is for whoever runs the app."""
     source, limits, gate = service.source, service.limits, service.gate
     lifecycle = app.state.lifecycle = Lifecycle()
@@ -35,6 +37,7 @@ def install_outside(
     app.add_middleware(CountRequests, lifecycle=lifecycle)
     if api_key is not None:
         app.add_middleware(RequireKey, key=check_key(api_key))  # the layer itself is made when the app starts
+    install_cross_origin(app, origins)  # around the key, which no preflight carries; inside the check of the host
     if hosts is not None:
         app.add_middleware(CheckHost, hosts=hosts)
     app.add_middleware(AccessLog, metrics=metrics)

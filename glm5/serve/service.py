@@ -107,6 +107,8 @@ class Service:
     recorder: Recorder | None = None
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     """Of sampling, where a request names none. `/inference/v1/generate` has none: what it does is what it was told."""
+    aliases: tuple[str, ...] = ()
+    """More names that the model may be asked for by."""
     created: int = field(default_factory=lambda: int(time.time()))
     gate: Gate = field(init=False)
 
@@ -116,13 +118,18 @@ class Service:
         self._compiler = ThreadPoolExecutor(1, "glm5-grammars")
         self._starters = anyio.CapacityLimiter(max(1, self.limits.max_concurrent))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the model may be asked for by; replies say the first."""
+        return (self.model_name, *self.aliases)
+
     def check_model(self, name: str | None) -> None:
         """Refuses any other model by name; endpoints that may leave it out pass None."""
-        if name is not None and name != self.model_name:
+        if name is not None and name not in self.names:
+            names = " or ".join(map(repr, self.names))
             raise ApiError(
-                404, f"The model {name!r} is not served here; ask for {self.model_name!r}.", param="model",
-                code="model_not_found",
-            )  # fmt: skip
+                404, f"The model {name!r} is not served here; ask for {names}.", param="model", code="model_not_found"
+            )
 
     async def answer(
         self, request: Request, prepare: Callable[[], Reply], *, stream: bool, priority: int = 0

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 from fake_chat import CALL, FakeChat, Running
 from rich.console import Console
@@ -205,10 +206,22 @@ def test_a_running_server_answers():
 def test_options():
     options = tyro.cli(ChatOptions, args=["runs/a", "--no-thinking", "--temperature", "0"])
     assert options == ChatOptions(model=Path("runs/a"), thinking=False, temperature=0.0)
+    with pytest.raises(InputError, match="--draft-tokens is for a model in this process"):
+        open_source(ChatOptions(url="http://x", draft_tokens=2))
     with pytest.raises(InputError, match="not both"):
         open_source(ChatOptions(model=Path("a"), url="http://x"))
     with pytest.raises(InputError, match="needs --url"):
         open_source(ChatOptions(model=Path("a"), name="x"))
+
+
+def test_the_engine_is_made_as_the_options_say(tmp_path):
+    glm5.save_model(speaker_model(), tmp_path, speaker_tokenizer())
+    args = ["--dtype", "bfloat16", "--cache", "fp8", "--max-model-len", "99"]
+    source, _ = open_source(tyro.cli(ChatOptions, args=[str(tmp_path), *args]))
+    assert source.engine.max_model_len == 99
+    assert {weight.dtype for weight in source.engine.model.parameters()} >= {torch.bfloat16}
+    pieces = source.stream([{"role": "user", "content": "Hi"}], ChatSettings(max_tokens=3, seed=1))
+    assert list(pieces)[-1].completion_tokens <= 3
 
 
 def test_a_backslash_takes_the_next_line_too(monkeypatch, tmp_path):

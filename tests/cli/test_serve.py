@@ -17,7 +17,7 @@ from glm5.cli.serve import ServeOptions, run
 from glm5.errors import InputError, RunError
 from glm5.train import RunDirectory
 
-START = "import sys; from glm5.cli.serve import *; run(ServeOptions(model=Path(sys.argv[1]), port=0, name='tiny'))"
+START = "import sys; from glm5.cli.serve import *; run(ServeOptions(model=Path(sys.argv[1]), port=0, name=('tiny',)))"
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,12 @@ def test_a_port_that_is_taken_is_refused(base_url, run_directory):
 def test_flags_become_options():
     options = tyro.cli(ServeOptions, args=["runs/a", "--port", "0", "--dtype", "bfloat16", "--max-model-len", "100"])
     assert options == ServeOptions(model=Path("runs/a"), port=0, dtype="bfloat16", max_model_len=100)
-    assert options.host == "127.0.0.1"
+    assert options.host == "127.0.0.1" and options.names == ("glm5",)
+    named = tyro.cli(
+        ServeOptions, args=["--name", "a", "--name", "b", "runs/a", "--max-n", "256", "--max-messages", "9"]
+    )
+    assert (named.names, named.model) == (("a", "b"), Path("runs/a"))
+    assert (named.limits().max_n, named.limits().max_messages) == (256, 9)
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """How Anthropic's messages become the chat template's."""
 
 import pytest
+from speaker import speaker_tokenizer
 
 from glm5.errors import TextError
 from glm5.serve.anthropic_prompt import chat_messages
@@ -103,3 +104,28 @@ def test_conversations_that_make_no_sense_are_refused(messages, sentence):
         return
     with pytest.raises(TextError, match=sentence):
         translated(*messages)
+
+
+LATE = {"name": "late", "description": "Comes late", "input_schema": {"type": "object"}, "defer_loading": True}
+FOUND = [{"type": "tool_reference", "tool_name": "late"}]
+
+
+def test_a_deferred_tool_is_shown_where_a_result_refers_to_it():
+    tools = [{"name": "search", "input_schema": {"type": "object"}}, LATE]
+    said = [user("go"), assistant(call("search")), user(result("search", FOUND))]
+    request = CountTokensRequest(model="m", messages=said, tools=tools)
+    messages, _ = chat_messages(request)
+    ids = speaker_tokenizer().apply_chat_template(messages, tools=request.visible_tools)
+    prompt = speaker_tokenizer().decode(ids)
+    assert prompt.count('"late"') == 1 and '<tool_response><tools>\n{"name": "late"' in prompt
+    assert "defer_loading" not in prompt
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [([*FOUND, text("x")], "alone or none"), ([{"type": "tool_reference"}], "needs 'tool_name'"),
+     ([{**FOUND[0], "tool_name": "never"}], "names the tool 'never'")],
+)  # fmt: skip
+def test_wrong_references_are_refused(content, sentence):
+    with pytest.raises(TextError, match=sentence):
+        translated(user("go"), assistant(call("f")), user(result("f", content)), tools=[LATE])

@@ -15,7 +15,7 @@ asked for in that session. Beside the APIs of `glm5.serve`, with the same key:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -63,15 +63,18 @@ def create_gateway(
     sessions: Sessions,
     *,
     model_name: str = "glm5",
+    aliases: Sequence[str] = (),
     limits: Limits | None = None,
     api_key: str | None = None,
     hosts: Iterable[str] | None = None,
+    origins: Iterable[str] = (),
     defaults: SamplingDefaults = SamplingDefaults(),
 ) -> FastAPI:
     """The application of `glm5.serve.create_app`, recording to `sessions`."""
     app = create_app(
-        source, model_name=model_name, limits=limits, recorder=sessions, api_key=api_key, hosts=hosts, defaults=defaults
-    )
+        source, model_name=model_name, aliases=aliases, limits=limits, recorder=sessions, api_key=api_key, hosts=hosts,
+        origins=origins, defaults=defaults,
+    )  # fmt: skip
     install_sessions(app, sessions)
     app.add_middleware(SessionPaths)
     return app
