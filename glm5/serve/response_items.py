@@ -35,7 +35,7 @@ class ResponseItems:
         self.items: list[dict[str, Any]] = []
         self._open = False
         self._call: int | None = None
-        self._arguments = ""  # of the open call of a custom tool
+        self._written: list[str] = []  # the open item's text or arguments; they stand in it when it is closed
 
     def take(self, delta: dict[str, Any], logprobs: Sequence[dict[str, Any]] = ()) -> Iterator[Event]:
         """The events of one delta in the shape of chat completions. `logprobs`: of the tokens of its content."""
@@ -63,7 +63,7 @@ class ResponseItems:
             empty = _part(part, "")
             self.items[-1]["content"].append(empty)
             yield self._event("response.content_part.added", content_index=0, part=dict(empty))
-        self.items[-1]["content"][0]["text"] += text
+        self._written.append(text)
         extra: dict[str, Any] = {"logprobs": list(logprobs)} if kind == "message" else {}
         if kind == "message":
             self.items[-1]["content"][0]["logprobs"] += logprobs
@@ -76,12 +76,9 @@ class ResponseItems:
             self._call = call["index"]
             yield from self._add(self._call_item(call["id"], function["name"]))
         if arguments := function.get("arguments"):
-            item = self.items[-1]
-            if item["type"] == "custom_tool_call":
-                self._arguments += arguments  # its text is known when they are whole
-                return
-            item["arguments"] += arguments
-            yield self._event("response.function_call_arguments.delta", delta=arguments)
+            self._written.append(arguments)
+            if self.items[-1]["type"] == "function_call":  # the text of a custom call is known when they are whole
+                yield self._event("response.function_call_arguments.delta", delta=arguments)
 
     def _call_item(self, call_id: str, name: str) -> dict[str, Any]:
         origin = self.origins.get(name, Origin("function", name))
@@ -91,33 +88,33 @@ class ResponseItems:
             "type": "custom_tool_call" if custom else "function_call", "call_id": call_id, "name": origin.name,
             "input" if custom else "arguments": "",
         }  # fmt: skip
-        self._arguments = ""
         return item if origin.namespace is None else {**item, "namespace": origin.namespace}
 
     def _add(self, item: dict[str, Any]) -> Iterator[Event]:
         self.items.append(item)
-        self._open = True
+        self._open, self._written = True, []
         shown = {**item, "content": []} if "content" in item else dict(item)
         yield {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": shown}
 
     def _close(self, status: str = "completed") -> Iterator[Event]:
         if not self._open:
             return
-        item = self.items[-1]
+        item, written = self.items[-1], "".join(self._written)
         if item["type"] == "custom_tool_call":
-            item["input"] = _input(self._arguments)
+            item["input"] = _input(written)
             yield self._event("response.custom_tool_call_input.delta", delta=item["input"])
             yield self._event("response.custom_tool_call_input.done", input=item["input"])
         elif item["type"] == "function_call":
-            yield self._event("response.function_call_arguments.done", name=item["name"], arguments=item["arguments"])
+            item["arguments"] = written
+            yield self._event("response.function_call_arguments.done", name=item["name"], arguments=written)
         else:
-            text, (_, event) = item["content"][0]["text"], _TEXTS[item["type"]]
+            item["content"][0]["text"], (_, event) = written, _TEXTS[item["type"]]
             extra: dict[str, Any] = {}
             if item["type"] == "message":
                 extra["logprobs"] = item["content"][0]["logprobs"]
             elif self.sealed:
-                item["encrypted_content"] = SEALED + base64.b64encode(text.encode()).decode()
-            yield self._event(f"{event}.done", content_index=0, text=text, **extra)
+                item["encrypted_content"] = SEALED + base64.b64encode(written.encode()).decode()
+            yield self._event(f"{event}.done", content_index=0, text=written, **extra)
             yield self._event("response.content_part.done", content_index=0, part=dict(item["content"][0]))
         item["status"] = status
         self._open = False

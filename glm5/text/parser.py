@@ -82,12 +82,13 @@ class AssistantStream:
         self._thinking, self._seed = thinking, seed
         self._opens = ("<tool_call>",) if calls else ()
         self._buffer, self._tail = "", ""  # what no state has consumed yet, and what may turn out to be the terminators
+        self._taken: list[str] = []  # what a state has consumed of a name or a key that is not whole yet
         self._ended = False
         self._state: Callable[[], bool] = self._start
         self._deltas: list[Delta] = []
         self._reasoning: list[str] | None = None
         self._content: list[str] = []
-        self._blank = ""  # white space that is content only if more content follows
+        self._blank: list[str] = []  # white space that is content only if more content follows
         self._calls: list[dict[str, Any]] = []
         self._fragments: list[str] = []  # the arguments of the open call, as JSON text
         self._open = False  # a call is open
@@ -311,10 +312,13 @@ class AssistantStream:
         return text, tag
 
     def _take_whole(self, *tags: str) -> tuple[str, str] | None:
-        """The same, but consumes nothing until the tag, or the end of the text, is there."""
-        if self._ended or any(tag in self._buffer for tag in tags):
-            return self._take(*tags)
-        return None
+        """The same, but gives nothing until the tag, or the end of the text, is there."""
+        text, tag = self._take(*tags)
+        self._taken.append(text)
+        if not tag and not self._ended:
+            return None
+        text, self._taken = "".join(self._taken), []
+        return text, tag
 
     def _held(self, *tags: str) -> int:
         """How many characters at the end of the buffer may be the beginning of one of the tags."""
@@ -323,15 +327,16 @@ class AssistantStream:
         return next((len(prefix) for prefix in _prefixes(tags) if self._buffer.endswith(prefix)), 0)
 
     def _say(self, text: str) -> None:
-        text = self._blank + text
         said = text.rstrip()
-        self._blank = text[len(said) :]
-        if said and not self._content:  # drop blank lines at the start, keep the first line's indentation
+        if not said:
+            self._blank.append(text)
+            return
+        said, self._blank = "".join(self._blank) + said, [text[len(said) :]]
+        if not self._content:  # drop blank lines at the start, keep the first line's indentation
             body = said.lstrip()
             said = said[: len(said) - len(body)].rpartition("\n")[2] + body
-        if said:
-            self._content.append(said)
-            self._emit_text("content", said)
+        self._content.append(said)
+        self._emit_text("content", said)
 
     def _emit_text(self, kind: str, text: str) -> None:
         if self._deltas and kind in self._deltas[-1]:

@@ -226,6 +226,19 @@ def test_a_long_argument_takes_linear_time() -> None:
     assert stream.finish() == whole and len(whole["tool_calls"][0]["function"]["arguments"]) > 200_000
 
 
+@pytest.mark.parametrize("before", ["</think><tool_call>", "</think>" + W + "<arg_key>", "</think>Paris"])
+def test_a_name_a_key_or_blank_lines_without_end_take_linear_time(before: str) -> None:
+    """What waits for its end is put aside, not searched again with every piece."""
+    piece = "\n " if before.endswith("Paris") else "ab <"
+    stream = AssistantStream(TOOLS)
+    stream.feed(before)
+    for _ in range(1000):
+        stream.feed(piece)
+        assert len(stream._buffer) < len("</tool_call>")
+    stream.feed("<arg_key>end")
+    assert stream.finish() == parse_assistant(before + piece * 1000 + "<arg_key>end", TOOLS)
+
+
 def test_an_ended_stream_takes_no_more() -> None:
     stream = AssistantStream()
     stream.finish()
