@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -34,6 +35,10 @@ from glm5.serve.errors import ApiError
 from glm5.text import Detokenizer, Tokenizer
 
 CONNECT_SECONDS = 10.0
+READY_SECONDS = 2.0
+"""Time for a backend to answer its `/health`."""
+KNOWN_SECONDS = 5.0
+"""How long what it answered is believed."""
 LONGEST_ANSWER = 4000
 """Characters of a backend's refusal that are passed on."""
 
@@ -72,6 +77,28 @@ class Backend:
         self.eos_ids = frozenset(config.eos_token_ids or self.tokenizer.eos_ids)
         self.headers = {} if api_key is None else {"Authorization": f"Bearer {check_key(api_key)}"}
         self.timeout = httpx.Timeout(CONNECT_SECONDS, read=silence_seconds)
+        self._tls = httpx.create_ssl_context(trust_env=False)  # once: it reads all certificates, for 30 ms
+        self._asking: asyncio.Future[bool] | None = None
+        self._asked = 0.0
+
+    def client(self, timeout: httpx.Timeout) -> httpx.AsyncClient:
+        """Makes connections to the backend."""
+        return httpx.AsyncClient(timeout=timeout, transport=self.transport, verify=self._tls, trust_env=False)
+
+    async def ready(self) -> bool:
+        """Whether the backend answers, as it is known for a few seconds; it may be asked as often as one likes."""
+        now = time.monotonic()
+        if self._asking is None or (self._asking.done() and now > self._asked + KNOWN_SECONDS):
+            self._asked, self._asking = now, asyncio.ensure_future(self._ask())
+        return await asyncio.shield(self._asking)
+
+    async def _ask(self) -> bool:
+        try:
+            async with self.client(httpx.Timeout(READY_SECONDS)) as client:
+                reply = await client.get(f"{self.url}/health", headers=self.headers)
+        except httpx.HTTPError:
+            return False
+        return reply.status_code < 500  # one without the endpoint is there all the same
 
     def stream(
         self,
@@ -141,7 +168,7 @@ class BackendStream:
         loop = self._loop = asyncio.get_running_loop()
         self._until = None if deadline is None else loop.time() + deadline
         backend = self.backend
-        self._client = httpx.AsyncClient(timeout=backend.timeout, transport=backend.transport, trust_env=False)
+        self._client = backend.client(backend.timeout)
         request = self._client.build_request("POST", backend.url + backend.api.path, json=body, headers=headers)
         try:
             async with asyncio.timeout_at(self._until):

@@ -42,12 +42,15 @@ def install_outside(
         app.add_middleware(CheckHost, hosts=hosts)
     app.add_middleware(AccessLog, metrics=metrics)
     metrics.install(app)
+    backend_ready = getattr(source, "ready", None)
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
+        away = backend_ready is not None and not await backend_ready()
         body: dict[str, Any] = {
-            "status": lifecycle.status, "model": service.model_name, "weight_version": source.version,
+            "status": "backend away" if away and not lifecycle.draining else lifecycle.status,
+            "model": service.model_name, "weight_version": source.version,
             "running": gate.running, "waiting": gate.waiting,
         }  # fmt: skip
-        return JSONResponse(body, 503 if lifecycle.draining else 200)
+        return JSONResponse(body, 503 if lifecycle.draining or away else 200)

@@ -132,6 +132,33 @@ def test_trouble_with_a_backend_has_a_sentence(directory, handler, status, sente
     assert sentence in streamed and "[DONE]" not in streamed
 
 
+def test_health_knows_whether_the_backend_is_there(directory):
+    asked, answers = [], [httpx.Response(503), httpx.ConnectError("no route"), httpx.Response(404), httpx.Response(200)]
+
+    def handler(request):
+        asked.append(request.url.path)
+        answer = answers[len(asked) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    client = front(directory, handler)
+    found = []
+    for _ in answers:
+        found += [client.get("/health"), client.get("/health")]
+        client.app.state.service.source._asked = -1e9  # what is known has become old
+    assert [reply.status_code for reply in found] == [503] * 4 + [200] * 4
+    assert [reply.json()["status"] for reply in found] == ["backend away"] * 4 + ["ready"] * 4
+    assert asked == ["/health"] * 4  # once for two questions
+
+
+def test_certificates_are_read_once(directory, monkeypatch):
+    backend = Backend("http://backend", directory, backend_api("generate"), transport=httpx.MockTransport(away))
+    monkeypatch.setattr("ssl.create_default_context", None)
+    monkeypatch.setattr("ssl.SSLContext.load_verify_locations", None)
+    assert ask(TestClient(create_app(backend, model_name="tiny"))).status_code == 502
+
+
 # ---- the other servers' words ------------------------------------------------------------------------------------
 def test_vllms_completions(directory):
     seen = []
