@@ -27,10 +27,14 @@ class Limits:
     """Requests that wait for one of these places; one more is answered with 429."""
     deadline_seconds: float | None = None
     """Longest time that a request may take, waiting and rendering included; a client may ask for less."""
+    pause_seconds: float = 12.0
+    """A stream that has nothing to say for this long gives a sign of life."""
     stall_seconds: float = 60.0
     """A client that takes nothing for this long is cut off."""
     max_unsent_bytes: int = 64 * 2**20
     """What is kept for one client that reads slowly."""
+    max_unsent_total_bytes: int = 2**30
+    """What is kept for all of them; beyond it each may have `LITTLE_BYTES` waiting (see `SendAtLeisure`)."""
     max_messages: int = 2048
     """Messages of a conversation."""
     max_n: int = 16

@@ -140,6 +140,11 @@ def test_metrics_count_requests_by_route():
     assert "kumquat" not in str(found)
 
 
+def test_health_answers_a_question_without_a_body():
+    reply = client_of("ok", api_key=KEY).head("/health")
+    assert reply.status_code == 200 and int(reply.headers["content-length"]) > 0
+
+
 # ---- draining ----------------------------------------------------------------------------------------------------
 def test_a_draining_server_says_so_and_takes_nothing_new():
     client = client_of("</think>ok")
@@ -207,6 +212,24 @@ def test_a_slow_reader_does_not_hold_the_work_and_is_cut_off():
         return sent_by_then, len(call.sent)
 
     assert asyncio.run(go()) == (1, 1)
+
+
+def test_what_is_kept_for_all_slow_readers_is_bounded_and_who_reads_is_served(monkeypatch):
+    monkeypatch.setattr("glm5.serve.slow_readers.LITTLE_BYTES", 100)
+
+    async def go():
+        layer = SendAtLeisure(_many_parts, Limits(stall_seconds=0.5, max_unsent_total_bytes=1500))
+        slow = [Call(layer, {**scope_of(), "ended": asyncio.Event()}, stall=True) for _ in range(3)]
+        running = [asyncio.create_task(call.run()) for call in slow]
+        await asyncio.sleep(0.1)
+        kept, ended = layer.total, sum(call.scope["ended"].is_set() for call in slow)
+        reader = await asyncio.wait_for(Call(layer, {**scope_of(), "ended": asyncio.Event()}).run(), 5)
+        await asyncio.wait_for(asyncio.gather(*running), 5)
+        return kept, ended, len(reader.sent), layer.total
+
+    kept, ended, read, left = asyncio.run(go())
+    assert 1500 < kept <= 1500 + 3 * 200 and ended < 3
+    assert (read, left) == (12, 0)
 
 
 def test_what_is_kept_for_a_slow_reader_is_bounded():
