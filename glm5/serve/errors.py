@@ -98,6 +98,9 @@ def install_error_handlers(app: FastAPI) -> None:
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         if first["type"] == "json_invalid":
             return error_response(request.scope, 400, "The body is not valid JSON; send one JSON object.")
+        if not where and "json" not in request.headers.get("content-type", ""):
+            sentence = "The body must be sent as JSON: add the header 'Content-Type: application/json'."
+            return error_response(request.scope, 400, sentence)
         message = first["msg"].removeprefix("Value error, ")
         return error_response(request.scope, 400, f"{where}: {message}" if where else message, param=where or None)
 

@@ -156,3 +156,11 @@ def test_no_depth_of_a_tool_breaks_the_server(depth):
     )
     response = FUZZED.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code in (200, 400), response.text
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/completions", "/v1/responses"])
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", None])
+def test_a_body_without_the_header_for_json_is_told_so(path, kind):
+    headers = {} if kind is None else {"Content-Type": kind}
+    reply = client_of("ok").post(path, content=json.dumps({"model": "tiny", "messages": []}), headers=headers)
+    assert reply.status_code == 400 and "Content-Type: application/json" in reply.json()["error"]["message"]
