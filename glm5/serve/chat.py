@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 from glm5.engine import TokenDelta
 from glm5.serve.errors import ApiError, error_body
+from glm5.serve.event_stream import COMMENT
 from glm5.serve.generation import Generation, Sample, Step
 from glm5.serve.schema import ChatRequest
 from glm5.serve.service import DONE, Service, data_event
@@ -40,6 +41,7 @@ class ChatReply:
     """The reply to one request. Raises `GLM5Error` when the messages cannot be rendered."""
 
     end = DONE
+    pause = COMMENT
 
     def __init__(self, request: ChatRequest, service: Service, session_id: str | None) -> None:
         self.request, self.service = request, service

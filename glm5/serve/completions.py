@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from glm5.serve.errors import ApiError, error_body
+from glm5.serve.event_stream import COMMENT
 from glm5.serve.fields import NEUTRAL, UNREAD, SamplingFields
 from glm5.serve.generation import Generation, Sample, Step
 from glm5.serve.schema import StructuredFields
@@ -70,6 +71,7 @@ class CompletionReply:
     """The reply to one request."""
 
     end = DONE
+    pause = COMMENT
 
     def __init__(self, request: CompletionRequest, service: Service, session_id: str | None) -> None:
         self.request, self.service = request, service
@@ -87,6 +89,8 @@ class CompletionReply:
             bad_sequences=request.bad_sequences(service.tokenizer), **settings,
         )  # fmt: skip
         self.hidden = most == 0
+        self.said: dict[int, int] = {}
+        """Characters that a stream has given of each sample."""
         encode = service.tokenizer.encode
         prompts = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.given]
         self.generation = Generation(
@@ -135,7 +139,8 @@ class CompletionReply:
         if token is not None and not self.hidden:
             choice["text"] = token.text
             if self.request.logprobs is not None:
-                before = sum(len(one.text) for one in step.sample.tokens[:-1])
+                before = self.said.get(step.sample.index, 0)
+                self.said[step.sample.index] = before + len(token.text)
                 row = (token.token_id, token.logprob, token.top_logprobs)
                 choice["logprobs"] = self._logprobs([row], [token.text], before)
             choice |= self._details(step.sample, [token], last=False)

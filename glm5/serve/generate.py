@@ -17,6 +17,7 @@ from pydantic import Field
 from glm5.engine import SamplingParams, StructuredOutputs, TokenDelta
 from glm5.errors import InputError, did_you_mean
 from glm5.serve.errors import ApiError, error_body
+from glm5.serve.event_stream import COMMENT
 from glm5.serve.fields import RequestBody, StreamOptions
 from glm5.serve.generation import Generation, Sample, Step
 from glm5.serve.service import DONE, Service, data_event
@@ -77,6 +78,7 @@ class GenerateReply:
     """The reply to one request."""
 
     end = DONE
+    pause = COMMENT
 
     def __init__(self, request: GenerateRequest, service: Service, session_id: str | None) -> None:
         self.request, self.service = request, service

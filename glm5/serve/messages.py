@@ -22,6 +22,7 @@ from glm5.serve.anthropic_prompt import chat_messages
 from glm5.serve.anthropic_schema import CountTokensRequest, MessagesRequest
 from glm5.serve.content_blocks import ContentBlocks, Event
 from glm5.serve.errors import ApiError, anthropic_error_body
+from glm5.serve.event_stream import PING
 from glm5.serve.generation import Generation, Step
 from glm5.serve.service import Service, named_event
 from glm5.serve.structure import Structure
@@ -70,6 +71,7 @@ class MessagesReply:
     """The reply to one request. Raises `GLM5Error` when it cannot be rendered or forced."""
 
     end = ""
+    pause = PING
 
     def __init__(self, request: MessagesRequest, service: Service, session_id: str | None) -> None:
         self.request, self.service = request, service

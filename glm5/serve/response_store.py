@@ -7,6 +7,7 @@ is written to disk.
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -27,31 +28,36 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """The latest responses. Used from the event loop only."""
+    """The latest responses. Thread-safe: a large one is put here by a worker thread."""
 
     def __init__(self, most: int = MOST_RESPONSES, most_bytes: int = MOST_BYTES) -> None:
         self.most, self.most_bytes = most, most_bytes
         self.bytes = 0
         self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._lock = threading.Lock()
 
     def put(self, body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
         """Keeps a response; the oldest make room."""
         size = len(json.dumps([body, messages], ensure_ascii=False))
-        self._kept[body["id"]] = StoredResponse(body, messages, size)
-        self.bytes += size
-        while self._kept and (len(self._kept) > self.most or self.bytes > self.most_bytes):
-            self.bytes -= self._kept.popitem(last=False)[1].size
+        with self._lock:
+            self._kept[body["id"]] = StoredResponse(body, messages, size)
+            self.bytes += size
+            while self._kept and (len(self._kept) > self.most or self.bytes > self.most_bytes):
+                self.bytes -= self._kept.popitem(last=False)[1].size
 
     def get(self, name: str) -> StoredResponse:
         """A response by its id, or 404."""
-        if name not in self._kept:
+        found = self._kept.get(name)
+        if found is None:
             raise ApiError(
                 404, f"The response {name!r} is not here: it was never stored, or the server has dropped it since. "
                 "Send the whole conversation as input.", param="previous_response_id", code="response_not_found",
             )  # fmt: skip
-        return self._kept[name]
+        return found
 
     def delete(self, name: str) -> None:
         """Forgets a response, or 404."""
-        self.bytes -= self.get(name).size
-        del self._kept[name]
+        self.get(name)
+        with self._lock:
+            found = self._kept.pop(name, None)
+            self.bytes -= found.size if found else 0

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 
 from glm5.engine import SamplingParams, TokenDelta
 from glm5.serve.errors import ApiError
+from glm5.serve.event_stream import COMMENT
 from glm5.serve.generation import Generation, Step
 from glm5.serve.response_items import ResponseItems
 from glm5.serve.response_store import ResponseStore
@@ -22,7 +23,9 @@ from glm5.serve.wording import SpokenTokens
 from glm5.text import AssistantStream
 from glm5.text.messages import results_in_order
 
-ENDS = {"stop": "completed", "length": "incomplete", "abort": "cancelled"}
+ENDS = {"stop": "completed", "length": "incomplete", "abort": "failed"}
+GIVEN_UP = {"code": "server_error", "message": "The request was given up before the answer was complete: "
+            "its deadline passed, or the server ends; ask again."}  # fmt: skip
 
 
 def install_responses(app: FastAPI, service: Service) -> None:
@@ -58,6 +61,7 @@ class ResponseReply:
     """The reply to one request. Raises `GLM5Error` when the input cannot be rendered."""
 
     end = ""
+    pause = COMMENT
 
     def __init__(
         self, request: ResponsesRequest, service: Service, store: ResponseStore, earlier: list[dict[str, Any]],
@@ -136,8 +140,7 @@ class ResponseReply:
     def closing(self) -> Iterator[dict[str, Any]]:
         """The end of the last item, and the whole response."""
         yield from map(self._numbered, self.items.finish(whole=self._status == "completed"))
-        kind = {"cancelled": "failed"}.get(self._status, self._status)
-        yield self._numbered({"type": f"response.{kind}", "response": self._finished()})
+        yield self._numbered({"type": f"response.{self._status}", "response": self._finished()})
 
     def failure(self, status: int, message: str) -> dict[str, Any]:
         """An error event."""
@@ -186,7 +189,7 @@ class ResponseReply:
             "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "background": False,
-            "error": None,
+            "error": GIVEN_UP if status == "failed" else None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,

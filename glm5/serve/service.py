@@ -20,15 +20,16 @@ from typing import Any, Protocol
 import anyio
 from anyio.to_thread import run_sync
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import JSONResponse, Response
 
 from glm5.engine import SamplingDefaults, SamplingParams, StructuredOutputs
 from glm5.engine.admission import check_queueing
 from glm5.engine.grammar import GrammarCompiler
 from glm5.engine.scheduler import PRIORITY_SECONDS
 from glm5.errors import GLM5Error
+from glm5.serve.encoding import encoded
 from glm5.serve.errors import FAILED, TOO_LATE, ApiError, error_status
+from glm5.serve.event_stream import EventStream
 from glm5.serve.gate import Gate, Place
 from glm5.serve.generation import Generation, Source, Step
 from glm5.serve.limits import Limits, deadline_of
@@ -39,6 +40,8 @@ from glm5.text.template import EFFORTS, takes_effort
 log = logging.getLogger("glm5.serve")
 
 Body = dict[str, Any]
+LARGE = 4096
+"""Values in a plain reply that are put together by the event loop itself; about 20 ms."""
 PATIENCE_SECONDS = 0.25
 """How long a request keeps its place while a new grammar is compiled, which takes milliseconds as a rule."""
 
@@ -81,6 +84,8 @@ class Reply(Protocol):
 
     end: str
     """What ends a stream that did not fail: `DONE` or nothing."""
+    pause: str
+    """What a stream says when there is nothing to say for long: `COMMENT` or `PING`."""
 
 
 DONE = "data: [DONE]\n\n"
@@ -152,7 +157,9 @@ class Service:
             await run_sync(reply.generation.start, until, limiter=self._starters)
             request.state.generation = reply.generation  # its figures go to the log and the metrics
             if stream:
-                return _EventStream(self._events(reply), lambda: self._leave(reply, place))
+                return EventStream(
+                    self._events(reply), lambda: self._leave(reply, place), reply.pause, self.limits.pause_seconds
+                )
             try:
                 await _unless_disconnected(request, lambda: self._finish(reply))
             finally:
@@ -162,7 +169,9 @@ class Service:
             place.leave()
             raise
         place.leave()
-        return JSONResponse(reply.whole())
+        if _values(reply.generation) < LARGE:
+            return JSONResponse(reply.whole())
+        return Response(await run_sync(lambda: encoded(reply.whole())), media_type="application/json")
 
     async def _compile(self, outputs: StructuredOutputs | None, place: Place) -> None:
         """Compiles a grammar before its request starts. One that takes long does not keep others from running."""
@@ -239,18 +248,11 @@ class Service:
             self.recorder.ended(generation)
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events that call `leave` however they end, even before the first one."""
-
-    def __init__(self, events: AsyncIterator[str], leave: Callable[[], None]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.leave = leave
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.leave()
+def _values(generation: Generation) -> int:
+    """About how many values the plain reply holds."""
+    params = generation.params
+    read = 0 if params.prompt_logprobs is None else generation.prompt_tokens * (1 + params.prompt_logprobs)
+    return read + generation.completion_tokens * (1 + (params.logprobs or 0))
 
 
 async def _in_time(work: Awaitable[None], until: float | None) -> None:

@@ -6,9 +6,13 @@ import httpx
 import openai
 import pytest
 from chat_client import client_of
+from fastapi.testclient import TestClient
+from scripted import ScriptedSource
 from speaker import speaker_model, speaker_tokenizer
 
 from glm5.errors import InputError
+from glm5.serve import create_app
+from glm5.serve.response_items import ResponseItems
 from glm5.serve.response_store import ResponseStore
 from glm5.serve.responses_schema import input_messages
 
@@ -70,6 +74,20 @@ def test_the_events_add_up_to_the_response(text):
     assert shape(whole.output) == shape(final.output)
     done = [event.item.id for event in events if event.type == "response.output_item.done"]
     assert done == [item.id for item in final.output]
+
+
+def test_a_long_item_takes_linear_time():
+    """Five million characters in pieces; quadratic work would take minutes."""
+    items = ResponseItems("seed")
+    call = {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": ""}}
+    deltas = [{"content": "x" * 50}] * 100_000 + [{"tool_calls": [call]}]
+    deltas += [{"tool_calls": [{"index": 0, "function": {"arguments": "y" * 50}}]}] * 100_000
+    said = sum(len(event.get("delta", "")) for delta in deltas for event in items.take(delta))
+    for _ in items.finish(whole=True):
+        pass
+    message, called = items.items
+    assert message["content"][0]["text"] == "x" * 5_000_000 and called["arguments"] == "y" * 5_000_000
+    assert said == 10_000_000
 
 
 def test_the_packages_own_stream_helper_reads_the_events():
@@ -153,6 +171,23 @@ def test_items_of_one_turn_become_one_message():
 def test_what_is_refused_has_a_sentence(fields, sentence):
     response = client_of("ok").post("/v1/responses", json={"model": "tiny", "input": "x", **fields})
     assert response.status_code == 400 and sentence in response.json()["error"]["message"], response.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_whose_deadline_passes_has_failed_and_says_why(stream):
+    app = create_app(ScriptedSource("</think>word"), model_name="tiny")  # the engine just ends what is given up
+    response = TestClient(app).post(
+        "/v1/responses", json={"model": "tiny", "input": "x", "stream": stream, "max_output_tokens": 50}
+    )
+    if stream:
+        name, _, data = response.text.strip().rpartition("\n\n")[-1].partition("\n")
+        assert name == "event: response.failed"
+        found = json.loads(data.removeprefix("data: "))["response"]
+    else:
+        found = response.json()
+    assert found["status"] == "failed" and found["incomplete_details"] is None
+    assert found["error"]["code"] == "server_error" and "deadline passed" in found["error"]["message"]
+    assert openai.types.responses.ResponseError.model_validate(found["error"])
 
 
 def test_a_failure_in_the_stream_is_an_event_and_a_store_is_bounded():

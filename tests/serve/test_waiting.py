@@ -1,15 +1,24 @@
-"""What waits and for what: a place, a grammar, a deadline. Nothing else stands still meanwhile."""
+"""What waits, and for what: a place, a grammar, the first token, a large reply. Nothing else stands still meanwhile."""
 
 import asyncio
+import json
 import threading
 
+import anthropic
 import httpx
+import openai
 import pytest
+from asgi_client import Call, scope_of
 from chat_client import USER
+from fastapi.responses import JSONResponse
+from hypothesis import given
+from hypothesis import strategies as st
 from speaker import ScriptedModel, speaker_tokenizer
 
 from glm5.engine import Engine, TokenDelta
 from glm5.serve import Limits, create_app
+from glm5.serve.chat import ChatReply
+from glm5.serve.encoding import encoded, pieces
 
 
 class HeldSource:
@@ -19,6 +28,7 @@ class HeldSource:
 
     def __init__(self):
         self.tokenizer, self.go_on, self.started = speaker_tokenizer(), asyncio.Event(), []
+        self.streams = []
 
     def stream(self, prompt_ids, params, *, session_id, priority, deadline):
         self.started.append((priority, deadline))
@@ -29,10 +39,11 @@ class HeldStream:
     cached_tokens, prompt_logprobs = 0, None
 
     def __init__(self, source):
-        self.source = source
+        self.source, self.closed = source, False
+        source.streams.append(self)
 
     def close(self):
-        pass
+        self.closed = True
 
     async def __aiter__(self):
         await self.source.go_on.wait()
@@ -133,3 +144,102 @@ def test_slow_grammars_stop_nobody_else(monkeypatch):
         engine.close()
 
     asyncio.run(go())
+
+
+# ---- signs of life -----------------------------------------------------------------------------------------------
+def streamed_call(source, path, **fields):
+    app = create_app(source, model_name="tiny", limits=Limits(pause_seconds=0.02))
+    body = {"model": "tiny", "max_tokens": 8, "stream": True, **fields}
+    return Call(app, scope_of(path), json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "sign"),
+    [
+        ("/v1/chat/completions", {"messages": USER}, b": keep-alive\n\n"),
+        ("/v1/completions", {"prompt": "x"}, b": keep-alive\n\n"),
+        ("/v1/messages", {"messages": USER}, b'event: ping\ndata: {"type": "ping"}\n\n'),
+    ],
+)
+def test_a_stream_without_events_gives_signs_of_life(path, fields, sign):
+    async def go():
+        source = HeldSource()
+        call = streamed_call(source, path, **fields)
+        running = asyncio.create_task(call.run())
+        await until(lambda: [message.get("body") for message in call.sent].count(sign) >= 3)
+        source.go_on.set()
+        await asyncio.wait_for(running, 30)
+        return call
+
+    sent = asyncio.run(go()).sent
+    assert [message.get("more_body") for message in sent] == [None, *[True] * (len(sent) - 2), False]
+    said = b"".join(message.get("body", b"") for message in sent)
+    assert b"x" in said and (b"[DONE]" in said or b"message_stop" in said)
+
+
+def test_a_client_that_leaves_between_signs_of_life_stops_the_work():
+    async def go():
+        source = HeldSource()
+        call = streamed_call(source, "/v1/chat/completions", messages=USER)
+        running = asyncio.create_task(call.run())
+        await until(lambda: len(call.sent) > 4)
+        assert not source.streams[0].closed
+        call.leave()
+        await asyncio.wait_for(running, 30)
+        said = len(call.sent)
+        await asyncio.sleep(0.1)
+        assert len(call.sent) == said and call.app.state.service.gate.running == 0
+        return source.streams[0].closed
+
+    assert asyncio.run(go())
+
+
+def test_the_clients_packages_read_over_signs_of_life(live_server):
+    source = HeldSource()
+    url = live_server(create_app(source, model_name="tiny", limits=Limits(pause_seconds=0.02)))
+    threading.Timer(0.3, lambda: source.go_on.set()).start()
+    chat = openai.OpenAI(base_url=f"{url}/v1", api_key="x").chat.completions
+    said = list(chat.create(model="tiny", messages=USER, stream=True))
+    assert said[-1].choices[0].finish_reason == "stop"
+    source.go_on = asyncio.Event()
+    threading.Timer(0.3, lambda: source.go_on.set()).start()
+    with anthropic.Anthropic(base_url=url, api_key="x").messages.stream(
+        model="tiny", max_tokens=8, messages=USER
+    ) as stream:
+        assert stream.get_final_text() == "x"
+
+
+# ---- large replies -----------------------------------------------------------------------------------------------
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+)
+
+
+@given(values, st.integers(0, 600))
+def test_a_large_reply_has_the_same_bytes(value, count):
+    body = {"value": value, "many": [value] * count, "none": []}
+    assert encoded(body) == JSONResponse(body).body
+
+
+def test_a_large_reply_is_encoded_piece_by_piece():
+    body = {"choices": [{"logprobs": {"content": [{"token": "x", "logprob": -1.0}] * 10_000}}]}
+    assert max(map(len, pieces(body))) < 20_000
+
+
+@pytest.mark.parametrize("large", [0, 10**9])
+def test_a_large_reply_is_made_off_the_event_loop(monkeypatch, large):
+    made = []
+    whole = ChatReply.whole
+    monkeypatch.setattr("glm5.serve.service.LARGE", large)
+    monkeypatch.setattr(ChatReply, "whole", lambda reply: (made.append(threading.current_thread()), whole(reply))[1])
+
+    async def go():
+        source = HeldSource()
+        source.go_on.set()
+        async with client_in(source, Limits()) as client:
+            reply = await posted(client)
+        assert reply.headers["content-type"] == "application/json" and reply.json()["usage"]["completion_tokens"] == 1
+
+    asyncio.run(go())
+    assert (made == [threading.main_thread()]) is (large > 0)
