@@ -18,7 +18,7 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", 
 class FakeChat:
     """`answers` maps the last message's text to (thinking, content, tool calls); other texts are said back.
 
-    `hold_after`: an answer waits after so many pieces until this is None again.
+    `hold_after`: an answer waits after so many pieces until this is None again. `holds`: the same for some texts.
     """
 
     def __init__(self) -> None:
@@ -26,6 +26,7 @@ class FakeChat:
         self.asked: list[dict] = []
         self.key: str | None = None
         self.hold_after: int | None = None
+        self.holds: dict[str, int] = {}
         self.failure: tuple[int, str] | None = None
         self.app = FastAPI()
         install_page(self.app)
@@ -51,15 +52,15 @@ class FakeChat:
         self.asked.append(body)
         text = body["messages"][-1]["content"]
         default = ("", f"You said: {text}", [])
-        return StreamingResponse(self._events(*self.answers.get(text, default)), media_type="text/event-stream")
+        return StreamingResponse(self._events(text, *self.answers.get(text, default)), media_type="text/event-stream")
 
-    async def _events(self, thinking: str, content: str, calls: list) -> AsyncIterator[str]:
+    async def _events(self, text: str, thinking: str, content: str, calls: list) -> AsyncIterator[str]:
         deltas = [{"role": "assistant", "content": ""}]
         deltas += [{"reasoning_content": piece} for piece in _pieces(thinking)]
         deltas += [{"content": piece} for piece in _pieces(content)]
         deltas += [{"tool_calls": [{"index": i, **call}]} for i, call in enumerate(calls)]
         for number, delta in enumerate(deltas):
-            while self.hold_after is not None and number > self.hold_after:
+            while (hold := self.holds.get(text, self.hold_after)) is not None and number > hold:
                 await asyncio.sleep(0.01)
             yield _event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
             await asyncio.sleep(0.002)

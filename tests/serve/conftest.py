@@ -27,6 +27,7 @@ def fake():
 def reader(browser, fake):
     fake.answers.clear()
     fake.asked.clear()
+    fake.holds.clear()
     fake.key, fake.failure, fake.hold_after = None, None, None
     return Reader(browser, fake.url)
 

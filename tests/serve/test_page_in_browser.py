@@ -54,6 +54,42 @@ def test_stop_keeps_what_was_said_and_again_asks_afresh(reader, fake):
     assert fake.asked[1]["messages"] == fake.asked[0]["messages"] == [{"role": "user", "content": "Go"}]
 
 
+HOLD_FRAMES = """
+const [frame, parse] = [requestAnimationFrame, JSON.parse];
+const held = [];
+window.seen = 0;
+window.requestAnimationFrame = (callback) => held.push(callback);
+JSON.parse = (text) => { if (text.includes("choices")) window.seen++; return parse(text); };
+window.release = () => {
+  [window.requestAnimationFrame, JSON.parse] = [frame, parse];
+  held.forEach((callback) => callback(0));
+};
+"""
+
+
+def test_two_answers_at_once_are_both_shown_and_kept(reader, fake):
+    """What comes for another conversation in the same frame takes nothing from the one on screen."""
+    for text, word in (("one", "left "), ("two", "right ")):
+        fake.answers[text], fake.holds[text] = ("", word * 40, []), 3
+        reader.say(text)
+        reader.until(lambda word=word: reader.last().count(word.strip()) >= 2)
+        shown = reader.last().count(word.strip())
+        if text == "one":
+            reader.one("#new").click()
+            reader.until(lambda: not reader.all(".answer"))
+    reader.driver.execute_script(HOLD_FRAMES)
+    for number, text in enumerate(("one", "two"), 1):
+        fake.holds[text] = 8
+        reader.until(lambda number=number: reader.driver.execute_script("return seen") >= 5 * number)
+    reader.driver.execute_script("release()")
+    assert reader.last().count("right") > shown
+    kept = lambda: reader.driver.execute_script("return Object.values(localStorage).join()")
+    reader.until(lambda: kept().count("left") > shown and kept().count("right") > shown)
+    fake.holds.clear()
+    reader.answered("right " * 39 + "right")
+    assert not reader.complaints()
+
+
 def test_an_edited_message_goes_on_from_there(reader, fake):
     for text in ("one", "two"):
         reader.say(text)

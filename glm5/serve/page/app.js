@@ -18,6 +18,8 @@ class Page {
     this.models = [];
     this.running = new Map(); // conversation id -> { answer, conversation }
     this.views = new Map(); // message -> view, of the conversation on screen
+    this.frames = new Set(); // conversation ids that have something to show at the next frame
+    this.keeping = new Set(); // and those that will be kept within a second
     this.log = byId("log");
     this.scroll = new Scroll(byId("scroller"), byId("to-end"));
     this.sidebar = new Sidebar((id) => this.choose(id));
@@ -263,16 +265,23 @@ class Page {
     this.ended(conversation, message, error);
   }
 
-  /** Shows and keeps what came, at most once a frame and once a second. */
+  /** Shows and keeps what came of a conversation, at most once a frame and once a second. */
   streamed(conversation, message) {
-    this.frame ??= requestAnimationFrame(() => {
-      this.frame = null;
-      if (conversation === this.conversation) this.refresh(message);
-    });
-    this.keeping ??= setTimeout(() => {
-      this.keeping = null;
-      if (this.running.has(conversation.id)) this.keep(conversation);
-    }, 1000);
+    const { id } = conversation;
+    if (!this.frames.has(id)) {
+      this.frames.add(id);
+      requestAnimationFrame(() => {
+        this.frames.delete(id);
+        if (conversation === this.conversation) this.refresh(message);
+      });
+    }
+    if (!this.keeping.has(id)) {
+      this.keeping.add(id);
+      setTimeout(() => {
+        this.keeping.delete(id);
+        if (this.running.has(id)) this.keep(conversation);
+      }, 1000);
+    }
   }
 
   refresh(message) {
