@@ -106,7 +106,7 @@ def run(arguments: Sequence[str]) -> int:
     options, engines = flags.run, flags.engines
     use_threads(options.threads)
     environments = [named_environment(text, options.world) for text in options.env]
-    engines.check()
+    engines.check(resume=options.resume or options.replay_step is not None)
     if options.deterministic and (engines.executor != "local" or engines.publish_to is not None):
         raise InputError("--deterministic runs in one process; leave --executor and --publish-to out.")
     if not environments:

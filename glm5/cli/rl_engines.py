@@ -12,6 +12,7 @@ import tyro
 from glm5.errors import InputError
 from glm5.rl.config import RLRunConfig
 from glm5.rl.executors import MakeFleet, engine_actors, engine_processes, engine_servers, one_engine
+from glm5.rl.weights.mirror import check_unused
 
 SERVER_KEY = "GLM5_BACKEND_API_KEY"
 
@@ -36,8 +37,8 @@ class EngineOptions:
     """A directory that gets every new version of the weights: for other servers to follow (`glm5 serve MODEL
     --weights-from DIR`) and, with --executor servers, the DIR of those that sample."""
 
-    def check(self) -> None:
-        """Raises `InputError` for options that do not go together."""
+    def check(self, *, resume: bool) -> None:
+        """Raises `InputError` for options that do not go together, `WeightsError` for a directory of another run."""
         if self.executor not in ("processes", "ray") and self.engines != 1:
             raise InputError(f"--engines {self.engines} needs --executor processes.")
         if self.ray is not None and self.executor != "ray":
@@ -46,6 +47,8 @@ class EngineOptions:
             raise InputError("Servers that sample are named by --executor servers and --server URL together.")
         if self.executor == "servers" and self.publish_to is None:
             raise InputError("Say with --publish-to DIR where the servers find new weights.")
+        if self.publish_to is not None and not resume:
+            check_unused(self.publish_to)
 
     @property
     def mirror(self) -> Path | None:

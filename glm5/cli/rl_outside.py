@@ -95,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
         raise InputError("Episodes come either from a gateway or from records; give one of --from-gateway, "
                          "--from-records DIR.")  # fmt: skip
     engines = flags.engines
-    engines.check()
+    engines.check(resume=options.resume)
     use_threads(options.threads)
     config = with_recorded_aids(flags.config, options.out) if options.resume else flags.config
     common: dict[str, Any] = {

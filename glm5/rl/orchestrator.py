@@ -33,7 +33,7 @@ from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
 from glm5.rl.view.live import LiveView
 from glm5.rl.view.watch import Watch, snapshot_of
-from glm5.rl.weights.mirror import Mirror
+from glm5.rl.weights.mirror import Mirror, check_unused
 from glm5.text import Tokenizer
 from glm5.threads import in_thread
 from glm5.train import RunDirectory, RunInterrupted
@@ -74,6 +74,8 @@ def train_rl(
     running step, saves and raises `RunInterrupted`; after a crash or kill nothing that was finished is sampled again.
     """
     tokenizer = Tokenizer.from_pretrained(model_of(config.parent))
+    if publish_to is not None and not resume:
+        check_unused(publish_to)
     run = start_run(config, environments, run_directory, sources=sources, aids=aids, resume=resume)
     with run.exclusive(), disk_errors(run):
         if not reopened(run, config):

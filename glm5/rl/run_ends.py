@@ -86,9 +86,14 @@ def _check_steps(config: RLRunConfig, run_directory: Path) -> None:
 
 
 def reopened(run: RunDirectory, config: RLRunConfig) -> bool:
-    """Whether there is something left to do; a finished run that is to have more steps goes on."""
+    """Whether there is something left to do; a finished run that is to have more steps goes on.
+
+    A run that was killed after its model was saved and before its pages were gets these now.
+    """
     if run.finished and len(run.read("metrics")) < config.steps:
         run.reopen()
+    if run.finished and not (run.path / "report.html").exists():
+        write_rl_report(run.path)
     return not run.finished
 
 

@@ -283,3 +283,7 @@ def test_a_page_that_cannot_be_made_does_not_cost_the_model(parent, tmp_path, mo
     assert run.finished and weights_of(run) and "no page" in caplog.text
     if "view_run" in broken:
         assert "could not be made: ValueError" in (run.path / "report.html").read_text()
+    else:
+        monkeypatch.undo()
+        train_rl(config_of(parent, steps=1), [SingleTurn(Letters())], run.path, resume=True)
+        assert (run.path / "report.html").exists()

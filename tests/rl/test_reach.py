@@ -12,7 +12,7 @@ from speaker import speaker_model, speaker_tokenizer
 import glm5
 from glm5.cli.main import main
 from glm5.engine import Engine
-from glm5.errors import ConfigError
+from glm5.errors import ConfigError, WeightsError
 from glm5.rl.adapters import LoRA
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
@@ -60,6 +60,8 @@ def test_every_version_is_where_others_find_it(parent, tmp_path, lora):
     assert all(torch.equal(tensor, snapshot.tensors[name]) for name, tensor in weights_of(run).items())
     follower.close()
 
+    with pytest.raises(WeightsError, match=r"another run \(version 3\); publish to a new directory"):
+        train_rl(config, [letters()], tmp_path / "other", publish_to=tmp_path / "weights")
     longer = train_rl(
         dataclasses.replace(config, steps=5), [letters()], run.path, publish_to=tmp_path / "weights", resume=True
     )

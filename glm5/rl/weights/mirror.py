@@ -9,10 +9,19 @@ from pathlib import Path
 from torch import Tensor
 
 from glm5.errors import WeightsError
-from glm5.rl.weights.directory import DirectoryPublisher
+from glm5.rl.weights.directory import DirectoryPublisher, versions
 from glm5.threads import in_thread
 
 log = logging.getLogger("glm5.rl")
+
+
+def check_unused(path: Path) -> None:
+    """Raises `WeightsError` for a directory that holds versions already: those of a new run would take their place."""
+    if versions(path):
+        raise WeightsError(
+            f"{path} holds weights of another run (version {max(versions(path))}); publish to a new directory, or "
+            "remove it."
+        )
 
 
 class Mirror:
