@@ -34,8 +34,8 @@ from glm5.engine.pool import Storage
 from glm5.envs import Environment, SingleTurn, Sums, calculator_environment
 from glm5.model import GLM5
 from glm5.rl.codec import turns_to_json
-from glm5.rl.forward import Passes, fixed_logprobs, run
-from glm5.rl.packing import Example, examples_of, judged, micro_batches
+from glm5.rl.forward import fixed_logprobs, run
+from glm5.rl.packing import Example, Passes, examples_of, judged, micro_batches
 from glm5.rl.records import Batch, Group, Lesson, Rollout, Ticket
 from glm5.rl.runner import RolloutConfig, play
 from glm5.text import Tokenizer
@@ -83,7 +83,7 @@ def examples(rollouts: Sequence[Rollout]) -> list[Example]:
 def changed(trainer: GLM5, some: Sequence[Example], passes: Passes) -> tuple[float, float]:
     """Shares of (token, layer) and of tokens for which the trainer's own routers choose others than the sampler's."""
     layers, tokens, count = 0, 0, 0
-    for rows in micro_batches(some, passes.rows, passes.row_tokens):
+    for rows in micro_batches(some, passes):
         assert rows.experts_BTLK is not None
         out = run(trainer, replace(rows, experts_BTLK=None), passes.attention, {"router"})
         own_BTLK = torch.stack([record.experts_BTK for record in out.router], dim=2)
@@ -110,7 +110,7 @@ def main(options: Options) -> None:
     models = {name: load_model(directory, dtype=dtype).eval() for name, dtype in NUMERICS.items()}
     tokenizer = Tokenizer.from_pretrained(directory)
     environments: list[Environment] = [SingleTurn(Sums()), calculator_environment()]
-    passes = Passes(attention=options.attention, rows=8, row_tokens=None)
+    passes = Passes(attention=options.attention, rows=8, tokens=8192, row_tokens=None)
     print(machine())
     print("mismatch: mean / 99th percentile / maximum\n")
     print("| sampler | trainer | tokens | other experts: layers, tokens | free | replayed |\n|---|---|---|---|---|---|")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from glm5.errors import ConfigError
 from glm5.model import GLM5, ModelOutput
-from glm5.rl.forward import Passes, PerExample, by_example, run
-from glm5.rl.packing import Example, Rows, micro_batches
+from glm5.rl.forward import PerExample, by_example, run
+from glm5.rl.packing import Example, Passes, Rows, micro_batches
 from glm5.train.checks import check_numbers
 
 
@@ -80,7 +80,7 @@ def values_of(head: ValueHead, output: ModelOutput, rows: Rows) -> Tensor:
 def estimates(head: ValueHead, model: GLM5, examples: Sequence[Example], passes: Passes, config: Critic) -> Estimates:
     """Values, advantages and returns under the head as it is."""
     values: PerExample = {}
-    for rows in micro_batches(examples, passes.rows, passes.row_tokens):
+    for rows in micro_batches(examples, passes):
         values |= by_example(rows, values_of(head, run(model, rows, passes.attention, {"hidden"}), rows))
     advantages, returns = {}, {}
     for example in examples:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from glm5.errors import InputError
 from glm5.model import GLM5
 from glm5.rl.aids_config import EVERY
-from glm5.rl.forward import Passes, PerExample, fixed_logprobs
-from glm5.rl.packing import Example
+from glm5.rl.forward import PerExample, fixed_logprobs
+from glm5.rl.packing import Example, Passes
 from glm5.train.checks import check_numbers
 
 

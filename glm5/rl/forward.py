@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from glm5.errors import InputError
 from glm5.model import GLM5, ModelOutput, Replay
-from glm5.rl.packing import Example, Rows, micro_batches
+from glm5.rl.packing import Example, Passes, Rows, micro_batches
 
 PerExample = dict[int, Tensor]
 """Values of the sampled tokens [n] of each example, by the identity of its trajectory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Passes:
-    """How examples are cut into forward passes."""
-
-    attention: Literal["sparse", "dense"]
-    rows: int
-    row_tokens: int | None
 
 
 def run(model: GLM5, rows: Rows, attention: str, collect: frozenset[str] | set[str] = frozenset()) -> ModelOutput:
@@ -63,7 +53,7 @@ def fixed_logprobs(model: GLM5, examples: Sequence[Example], passes: Passes, *, 
     freely: what they think of a token is their own.
     """
     found: PerExample = {}
-    for rows in micro_batches(examples, passes.rows, passes.row_tokens):
+    for rows in micro_batches(examples, passes):
         if not replay:
             rows = replace(rows, experts_BTLK=None)
         logits_NV = sampled_logits(run(model, rows, passes.attention), rows)

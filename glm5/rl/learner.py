@@ -177,7 +177,7 @@ class Learner:
         drafters = [p for p in self.model.mtp.parameters() if p.requires_grad]
         sums: defaultdict[str, float] = defaultdict(float)
         fresh: list[Tensor] = []
-        for rows in micro_batches(examples, config.passes.rows, config.passes.row_tokens):
+        for rows in micro_batches(examples, config.passes):
             found = objective(self.model, self.head, rows, config, given, totals)
             found.policy.backward(retain_graph=found.draft is not None)
             if found.draft is not None:

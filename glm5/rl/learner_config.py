@@ -12,9 +12,8 @@ from glm5.rl.advantages import KINDS, Advantages
 from glm5.rl.critic import Critic
 from glm5.rl.distillation import Distillation
 from glm5.rl.drafting import Drafting
-from glm5.rl.forward import Passes
 from glm5.rl.losses import DDIS, AnyLoss
-from glm5.rl.packing import Normalisation
+from glm5.rl.packing import Normalisation, Passes
 from glm5.rl.reference import KL
 from glm5.train.checks import check_choice, check_counts, check_numbers
 
@@ -59,7 +58,9 @@ class LearnerConfig:
     attention: Literal["sparse", "dense"] = "sparse"
     """As the engine's."""
     rows: int = 64
-    """Rows per forward pass."""
+    """At most, of one forward pass."""
+    pass_tokens: int = 8192
+    """Tokens of one forward pass at most, padding included; memory follows it. A longer row has a pass of its own."""
     row_tokens: int | None = None
     """Pack trajectories into rows of so many tokens; None: one trajectory a row, padded to the longest."""
 
@@ -76,7 +77,7 @@ class LearnerConfig:
     """On the language loss of the learner's `replay` of earlier stages, where it has one."""
 
     def __post_init__(self) -> None:
-        check_counts(self, "fixed_length", "rows", "updates")
+        check_counts(self, "fixed_length", "rows", "pass_tokens", "updates")
         if self.row_tokens is not None:
             check_counts(self, "row_tokens")
         check_numbers(self, "clip_norm", above=0)
@@ -96,4 +97,6 @@ class LearnerConfig:
     def passes(self) -> Passes:
         """How examples are cut. The loss of the indexers must not see padding, so rows then carry segments."""
         one_a_row = 1 if self.indexer_weight else None
-        return Passes(attention=self.attention, rows=self.rows, row_tokens=self.row_tokens or one_a_row)
+        return Passes(
+            attention=self.attention, rows=self.rows, tokens=self.pass_tokens, row_tokens=self.row_tokens or one_a_row
+        )

@@ -30,6 +30,19 @@ from glm5.rl.records import Batch, Lesson, Trajectory
 Normalisation = Literal["sequence-mean", "token-mean", "fixed-length"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How examples are cut into forward passes."""
+
+    attention: Literal["sparse", "dense"]
+    rows: int
+    """At most, of one pass."""
+    tokens: int
+    """At most, of one pass: its rows times the longest of them. A row that is longer has a pass of its own."""
+    row_tokens: int | None
+    """Pack whole trajectories into rows of that many; None: one trajectory a row."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One trajectory that is learnt from."""
@@ -129,15 +142,29 @@ class Rows:
         return torch.tensor(values).repeat_interleave(torch.tensor(self.lengths))
 
 
-def micro_batches(examples: Sequence[Example], rows: int, row_tokens: int | None) -> Iterator[Rows]:
-    """`rows` rows at a time. row_tokens: pack whole trajectories into rows of that many; None: one trajectory each."""
-    if row_tokens is None:
-        for start in range(0, len(examples), rows):
-            yield padded(examples[start : start + rows])
+def micro_batches(examples: Sequence[Example], passes: Passes) -> Iterator[Rows]:
+    """The rows of one forward pass after the other, in the order of the examples, or packed."""
+    if passes.row_tokens is None:
+        for some in _in_passes([[example] for example in examples], passes):
+            yield padded([example for (example,) in some])
         return
-    bins = _first_fit(examples, row_tokens)
-    for start in range(0, len(bins), rows):
-        yield packed(bins[start : start + rows])
+    for some in _in_passes(_first_fit(examples, passes.row_tokens), passes):
+        yield packed(some)
+
+
+def _in_passes(rows: Sequence[list[Example]], passes: Passes) -> Iterator[list[list[Example]]]:
+    """As many rows at a time as a pass takes; at least one."""
+    some: list[list[Example]] = []
+    widest = 0
+    for row in rows:
+        wider = max(widest, sum(map(_inputs, row)))
+        if some and (len(some) == passes.rows or (len(some) + 1) * wider > passes.tokens):
+            yield some
+            some, wider = [], sum(map(_inputs, row))
+        some.append(row)
+        widest = wider
+    if some:
+        yield some
 
 
 def padded(examples: Sequence[Example]) -> Rows:

@@ -87,6 +87,7 @@ def test_rows_packing_and_order_do_not_matter(batch, loss):
     for config in (
         LearnerConfig(loss=loss, rows=1), LearnerConfig(loss=loss, rows=3), LearnerConfig(loss=loss, row_tokens=40),
         LearnerConfig(loss=loss, row_tokens=60, rows=2), LearnerConfig(loss=loss, row_tokens=1),
+        LearnerConfig(loss=loss, pass_tokens=50), LearnerConfig(loss=loss, pass_tokens=90, row_tokens=40),
     ):  # fmt: skip
         assert_same(gradients(Learner(speaker_model(), config), batch), whole, atol=1e-5, rtol=1e-3)
         assert_same(gradients(Learner(speaker_model(), config), shuffled), whole, atol=1e-5, rtol=1e-3)
