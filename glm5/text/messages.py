@@ -58,27 +58,19 @@ def results_in_order(messages: Sequence[Message]) -> list[Message]:
     is. Raises `TextError` for a result that answers no call of that turn.
     """
     ordered: list[Message] = []
-    calls: list[Any] = []
-    previous = None
-    for is_result, run in groupby(messages, lambda message: _role(message) == "tool"):
+    calls: list[Any] = []  # ids of the last turn; turns of the assistant in a row are one
+    for role, run in groupby(messages, _role):
         group = list(run)
-        if not is_result:
-            for message in group:
-                if _role(message) == "assistant":
-                    made = message.get("tool_calls") or []
-                    ids = [call.get("id") for call in made if isinstance(call, Mapping)]
-                    calls = calls + ids if previous == "assistant" else ids
-                previous = _role(message)
-            ordered += group
-            continue
-        previous = "tool"
-        if any(message.get("tool_call_id") is not None for message in group):
-            for message in group:
-                if message.get("tool_call_id") not in calls:
-                    raise TextError(
-                        f"the tool result for {message.get('tool_call_id')!r} answers no call of the turn before it; "
-                        "send the call and its result with the same id"
-                    )
+        if role == "assistant":
+            made = [call for message in group for call in message.get("tool_calls") or []]
+            calls = [call.get("id") for call in made if isinstance(call, Mapping)]
+        elif role == "tool" and any(message.get("tool_call_id") is not None for message in group):
+            unknown = next((message for message in group if message.get("tool_call_id") not in calls), None)
+            if unknown is not None:
+                raise TextError(
+                    f"the tool result for {unknown.get('tool_call_id')!r} answers no call of the turn before it; "
+                    "send the call and its result with the same id"
+                )
             group.sort(key=lambda message: calls.index(message["tool_call_id"]))
         ordered += group
     return ordered

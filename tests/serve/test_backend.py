@@ -12,7 +12,7 @@ from speaker import ScriptedModel, speaker_model, speaker_tokenizer
 from starlette.concurrency import run_in_threadpool
 
 import glm5
-from glm5.engine import Engine
+from glm5.engine import Engine, SamplingParams
 from glm5.errors import InputError
 from glm5.serve import create_app
 from glm5.serve.backend import Backend
@@ -259,3 +259,14 @@ def test_our_own_completions_are_a_backend_too(directory, top):
     answers = [ask(client, **fields) for client in (direct, through)]
     assert [answer.status_code for answer in answers] == [200, 200], answers[1].text
     assert without_names(answers[0].json()) == without_names(answers[1].json())
+
+
+def test_what_may_not_be_sampled_is_a_bias_to_a_backend():
+    params = SamplingParams(bad_sequences=[[7]], logit_bias={3: 1.0})
+    for api in ("generate", "completions", "sglang"):
+        body = backend_api(api, "m").body([1], params, 0)
+        said = body.get("sampling_params", body)
+        assert said["logit_bias"] == {3: 1.0, 7: -100.0} and "bad_sequences" not in said
+    with pytest.raises(InputError, match="bad_words of more than one token"):
+        backend_api("generate").body([1], SamplingParams(bad_sequences=[[7, 8]]), 0)
+    assert "bad_sequences" not in backend_api("generate").body([1], SamplingParams(), 0)["sampling_params"]

@@ -106,3 +106,24 @@ def test_a_wrong_choice_gets_a_sentence(path, choice, sentence):
     answer = post(client_of("ok"), path, tool_choice=choice, **fields)
     message = answer.json()["error"]["message"]
     assert answer.status_code == 400 and sentence in message and "tool_choice" in message
+
+
+class Recorder:
+    """Keeps the generations."""
+
+    def __init__(self):
+        self.ended_ones = []
+        self.ended = self.ended_ones.append
+
+    def begin(self, session_id):
+        pass
+
+
+def test_what_is_recorded_is_the_models_own_choice():
+    """A ban would make the recorded probabilities those of another distribution; so there the tag is text."""
+    recorder = Recorder()
+    answer = post(client_of(f"hm</think>I call {CALL}", recorder=recorder), "chat/completions", messages=USER).json()
+    message = answer["choices"][0]["message"]
+    assert message["content"] == f"I call {CALL}" and "tool_calls" not in message
+    (generation,) = recorder.ended_ones
+    assert generation.params.bad_sequences == ()
