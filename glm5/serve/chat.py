@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from glm5.engine import TokenDelta
 from glm5.serve.errors import ApiError, error_body
 from glm5.serve.event_stream import COMMENT
+from glm5.serve.fields import bad_sequences
 from glm5.serve.generation import Generation, Sample, Step
 from glm5.serve.schema import ChatRequest
 from glm5.serve.service import DONE, Service, data_event
@@ -59,7 +60,7 @@ class ChatReply:
         structure = request.structure().outputs(thinking=thinking, reasoning_tokens=share)
         params = request.sampling(
             service.defaults, max_tokens=most, logprobs=request.top_logprobs or 0, structured_outputs=structure,
-            bad_sequences=request.bad_sequences(service.tokenizer),
+            bad_sequences=bad_sequences(request.bad_words, service.tokenizer),
         )  # fmt: skip
         params = service.under_tools(params, tools, parallel=request.parallel_tool_calls)
         self.generation = Generation(

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from glm5.serve.errors import ApiError, error_body
 from glm5.serve.event_stream import COMMENT
-from glm5.serve.fields import NEUTRAL, UNREAD, SamplingFields
+from glm5.serve.fields import NEUTRAL, UNREAD, SamplingFields, bad_sequences
 from glm5.serve.generation import Generation, Sample, Step
 from glm5.serve.schema import StructuredFields
 from glm5.serve.service import DONE, Service, data_event
@@ -86,7 +86,7 @@ class CompletionReply:
         # With max_tokens 0 a token is sampled all the same, and not shown: the prompt must be read.
         params = request.sampling(
             service.defaults, max_tokens=max(1, most), logprobs=request.logprobs, structured_outputs=structure,
-            bad_sequences=request.bad_sequences(service.tokenizer), **settings,
+            bad_sequences=bad_sequences(request.bad_words, service.tokenizer), **settings,
         )  # fmt: skip
         self.hidden = most == 0
         self.said: dict[int, int] = {}

@@ -8,6 +8,7 @@ value asks for nothing (`REFUSED`). A field that is null counts as absent.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -66,6 +67,13 @@ class RequestBody(BaseModel):
             if name in cls.refused and value is not None and value not in cls.refused[name]:
                 raise ValueError(f"{name} is not supported by this server; leave it out")
         return {name: value for name, value in body.items() if name in cls.model_fields and value is not None}
+
+
+def bad_sequences(words: Iterable[str] | None, tokenizer: Tokenizer) -> list[list[int]]:
+    """`bad_words` as the tokenizer writes them, alone and behind a space, as in vLLM; blanks as they are. Other ways to
+    cut a word into tokens stay open."""
+    named = [(word.strip(), f" {word.strip()}") if word.strip() else (word,) for word in words or () if word]
+    return [tokenizer.encode(form, allow_special=False) for forms in named for form in forms]
 
 
 class StreamOptions(BaseModel):
@@ -139,13 +147,6 @@ class SamplingFields(RequestBody):
         if wrong is not None:
             raise ValueError(f"logit_bias has the key {wrong!r}; the keys are token ids")
         return {int(key): bias for key, bias in self.logit_bias.items()}
-
-    def bad_sequences(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """`bad_words` as the tokenizer writes them, alone and behind a space, as in vLLM: other ways to cut a word into
-        tokens stay open."""
-        words = [word.strip() for word in self.bad_words or []]
-        forms = [tokenizer.encode(form, allow_special=False) for word in words for form in (word, f" {word}")]
-        return [form for form in forms if form]
 
     @model_validator(mode="after")
     def _sampling_is_consistent(self) -> SamplingFields:

@@ -18,10 +18,11 @@ from glm5.engine import SamplingParams, StructuredOutputs, TokenDelta
 from glm5.errors import InputError, did_you_mean
 from glm5.serve.errors import ApiError, error_body
 from glm5.serve.event_stream import COMMENT
-from glm5.serve.fields import RequestBody, StreamOptions
+from glm5.serve.fields import RequestBody, StreamOptions, bad_sequences
 from glm5.serve.generation import Generation, Sample, Step
 from glm5.serve.service import DONE, Service, data_event
 from glm5.serve.wording import LOWEST_LOGPROB, prompt_logprobs, usage
+from glm5.text import Tokenizer
 
 UNUSED = {"detokenize", "skip_special_tokens", "spaces_between_special_tokens", "output_kind"}
 """Settings of vLLM that concern its own text; there is none here."""
@@ -41,9 +42,14 @@ class GenerateRequest(RequestBody):
     priority: int = 0
     cache_salt: str | None = Field(default=None, min_length=1)
 
-    def params(self) -> SamplingParams:
+    def params(self, tokenizer: Tokenizer) -> SamplingParams:
         """The engine's settings; raises `InputError` for an unknown name or a value out of range."""
         given = {n: v for n, v in self.sampling_params.items() if v is not None and n not in UNUSED}
+        words = given.pop("bad_words", ())
+        if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+            raise InputError("sampling_params.bad_words must be a list of texts.")
+        if words:
+            given["bad_sequences"] = [*given.get("bad_sequences", ()), *bad_sequences(words, tokenizer)]
         known = {field.name for field in fields(SamplingParams)}
         wrong = next((name for name in given if name not in known), None)
         if wrong is not None:
@@ -82,7 +88,7 @@ class GenerateReply:
 
     def __init__(self, request: GenerateRequest, service: Service, session_id: str | None) -> None:
         self.request, self.service = request, service
-        params = request.params()
+        params = request.params(service.tokenizer)
         if params.n > service.limits.max_n:
             raise ApiError(400, f"n is {params.n}; at most {service.limits.max_n} samples are made of one prompt.")
         self.generation = Generation(

@@ -182,6 +182,8 @@ def test_a_special_token_is_generated_and_returned_as_it_is(client):
         ({"sampling_params": {"experts_from": 0}}, 400, "experts_from is for callers in the same program"),
         ({"model": "other"}, 404, "not served here"),
         ({"cache_salt": ""}, 400, "cache_salt"),
+        ({"sampling_params": {"bad_words": [5]}}, 400, "bad_words must be a list of texts"),
+        ({"sampling_params": {"bad_words": ["a"] * 65}}, 400, "bad_sequences holds at most 128"),
     ],
 )
 def test_bad_generate_requests_have_a_sentence(client, fields, status, sentence):

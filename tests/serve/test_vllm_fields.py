@@ -49,14 +49,17 @@ def test_a_last_message_is_gone_on_from(reasoning):
     assert spaced.status_code == 400 and "ends in white space" in spaced.text
 
 
-@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/inference/v1/generate"])
 def test_bad_words_are_not_written(path):
-    given = {"messages": USER} if path != "completions" else {"prompt": "What", "max_tokens": 12}
     said = []
     for bad in ([], ["answer"]):
-        client = client_of(model=ScriptedModel("The answer is 42."))
-        body = client.post(f"/v1/{path}", json={"model": "tiny", "bad_words": bad, "temperature": 0, **given}).json()
-        said.append(str(body["choices"]))
+        settings = {"bad_words": bad, "temperature": 0, "max_tokens": 12}
+        given = {"messages": USER, **settings} if "chat" in path else {"prompt": "What", **settings}
+        if "generate" in path:
+            given = {"token_ids": speaker_tokenizer().encode("What"), "sampling_params": settings}
+        answer = client_of(model=ScriptedModel("The answer is 42.")).post(path, json={"model": "tiny", **given})
+        (choice,) = answer.json()["choices"]
+        said.append(speaker_tokenizer().decode(choice["token_ids"]) if "generate" in path else str(choice))
     assert "answer" in said[0] and "answer" not in said[1]
 
 
