@@ -23,6 +23,9 @@ from glm5.serve.lifecycle import Lifecycle
 
 DRAIN_SECONDS = 30.0
 BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75
+"""That an idle connection stays open. httpx, and so the `openai` and `anthropic` packages, use one again within 5 s; a
+server that closes after the same time, as uvicorn does by default, resets what they send in that moment."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -64,8 +67,9 @@ def serve(
         if ready:
             ready(f"http://{name}:{listener.getsockname()[1]}")
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=1, server_header=False, backlog=BACKLOG
-        )
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=1, server_header=False, backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        )  # fmt: skip
         _Server(config, app.state.lifecycle, drain_seconds).run(sockets=[listener])
 
 
