@@ -1,15 +1,18 @@
-"""Blocking calls beside an event loop, each in a daemon thread of its own.
+"""Blocking calls beside an event loop, each in a thread of its own.
 
 asyncio's own threads are few (`asyncio.to_thread`: cores + 4), everybody shares them, and the end of the loop waits for
 all of them. So a few calls that hang keep every other one from running, and a single one keeps the program from ending.
 Here a call that never returns costs its thread and nothing else; nobody ever joins it.
+
+`threading.Thread.start` would wait until the new thread runs, which takes milliseconds beside one that computes in
+Python: time in which the loop stands still.
 """
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextvars
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
@@ -43,5 +46,5 @@ def in_thread(function: Callable[P, T], /, *values: P.args, **named: P.kwargs) -
         with suppress(RuntimeError):  # the loop has ended, so nobody waits
             loop.call_soon_threadsafe(tell, setter, value)
 
-    threading.Thread(target=run, name=f"glm5 {getattr(function, '__name__', 'call')}", daemon=True).start()
+    _thread.start_new_thread(run, ())
     return future

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import _thread
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -18,7 +18,7 @@ MOST = 4096
 async def in_own_thread(function: Callable[P, T], /, *values: P.args, **named: P.kwargs) -> T:
     """`in_thread`; raises `EnvironmentFailure` when calls that hang have used the threads up."""
     try:
-        if threading.active_count() >= MOST:
+        if _thread._count() >= MOST:
             raise RuntimeError(f"{MOST} threads run already")
         awaited = in_thread(function, *values, **named)
     except RuntimeError as error:

@@ -65,7 +65,7 @@ def test_used_up_threads_are_a_failure_of_the_environment_and_not_told_to_the_mo
         return 1
 
     call = {"function": {"name": "tool", "arguments": "{}"}}
-    monkeypatch.setattr(own_threads, "MOST", 1)
+    monkeypatch.setattr(own_threads, "MOST", 0)
     with pytest.raises(EnvironmentFailure, match="no thread is left"):
         asyncio.run(Toolbox([tool]).answer([call]))
 
