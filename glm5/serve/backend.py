@@ -28,6 +28,7 @@ from glm5.engine.outputs import PromptLogprob
 from glm5.engine.sampler import SampledToken
 from glm5.engine.sequence import Sequence as Completion
 from glm5.engine.sequence import fresh_seed
+from glm5.engine.sessions import group_of
 from glm5.errors import InputError
 from glm5.serve.auth import check_key
 from glm5.serve.backend_api import BackendApi, Piece
@@ -147,6 +148,8 @@ class Backend:
         more = replace(params, max_tokens=most - len(said), min_tokens=max(0, params.min_tokens - len(said)))
         body = self.api.body((*prompt, *(delta.token_id for delta in said)), more, priority)
         stream = BackendStream(self, completions)
+        if session_id is not None and self.api.salts:
+            body["cache_salt"] = group_of(session_id)
         headers = self.headers if session_id is None else {**self.headers, "X-Session-ID": session_id}
         anyio.from_thread.run(stream.open, body, headers, deadline)
         return stream

@@ -45,6 +45,8 @@ class BackendApi(Protocol):
     """One API."""
 
     path: str
+    salts: bool
+    """Whether it takes vLLM's `cache_salt`: only requests of one salt share cached prefixes."""
 
     def body(self, prompt: Sequence[int], params: SamplingParams, priority: int) -> dict[str, Any]:
         """The request."""
@@ -72,6 +74,7 @@ class GenerateApi:
     """`POST /inference/v1/generate`."""
 
     path = "/inference/v1/generate"
+    salts = True
 
     def __init__(self, model: str | None = None) -> None:
         self.model = model
@@ -102,6 +105,7 @@ class CompletionsApi:
     """`POST /v1/completions`."""
 
     path = "/v1/completions"
+    salts = True
 
     def __init__(self, model: str) -> None:
         self.model = model
@@ -135,6 +139,7 @@ class SGLangApi:
     """`POST /generate`."""
 
     path = "/generate"
+    salts = False
 
     def body(self, prompt: Sequence[int], params: SamplingParams, priority: int) -> dict[str, Any]:
         """Under SGLang's names. Raises `InputError` for settings that it has not."""

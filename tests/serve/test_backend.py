@@ -261,6 +261,25 @@ def test_our_own_completions_are_a_backend_too(directory, top):
     assert without_names(answers[0].json()) == without_names(answers[1].json())
 
 
+@pytest.mark.parametrize(("api", "salts"), [("generate", True), ("completions", True), ("sglang", False)])
+def test_a_session_is_a_salt_of_the_backends_cache(directory, api, salts):
+    """What one session computed must not be found by another one, at vLLM either."""
+    bodies = []
+
+    def backend(request):
+        bodies.append(json.loads(request.content))
+        return httpx.Response(400, json={"error": "enough"})
+
+    client = front(directory, backend, api, "m")
+    for session in ("task//one", "task//two", "other", None):
+        client.post("/v1/chat/completions", json={"model": "tiny", "messages": USER},
+                    headers={} if session is None else {"X-Session-ID": session})  # fmt: skip
+    ask(client, cache_salt="tenant")
+    found = [body.get("cache_salt") for body in bodies]
+    assert found[:4] == (["task", "task", "other", None] if salts else [None] * 4)
+    assert (found[4] or "").startswith("salt-") is salts
+
+
 def test_what_may_not_be_sampled_is_a_bias_to_a_backend():
     params = SamplingParams(bad_sequences=[[7]], logit_bias={3: 1.0})
     for api in ("generate", "completions", "sglang"):
