@@ -15,6 +15,7 @@ from fleet_engines import PROMPTS, params_of, play, undisturbed
 from speaker import speaker_config, speaker_model, speaker_tokenizer
 
 import glm5
+from glm5.engine import StructuredOutputs
 from glm5.errors import FleetError, InputError
 from glm5.rl.fleet import FleetConfig, SupervisedFleet
 from glm5.rl.fleet.external import Polled, Reloaded, ServerExecutor
@@ -141,14 +142,14 @@ def test_servers_that_are_away_busy_or_keep_their_weights(directory):
     def away(_):
         raise httpx.ConnectError("no route")
 
-    calm = sglang_like([])
+    calm, one_word = sglang_like([]), StructuredOutputs(choice=["yes"])
     api = backend_api("sglang")
 
     async def story():
         async with running([Backend("http://s", directory, api, transport=httpx.MockTransport(busy_once))], None) as f:
             assert len([d async for d in f.stream(PROMPTS[0], params_of(0, max_tokens=3))]) == 3
             with pytest.raises(InputError, match="not passed on to SGLang"):
-                await anext(f.stream(PROMPTS[0], params_of(0, logit_bias={3: 1.0})))
+                await anext(f.stream(PROMPTS[0], params_of(0, structured_outputs=one_word)))
             with pytest.raises(FleetError, match="keep their weights"):
                 await f.publish(1, speaker_model().state_dict())
         with pytest.raises(FleetError, match="http://t does not answer; start it"):
