@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-PIECE = 256
+from fastapi.responses import StreamingResponse
+
+PIECE = 64
 """Entries of a long list that are encoded at once."""
+PART_BYTES = 256 * 1024
+"""About how much is sent at once."""
 
 
-def encoded(body: Any) -> bytes:
-    """The same bytes as `JSONResponse` makes. For a worker thread; the event loop goes on meanwhile."""
-    return "".join(pieces(body)).encode()
+class LargeResponse(StreamingResponse):
+    """A JSON body in parts: one of some hundred megabytes is never put together, which would take a second alone."""
+
+    def __init__(self, parts: list[bytes]) -> None:
+        async def given() -> AsyncIterator[bytes]:
+            for part in parts:
+                yield part
+
+        length = str(sum(map(len, parts)))
+        super().__init__(given(), media_type="application/json", headers={"Content-Length": length})
+
+
+def encoded(body: Any) -> list[bytes]:
+    """The same bytes as `JSONResponse` makes, in parts. For a worker thread; the event loop goes on meanwhile."""
+    parts: list[bytes] = []
+    text: list[str] = []
+    size = 0
+    for piece in pieces(body):
+        text.append(piece)
+        size += len(piece)
+        if size > PART_BYTES:
+            parts.append("".join(text).encode())
+            text, size = [], 0
+    return [*parts, "".join(text).encode()]
 
 
 def pieces(value: Any) -> Iterator[str]:

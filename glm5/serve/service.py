@@ -27,7 +27,7 @@ from glm5.engine.admission import check_queueing
 from glm5.engine.grammar import GrammarCompiler
 from glm5.engine.scheduler import PRIORITY_SECONDS
 from glm5.errors import GLM5Error
-from glm5.serve.encoding import encoded
+from glm5.serve.encoding import LargeResponse, encoded
 from glm5.serve.errors import FAILED, TOO_LATE, ApiError, error_status
 from glm5.serve.event_stream import EventStream
 from glm5.serve.gate import Gate, Place
@@ -171,7 +171,7 @@ class Service:
         place.leave()
         if _values(reply.generation) < LARGE:
             return JSONResponse(reply.whole())
-        return Response(await run_sync(lambda: encoded(reply.whole())), media_type="application/json")
+        return LargeResponse(await run_sync(lambda: encoded(reply.whole())))
 
     async def _compile(self, outputs: StructuredOutputs | None, place: Place) -> None:
         """Compiles a grammar before its request starts. One that takes long does not keep others from running."""

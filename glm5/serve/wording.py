@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 from glm5.engine import TokenDelta
@@ -34,10 +35,11 @@ def envelope(generation: Generation, kind: str, prefix: str, model: str) -> dict
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: list[TokenDelta], *, as_ids: bool = False) -> dict[str, Any]:
     """The `logprobs` object of chat completions and responses; `as_ids`: tokens are named as `token_id:17`."""
+    spelling = cache(partial(_spelling, tokenizer, as_ids=as_ids))
     content = []
     for token in tokens:
         own, *top = (
-            token_logprob(tokenizer, token_id, logprob) | ({"token": f"token_id:{token_id}"} if as_ids else {})
+            {**spelling(token_id), "logprob": max(logprob, LOWEST_LOGPROB)}
             for token_id, logprob in ((token.token_id, token.logprob), *token.top_logprobs)
         )
         content.append({**own, "top_logprobs": top})
@@ -67,14 +69,11 @@ class SpokenTokens:
         return list(chat_logprobs(self.tokenizer, tokens)["content"])
 
 
-def token_logprob(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    """One token with its spelling."""
+def _spelling(tokenizer: Tokenizer, token_id: int, *, as_ids: bool) -> dict[str, Any]:
+    """How a token is written. Its bytes are a tuple: the garbage collector need not look at millions of those again."""
     spelling = token_bytes(tokenizer, token_id)
-    return {
-        "token": spelling.decode(errors="replace"),  # a token may end inside a character
-        "logprob": max(logprob, LOWEST_LOGPROB),
-        "bytes": list(spelling),
-    }
+    written = spelling.decode(errors="replace")  # a token may end inside a character
+    return {"token": f"token_id:{token_id}" if as_ids else written, "bytes": tuple(spelling)}
 
 
 def prompt_logprobs(tokenizer: Tokenizer, generation: Generation, prompt: int = 0) -> list[Any] | None:
