@@ -182,7 +182,7 @@ class Service:
         try:
             if not (await asyncio.wait({compiling}, timeout=PATIENCE_SECONDS))[0]:
                 async with place.aside():
-                    await asyncio.wait({compiling})
+                    await compiling  # a refusal waits for no place
             await compiling
         finally:
             compiling.cancel()  # of a request that is given up, unless it has begun

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from types import SimpleNamespace
 
 import anthropic
 import httpx
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from speaker import ScriptedModel, speaker_tokenizer
 
 from glm5.engine import Engine, TokenDelta
+from glm5.errors import InputError
 from glm5.serve import Limits, create_app
 from glm5.serve.chat import ChatReply
 from glm5.serve.encoding import PART_BYTES, encoded, pieces
@@ -144,6 +146,33 @@ def test_slow_grammars_stop_nobody_else(monkeypatch):
         engine.close()
 
     asyncio.run(go())
+
+
+def test_a_grammar_that_is_refused_late_waits_for_no_place(monkeypatch):
+    monkeypatch.setattr("glm5.serve.service.PATIENCE_SECONDS", 0.01)
+    release = threading.Event()
+
+    def refuse(outputs):
+        assert release.wait(60)
+        raise InputError("it did not compile")
+
+    async def go():
+        source = HeldSource()
+        source.grammars = SimpleNamespace(has=lambda outputs: False, compile=refuse)
+        async with client_in(source, Limits(max_concurrent=1)) as client:
+            off = {"chat_template_kwargs": {"enable_thinking": False}}
+            late = asyncio.create_task(posted(client, structured_outputs={"regex": "a"}, **off))
+            other = asyncio.create_task(posted(client))
+            await until(lambda: source.started)
+            release.set()
+            refused = await late
+            assert not other.done()
+            source.go_on.set()
+            assert (await other).status_code == 200
+            assert client._transport.app.state.service.gate.running == 0
+        return refused
+
+    assert asyncio.run(go()).status_code == 400
 
 
 # ---- signs of life -----------------------------------------------------------------------------------------------
