@@ -108,17 +108,25 @@ def sample_token(logits_V: Tensor, params: SamplingParams, random: float) -> int
     return min(token_id, len(cumulative_V) - 1)
 
 
-def token_logprobs(logits_V: Tensor, token_id: int, top: int | None) -> tuple[float, TopLogprobs]:
+def token_logprobs(
+    logits_V: Tensor, token_id: int, top: int | None, temperature: float = 1.0
+) -> tuple[float, TopLogprobs]:
     """The token's log-probability under the model itself (temperature 1, nothing cut off), and the `top` likeliest.
 
-    Computed in float32, as the trainer computes its own, so that the two can be compared.
+    Computed in float32, as the trainer computes its own, so that the two can be compared. temperature: of a policy that
+    samples at another one.
     """
-    logprobs_V = logits_V.detach().float().log_softmax(-1)
+    logprobs_V = tempered(logits_V.detach().float(), temperature).log_softmax(-1)
     likeliest: TopLogprobs = ()
     if top:
         values_K, ids_K = logprobs_V.topk(min(top, len(logprobs_V)))
         likeliest = tuple(zip(ids_K.tolist(), values_K.tolist(), strict=True))
     return float(logprobs_V.numpy()[token_id]), likeliest
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits of the same shape at a temperature; at 1 the very same."""
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def prompt_logprobs(logits_TV: Tensor, next_ids: list[int], top: int) -> list[SampledToken]:

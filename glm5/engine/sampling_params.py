@@ -116,6 +116,9 @@ class SamplingParams:
     """Goes on after the model's own end-of-turn ids (`stop_token_ids` still stop)."""
     seed: int | None = None
     """Seed of this request; None draws a fresh one, which the output reports."""
+    tempered_logprobs: bool = False
+    """Report log-probabilities at this `temperature` (above 0) instead of the model's own: those of the distribution
+    that is sampled, where nothing is cut off. For learners in the same program."""
     logprobs: int | None = None
     """How many of the likeliest tokens to report at each position. The sampled token's own is always reported."""
     prompt_logprobs: int | None = None

@@ -29,7 +29,7 @@ def strict_logprobs(model: GLM5, token_ids: Sequence[int], *, attention: str = "
 
 
 def packed_strict_logprobs(
-    model: GLM5, sequences: Sequence[Sequence[int]], *, attention: str = "sparse"
+    model: GLM5, sequences: Sequence[Sequence[int]], *, attention: str = "sparse", temperature: float = 1.0
 ) -> list[Tensor]:
     """The same of several sequences at once, side by side in every step; to the bit as if each were alone."""
     inputs = [list(ids[:-1]) for ids in sequences]
@@ -55,4 +55,7 @@ def packed_strict_logprobs(
             logits_TV = output.logits_KV
             start = len(found[i]) + 1
             targets = sequences[i][start : start + len(logits_TV)]
-            found[i] += [token_logprobs(row_V, token, None)[0] for row_V, token in zip(logits_TV, targets, strict=True)]
+            found[i] += [
+                token_logprobs(row_V, token, None, temperature)[0]
+                for row_V, token in zip(logits_TV, targets, strict=True)
+            ]

@@ -11,7 +11,8 @@ In this order, which is vLLM's (x: logits in fp32, c: how often a token is in th
     presence_penalty     x -= p, for c > 0
     then `sampler.sample_token`: temperature, min_p, top_k, top_p and one draw
 
-The log-probabilities that are reported are the model's own, of the logits before all of this. bf16 logits should be
+The log-probabilities that are reported are the model's own, of the logits before all of this (`tempered_logprobs`: at
+the temperature). bf16 logits should be
 cast to fp32 by the caller; on fp32 logits without any of these settings nothing is copied.
 
 The state is a function of the prompt and of the tokens accepted so far: `rollback` undoes the last ones, and a sequence
@@ -75,7 +76,8 @@ class TokenSampler:
         Raises InputError where the structure needs more work than its limits allow.
         """
         token_id = self.choose(logits_V, position)
-        return SampledToken(token_id, *token_logprobs(logits_V, token_id, self.params.logprobs))
+        temperature = self.params.temperature if self.params.tempered_logprobs else 1.0
+        return SampledToken(token_id, *token_logprobs(logits_V, token_id, self.params.logprobs, temperature))
 
     def choose(self, logits_V: Tensor, position: int) -> int:
         """`sample` without the log-probabilities: also what a draft model would say there with the same number."""

@@ -87,6 +87,8 @@ def engine_servers(
     weights: a directory that the servers see too, where they find new versions: those of glm5 were started with
     `--weights-from` it, those of SGLang are told to read a model directory in it. transport: for tests.
     """
+    if config.rollout.temperature != 1.0:
+        raise ConfigError("Servers report log-probabilities at temperature 1; leave rollout.temperature at it.")
     if config.rollout.replay_experts or config.recompute is not None:
         raise ConfigError(
             "Servers say nothing of experts and decide about their cache themselves; leave rollout.replay_experts and "

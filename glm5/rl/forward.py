@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from glm5.engine.sampler import tempered
 from glm5.errors import InputError
 from glm5.model import GLM5, ModelOutput, Replay
 from glm5.rl.packing import Example, Passes, Rows, micro_batches
@@ -35,9 +36,9 @@ def _replay(model: GLM5, experts_BTLK: Tensor) -> Replay:
     return Replay(experts=dict(zip(c.sparse_layers, experts_BTLK.unbind(2), strict=True)))
 
 
-def sampled_logits(output: ModelOutput, rows: Rows) -> Tensor:
+def sampled_logits(output: ModelOutput, rows: Rows, temperature: float) -> Tensor:
     """Float32 [N, V]: what each sampled token was drawn from."""
-    return output.logits[rows.rows_N, rows.columns_N].float()
+    return tempered(output.logits[rows.rows_N, rows.columns_N].float(), temperature)
 
 
 def chosen(log_softmax_NV: Tensor, rows: Rows) -> Tensor:
@@ -56,7 +57,7 @@ def fixed_logprobs(model: GLM5, examples: Sequence[Example], passes: Passes, *, 
     for rows in micro_batches(examples, passes):
         if not replay:
             rows = replace(rows, experts_BTLK=None)
-        logits_NV = sampled_logits(run(model, rows, passes.attention), rows)
+        logits_NV = sampled_logits(run(model, rows, passes.attention), rows, passes.temperature)
         found |= by_example(rows, chosen(logits_NV.log_softmax(-1), rows))
     return found
 

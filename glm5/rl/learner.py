@@ -15,6 +15,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -43,7 +44,7 @@ __all__ = ["Learner", "LearnerConfig"]
 class Learner:
     """Trains `model` in place. `version` counts the batches that were learnt from, `steps` are those of the run.
 
-    publish_every: versions between two that the engines take.
+    publish_every: versions between two that the engines take. temperature: at which the policy samples.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Learner:
         steps: int | None = None,
         aids: Aids | None = None,
         publish_every: int = 1,
+        temperature: float = 1.0,
     ) -> None:
         self.model, self.config, self.version, self.aids = model, config, version, aids or Aids()
         if steps is None and config.schedule.shape != "constant":
@@ -62,6 +64,7 @@ class Learner:
                 f"A {config.schedule.shape} schedule needs the number of steps; give the learner `steps`."
             )
         self.steps, self.publish_every = steps or 1, publish_every
+        self.passes = replace(config.passes, temperature=temperature)
         self.reference = self.aids.reference
         if config.kl is not None and self.reference is None and config.lora is None:
             self.reference = copy.deepcopy(model)
@@ -136,19 +139,19 @@ class Learner:
         if not examples:
             return Given()
         return Given(
-            old=fixed_logprobs(self.model, examples, config.passes, replay=True) if several else None,
+            old=fixed_logprobs(self.model, examples, self.passes, replay=True) if several else None,
             reference=self._reference_logprobs(examples) if config.kl is not None else None,
-            teacher=teacher_logprobs(self.aids.teachers, examples, config.passes) if self.aids.teachers else None,
+            teacher=teacher_logprobs(self.aids.teachers, examples, self.passes) if self.aids.teachers else None,
             critic=None if self.head is None else estimates(
-                self.head, self.model, examples, config.passes, config.critic
+                self.head, self.model, examples, self.passes, config.critic
             ),
         )  # fmt: skip
 
     def _reference_logprobs(self, examples: Sequence[Example]) -> PerExample:
         if self.reference is not None:
-            return fixed_logprobs(self.reference, examples, self.config.passes)
+            return fixed_logprobs(self.reference, examples, self.passes)
         with without_adapters(self.model):
-            return fixed_logprobs(self.model, examples, self.config.passes)
+            return fixed_logprobs(self.model, examples, self.passes)
 
     def _update(
         self, examples: Sequence[Example], given: Given, number: int, before: PerExample
@@ -177,8 +180,8 @@ class Learner:
         drafters = [p for p in self.model.mtp.parameters() if p.requires_grad]
         sums: defaultdict[str, float] = defaultdict(float)
         fresh: list[Tensor] = []
-        for rows in micro_batches(examples, config.passes):
-            found = objective(self.model, self.head, rows, config, given, totals)
+        for rows in micro_batches(examples, self.passes):
+            found = objective(self.model, self.head, rows, config, given, totals, self.passes.temperature)
             found.policy.backward(retain_graph=found.draft is not None)
             if found.draft is not None:
                 found.draft.backward(inputs=drafters)

@@ -67,9 +67,15 @@ def totals_of(model: GLM5, examples: Sequence[Example]) -> Totals:
 
 
 def objective(
-    model: GLM5, head: ValueHead | None, rows: Rows, config: LearnerConfig, given: Given, totals: Totals
+    model: GLM5,
+    head: ValueHead | None,
+    rows: Rows,
+    config: LearnerConfig,
+    given: Given,
+    totals: Totals,
+    temperature: float = 1.0,
 ) -> Objective:
-    """Runs the model once, and sums up."""
+    """Runs the model once, and sums up. temperature: at which the policy samples."""
     drafting = drafts(model, config)
     collect = {
         name for name, wanted in (
@@ -77,7 +83,7 @@ def objective(
         ) if wanted
     }  # fmt: skip
     output = run(model, rows, config.attention, collect)
-    log_softmax_NV = sampled_logits(output, rows).log_softmax(-1)
+    log_softmax_NV = sampled_logits(output, rows, temperature).log_softmax(-1)
     logprobs_N = chosen(log_softmax_NV, rows)
     tokens = policy_tokens(rows, logprobs_N, given, config)
     result = config.loss(tokens)

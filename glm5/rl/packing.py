@@ -41,6 +41,8 @@ class Passes:
     """At most, of one pass: its rows times the longest of them. A row that is longer has a pass of its own."""
     row_tokens: int | None
     """Pack whole trajectories into rows of that many; None: one trajectory a row."""
+    temperature: float = 1.0
+    """At which the policy samples: it is this distribution that is judged, also by a reference or a teacher."""
 
 
 @dataclass(frozen=True, slots=True)

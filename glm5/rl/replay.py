@@ -64,9 +64,10 @@ def replay_step(config: RLRunConfig, run_directory: Path, step: int, *, aids: Ai
     parent = model_of(config.parent)
     aids = open_aids(config.aids, Tokenizer.from_pretrained(parent), attention=config.learner.attention, given=aids)
     model = load_model(parent, dtype=torch.float32)
+    recorded_config = run.description["config"]
     learner = Learner(
-        model, config.learner, steps=run.description["config"]["steps"], aids=aids,
-        publish_every=config.scheduler.publish_every,
+        model, config.learner, steps=recorded_config["steps"], aids=aids,
+        publish_every=config.scheduler.publish_every, temperature=recorded_config["rollout"].get("temperature", 1.0),
     )  # fmt: skip
     learner.version = run.load_checkpoint(learner.module, learner.optimizers, at_most=step)
     for batch in batches_of(run.path / JOURNAL):

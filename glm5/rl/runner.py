@@ -36,10 +36,13 @@ Progress = Callable[[Ticket, int, Turn], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How rollouts are sampled: at temperature 1 with nothing cut off, as the losses assume."""
+    """How rollouts are sampled: with nothing cut off, as the losses assume."""
 
     seed: int = 0
     """Of the tasks and of every random number; a ticket and this seed fix both."""
+    temperature: float = 1.0
+    """At which the policy samples. It is the distribution at this temperature that is learnt: engines report its
+    log-probabilities, and the trainer divides its logits by the same number."""
     max_tokens: int = 1024
     """Of one turn."""
     max_episode_tokens: int | None = None
@@ -60,6 +63,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "seed", least=0)
+        check_numbers(self, "temperature", above=0)
         check_counts(self, "max_tokens", "report_every")
         if self.max_episode_tokens is not None:
             check_counts(self, "max_episode_tokens", least=2)
@@ -211,7 +215,8 @@ class _Player:
         ids, logprobs, versions = list(begun.output_ids), list(begun.logprobs), list(begun.versions)
         experts, finish_reason = [begun.experts], OPEN
         params = SamplingParams(
-            temperature=1.0,
+            temperature=self.config.temperature,
+            tempered_logprobs=self.config.temperature != 1.0,
             max_tokens=self._room(begun.prompt_ids) - len(ids),
             seed=self.ticket.seed(self.config.seed, number),
             experts_from=self._unknown_from(begun) if self.config.replay_experts else None,

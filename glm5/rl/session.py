@@ -48,7 +48,8 @@ class Session:
         self.config, self.run, self.path = config, run, run.path / JOURNAL
         self.environments = {environment.name: environment for environment in environments}
         self.learner = Learner(
-            model, config.learner, steps=config.steps, aids=aids, publish_every=config.scheduler.publish_every
+            model, config.learner, steps=config.steps, aids=aids, publish_every=config.scheduler.publish_every,
+            temperature=config.rollout.temperature,
         )  # fmt: skip
         self.version = first = self.learner.load(run)
         """Batches that were learnt from. The learner's own version moves in another thread, before anybody knows."""

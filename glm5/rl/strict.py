@@ -20,17 +20,24 @@ from glm5.rl.records import Trajectory
 
 
 def strict_differences(
-    weights_of: Callable[[int], GLM5], trajectories: Sequence[Trajectory], *, attention: str = "sparse"
+    weights_of: Callable[[int], GLM5],
+    trajectories: Sequence[Trajectory],
+    *,
+    attention: str = "sparse",
+    temperature: float = 1.0,
 ) -> list[Tensor]:
     """Sampler minus trainer of the sampled tokens of every trajectory, fp32 [n] each.
 
     weights_of: the model under a version's weights; called once for each version that sampled something.
+    temperature: at which it sampled.
     """
     found = [torch.full((t.num_sampled,), torch.nan) for t in trajectories]
     for version in sorted({v for t in trajectories for v in t.versions if v >= 0}):
         concerned = [i for i, t in enumerate(trajectories) if version in t.versions]
         model = weights_of(version)
-        logprobs = packed_strict_logprobs(model, [trajectories[i].token_ids for i in concerned], attention=attention)
+        logprobs = packed_strict_logprobs(
+            model, [trajectories[i].token_ids for i in concerned], attention=attention, temperature=temperature
+        )
         for i, trainer_T in zip(concerned, logprobs, strict=True):
             t = trajectories[i]
             at = [k for k, counts in enumerate(t.sampled) if counts]

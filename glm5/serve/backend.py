@@ -128,6 +128,8 @@ class Backend:
             raise InputError("prompt_logprobs are not passed on to a backend; ask the backend itself.")
         if params.experts_from is not None:
             raise InputError("experts_from is not passed on to a backend: a reply over HTTP names no experts.")
+        if params.tempered_logprobs:
+            raise InputError("tempered_logprobs is not passed on to a backend, which reports the model's own.")
         most = room if params.max_tokens is None else params.max_tokens
         completions = [
             Completion(

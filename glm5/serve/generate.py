@@ -54,8 +54,9 @@ class GenerateRequest(RequestBody):
         wrong = next((name for name in given if name not in known), None)
         if wrong is not None:
             raise InputError(f"sampling_params has no field {wrong!r}.{did_you_mean(wrong, known)}")
-        if "experts_from" in given:
-            raise InputError("sampling_params.experts_from is for callers in the same program; leave it out.")
+        for name in ("experts_from", "tempered_logprobs"):
+            if name in given:
+                raise InputError(f"sampling_params.{name} is for callers in the same program; leave it out.")
         structured = given.get("structured_outputs")
         if structured is not None:
             wanted = [field.name for field in fields(StructuredOutputs)]

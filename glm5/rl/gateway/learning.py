@@ -61,6 +61,8 @@ def outside(config: RLRunConfig, *, patience: float) -> RLRunConfig:
     """
     if config.rollout.replay_experts:
         raise ConfigError("Sessions of outside agents hold no experts; leave rollout.replay_experts out.")
+    if config.rollout.temperature != 1.0:
+        raise ConfigError("Outside agents are sampled at temperature 1; leave rollout.temperature at it.")
     scheduler = config.scheduler
     places = scheduler.groups_per_batch * scheduler.group_size * (scheduler.max_staleness + 1)
     asynchronous = replace(scheduler, mode="async", stale="drop", max_attempts=1, max_running=places)

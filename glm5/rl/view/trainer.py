@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from glm5.engine.strict import strict_logprobs
+from glm5.engine.sampler import tempered
+from glm5.engine.strict import packed_strict_logprobs
 from glm5.model import GLM5
 from glm5.rl.loss import gathered_logprobs
 from glm5.rl.records import Rollout
@@ -21,20 +22,29 @@ def trainer_logprobs(
     *,
     attention: Literal["sparse", "dense"] = "sparse",
     strict: bool = False,
+    temperature: float = 1.0,
 ) -> TrainerLogprobs:
-    """Under the model's present weights. strict: as the strict engine computes them, to the bit."""
+    """Under the model's present weights. strict: as the strict engine computes them, to the bit. temperature: at which
+    the run sampled.
+    """
     found: TrainerLogprobs = {}
     for rollout in rollouts:
         found[rollout.id] = []
         for trajectory in rollout.trajectories:
             ids = trajectory.token_ids
-            logprobs_T = strict_logprobs(model, ids, attention=attention) if strict else _forward(model, ids, attention)
+            if strict:
+                [logprobs_T] = packed_strict_logprobs(model, [ids], attention=attention, temperature=temperature)
+            else:
+                logprobs_T = _forward(model, ids, attention, temperature)
             found[rollout.id].append([float(logprobs_T[i - 1]) for i, s in enumerate(trajectory.sampled) if s])
     return found
 
 
-def _forward(model: GLM5, token_ids: Sequence[int], attention: Literal["sparse", "dense"]) -> Tensor:
+def _forward(
+    model: GLM5, token_ids: Sequence[int], attention: Literal["sparse", "dense"], temperature: float
+) -> Tensor:
     """Of every token but the first [T - 1], in one forward pass."""
     ids_BT = torch.tensor([list(token_ids)])
     with torch.no_grad():
-        return gathered_logprobs(model(ids_BT[:, :-1], attention=attention).logits, ids_BT[:, 1:])[0]
+        logits_BTV = model(ids_BT[:, :-1], attention=attention).logits
+        return gathered_logprobs(tempered(logits_BTV.float(), temperature), ids_BT[:, 1:])[0]
