@@ -67,7 +67,8 @@ def replay_step(config: RLRunConfig, run_directory: Path, step: int, *, aids: Ai
     recorded_config = run.description["config"]
     learner = Learner(
         model, config.learner, steps=recorded_config["steps"], aids=aids,
-        publish_every=config.scheduler.publish_every, temperature=recorded_config["rollout"].get("temperature", 1.0),
+        publish_every=recorded_config["scheduler"]["publish_every"],
+        temperature=recorded_config["rollout"].get("temperature", 1.0),
     )  # fmt: skip
     learner.version = run.load_checkpoint(learner.module, learner.optimizers, at_most=step)
     for batch in batches_of(run.path / JOURNAL):
