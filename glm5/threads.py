@@ -1,4 +1,4 @@
-"""Blocking calls beside an event loop, each in a thread of its own.
+"""Blocking calls beside an event loop, each in a thread of its own, or all of one kind in one.
 
 asyncio's own threads are few (`asyncio.to_thread`: cores + 4), everybody shares them, and the end of the loop waits for
 all of them. So a few calls that hang keep every other one from running, and a single one keeps the program from ending.
@@ -13,8 +13,10 @@ from __future__ import annotations
 import _thread
 import asyncio
 import contextvars
+import queue
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -26,6 +28,43 @@ def in_thread(function: Callable[P, T], /, *values: P.args, **named: P.kwargs) -
 
     Raises RuntimeError, before anything is awaited, where the system has no thread left.
     """
+    future, run = _prepared(partial(function, *values, **named))
+    _thread.start_new_thread(run, ())
+    return future
+
+
+class OneThread:
+    """Runs blocking calls one after the other in a single thread, which `close` ends and nobody joins.
+
+    For calls that take much memory: the C library gives threads pools of their own and keeps in each what was freed
+    there, so that calls in ever new threads come to hold a multiple of what one of them needs.
+    """
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._begun = False
+
+    def __call__(self, function: Callable[P, T], /, *values: P.args, **named: P.kwargs) -> asyncio.Future[T]:
+        """As `in_thread`, after the calls before it."""
+        future, run = _prepared(partial(function, *values, **named))
+        if not self._begun:
+            _thread.start_new_thread(self._work, ())
+            self._begun = True
+        self._calls.put(run)
+        return future
+
+    def close(self) -> None:
+        """The thread ends behind its last call."""
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (run := self._calls.get()) is not None:
+            run()
+            del run  # and with it what the call was given, while the next one is waited for
+
+
+def _prepared(call: Callable[[], T]) -> tuple[asyncio.Future[T], Callable[[], None]]:
+    """What a call is awaited by, and what a thread is to run."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
     context = contextvars.copy_context()
@@ -38,7 +77,7 @@ def in_thread(function: Callable[P, T], /, *values: P.args, **named: P.kwargs) -
         setter: Callable[[Any], None] = future.set_result
         value: object
         try:
-            value = context.run(function, *values, **named)
+            value = context.run(call)
         except StopIteration as error:  # no future may hold one
             setter, value = future.set_exception, RuntimeError(f"{error!r}")
         except BaseException as error:
@@ -46,5 +85,4 @@ def in_thread(function: Callable[P, T], /, *values: P.args, **named: P.kwargs) -
         with suppress(RuntimeError):  # the loop has ended, so nobody waits
             loop.call_soon_threadsafe(tell, setter, value)
 
-    _thread.start_new_thread(run, ())
-    return future
+    return future, run

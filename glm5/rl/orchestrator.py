@@ -35,7 +35,7 @@ from glm5.rl.view.live import LiveView
 from glm5.rl.view.watch import Watch, snapshot_of
 from glm5.rl.weights.mirror import Mirror, check_unused
 from glm5.text import Tokenizer
-from glm5.threads import in_thread
+from glm5.threads import OneThread
 from glm5.train import RunDirectory, RunInterrupted
 from glm5.train.job import disk_errors
 from glm5.train.progress import interrupts
@@ -115,6 +115,7 @@ class Orchestrator:
         self._most = self._preempted = 0
         """Rollouts at once since the last batch; sequences that engines had put back before it."""
         self._learning: asyncio.Task[None] | None = None
+        self._in_learners_thread = OneThread()
         self._unpublished: tuple[int, dict[str, Tensor]] | None = None
         """Weights that the engines may not take yet."""
         self._news: asyncio.Queue[Rollout | Metrics | BaseException] = asyncio.Queue()
@@ -140,7 +141,7 @@ class Orchestrator:
                 await self._take_news()
                 self.watch.glance(len(self.playing), self._ready(), lambda: self.fleet.stats().engines)
             session.check_end()
-            await in_thread(session.checkpoint)
+            await self._in_learners_thread(session.checkpoint)
         finally:
             await self._end()
 
@@ -221,7 +222,7 @@ class Orchestrator:
     async def _learn(self, batch: Batch) -> None:
         self.meter.learning.begin()
         try:
-            self._news.put_nowait(await in_thread(self.session.learner.step, batch))
+            self._news.put_nowait(await self._in_learners_thread(self.session.learner.step, batch))
         except BaseException as error:
             self._news.put_nowait(error)
         finally:
@@ -248,7 +249,7 @@ class Orchestrator:
             session.limit(next_limit(self.config.concurrency, self.config.scheduler, limit, load))
         self.watch.learnt(metrics, speed)
         if version % self.config.checkpoint_every == 0 and version < self.config.steps:
-            await in_thread(session.checkpoint)
+            await self._in_learners_thread(session.checkpoint)
 
     def _ready(self) -> int:
         """Groups that wait to be learnt from."""
@@ -306,6 +307,7 @@ class Orchestrator:
         try:
             await asyncio.gather(*self.playing.values(), *learning, return_exceptions=True)
         finally:
+            self._in_learners_thread.close()
             await self.fleet.close()
             self.session.journal.commit()
 

@@ -3,12 +3,13 @@
 import asyncio
 import contextvars
 import threading
+import weakref
 
 import pytest
 
 from glm5.envs import EnvironmentFailure, Toolbox
 from glm5.envs import threads as own_threads
-from glm5.threads import in_thread
+from glm5.threads import OneThread, in_thread
 
 
 def test_any_number_of_calls_runs_at_once():
@@ -77,3 +78,48 @@ def test_a_tool_that_leaves_the_program_is_told_to_the_model():
     call = {"function": {"name": "tool", "arguments": "{}"}}
     (answer,) = asyncio.run(Toolbox([tool]).answer([call]))
     assert answer["content"] == '{"error": "usage: tool [-h]"}'
+
+
+# ---- one thread ---------------------------------------------------------------------------------------------------
+class Load:
+    """Something that a weak reference can point to."""
+
+
+async def until_gone(reference):
+    for _ in range(1000):
+        if reference() is None:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it is still held")
+
+
+def test_one_thread_runs_calls_in_their_order_and_their_errors_do_not_end_it():
+    async def main():
+        work = OneThread()
+        first = work({}.pop, "k")
+        seen = await asyncio.gather(*(work(lambda n: (n, threading.get_ident()), n) for n in range(5)))
+        with pytest.raises(KeyError, match="k"):
+            await first
+        assert [n for n, _ in seen] == [*range(5)] and len({thread for _, thread in seen}) == 1
+        work.close()
+
+    asyncio.run(main())
+
+
+def test_one_thread_keeps_nothing_of_a_call_and_ends_when_it_is_closed():
+    here = threading.local()
+
+    def mark(load):
+        here.load = Load()  # lives as long as the thread
+        return weakref.ref(here.load)
+
+    async def main():
+        work, load = OneThread(), Load()
+        given, thread = weakref.ref(load), await work(mark, load)
+        del load
+        await until_gone(given)
+        assert thread() is not None
+        work.close()
+        await until_gone(thread)
+
+    asyncio.run(main())
