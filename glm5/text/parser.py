@@ -25,11 +25,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from glm5.text.deltas import Delta, Deltas
 from glm5.text.messages import prepare_tools
 from glm5.text.specials import TERMINATORS
 from glm5.text.values import STRING, argument_types, to_json, typed
 
-Delta = dict[str, Any]
 Message = dict[str, Any]
 
 _VALUE_END = re.compile(r"</arg_value>|</tool_call>")
@@ -85,7 +85,7 @@ class AssistantStream:
         self._taken: list[str] = []  # what a state has consumed of a name or a key that is not whole yet
         self._ended = False
         self._state: Callable[[], bool] = self._start
-        self._deltas: list[Delta] = []
+        self._deltas = Deltas()
         self._reasoning: list[str] | None = None
         self._content: list[str] = []
         self._blank: list[str] = []  # white space that is content only if more content follows
@@ -123,7 +123,7 @@ class AssistantStream:
         deltas = self._run()
         if self._open:
             self._close_call()
-            deltas += self._take_deltas()
+            deltas += self._deltas.take()
         return deltas
 
     def finish(self) -> Message:
@@ -141,7 +141,7 @@ class AssistantStream:
     def _run(self) -> list[Delta]:
         while self._state():
             pass
-        return self._take_deltas()
+        return self._deltas.take()
 
     def _start(self) -> bool:
         text = self._buffer.lstrip()
@@ -160,7 +160,7 @@ class AssistantStream:
         text, tag = self._take("</think>", *self._opens)
         if text and self._reasoning is not None:
             self._reasoning.append(text)
-            self._emit_text("reasoning_content", text)
+            self._deltas.text("reasoning_content", text)
         if tag:
             self._state = self._in_content if tag == "</think>" else self._in_name
         return bool(tag)
@@ -261,13 +261,13 @@ class AssistantStream:
     def _open_call(self, name: str) -> None:
         index = len(self._calls)
         digest = hashlib.sha256(f"{self._seed}/{index}".encode()).hexdigest()[:24]
-        head = {"id": f"call_{digest}", "type": "function"}
-        self._calls.append({**head, "function": {"name": name, "arguments": ""}})
-        self._deltas.append({"tool_calls": [{"index": index, **head, "function": {"name": name, "arguments": ""}}]})
+        call = {"id": f"call_{digest}", "type": "function", "function": {"name": name, "arguments": ""}}
+        self._calls.append(call)
+        self._deltas.call(index, call)
         self._open, self._keys, self._fragments = True, set(), []
 
     def _close_call(self) -> None:
-        self._emit_arguments("}" if self._keys else "{}")
+        self._argue("}" if self._keys else "{}")
         self._calls[-1]["function"]["arguments"] = "".join(self._fragments)
         self._open = False
 
@@ -276,9 +276,9 @@ class AssistantStream:
         self._value, self._doubt, self._seen = [], "", 0
         self._state = self._in_value
         if self._key not in self._keys:
-            self._emit_arguments(("{" if not self._keys else ", ") + to_json(self._key) + ": ")
+            self._argue(("{" if not self._keys else ", ") + to_json(self._key) + ": ")
             if self._types == STRING:
-                self._emit_arguments('"')
+                self._argue('"')
 
     def _release(self, end: int) -> None:
         """Moves the buffer up to `end` into the value, unless a doubt holds it back."""
@@ -288,7 +288,7 @@ class AssistantStream:
             return
         text, self._buffer = self._buffer[:end], self._buffer[end:]
         if self._types == STRING and self._key not in self._keys:
-            self._emit_arguments(to_json(text)[1:-1])
+            self._argue(to_json(text)[1:-1])
         else:
             self._value.append(text)
 
@@ -298,11 +298,16 @@ class AssistantStream:
         self._release(end)
         self._buffer = self._buffer[len(tag) :]
         if self._key not in self._keys:
-            self._emit_arguments('"' if self._types == STRING else to_json(typed("".join(self._value), self._types)))
+            self._argue('"' if self._types == STRING else to_json(typed("".join(self._value), self._types)))
             self._keys.add(self._key)
         self._after("" if tag == "</arg_value>" else tag)
 
-    # --- text in and deltas out
+    def _argue(self, fragment: str) -> None:
+        """A piece of the open call's arguments, as JSON text."""
+        self._fragments.append(fragment)
+        self._deltas.arguments(len(self._calls) - 1, fragment)
+
+    # --- text in and text out
 
     def _take(self, *tags: str) -> tuple[str, str]:
         """Consumes the text before the first of the tags, and the tag; "" for the tag while there is none."""
@@ -336,24 +341,4 @@ class AssistantStream:
             body = said.lstrip()
             said = said[: len(said) - len(body)].rpartition("\n")[2] + body
         self._content.append(said)
-        self._emit_text("content", said)
-
-    def _emit_text(self, kind: str, text: str) -> None:
-        if self._deltas and kind in self._deltas[-1]:
-            self._deltas[-1][kind] += text
-        else:
-            self._deltas.append({kind: text})
-
-    def _emit_arguments(self, fragment: str) -> None:
-        if not fragment:
-            return
-        index = len(self._calls) - 1
-        self._fragments.append(fragment)
-        if self._deltas and self._deltas[-1].get("tool_calls", [{}])[0].get("index") == index:
-            self._deltas[-1]["tool_calls"][0]["function"]["arguments"] += fragment
-        else:
-            self._deltas.append({"tool_calls": [{"index": index, "function": {"arguments": fragment}}]})
-
-    def _take_deltas(self) -> list[Delta]:
-        deltas, self._deltas = self._deltas, []
-        return deltas
+        self._deltas.text("content", said)
