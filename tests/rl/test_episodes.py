@@ -232,12 +232,12 @@ def test_rewards_and_tasks_that_hang_are_given_up(what, own):
         return value
 
     draw = lambda chance: hang(("2 + 2?", "4")) if what == "task" else ("2 + 2?", "4")
-    limits = EpisodeLimits(step_seconds=0.02) if own else EpisodeLimits()
+    limits = EpisodeLimits(step_seconds=0.4) if own else EpisodeLimits()
     environment = single_questions("hung", draw, lambda task, message: hang(1.0), limits=limits)
-    config = RolloutConfig(thinking=True, step_seconds=120.0 if own else 0.02)
+    config = RolloutConfig(thinking=True, step_seconds=120.0 if own else 0.4)
     rollout = rollout_of(environment, ScriptedSource("</think>4<|user|>"), config)
     release.set()
-    assert rollout.failure == f"timeout: {what} took longer than 0.02 s"
+    assert rollout.failure == f"timeout: {what} took longer than 0.4 s"
 
 
 def test_the_run_limits_episodes_that_have_no_limit():
