@@ -34,8 +34,10 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import TypeVar
 
 import llguidance
 import numpy as np
@@ -46,8 +48,11 @@ from glm5.engine.sampling_params import StructuredOutputs
 from glm5.errors import InputError
 from glm5.text import Tokenizer
 
+T = TypeVar("T")
 KEPT = 128
-"""Compiled grammars that a compiler keeps, the latest used."""
+"""Compiled grammars that a compiler keeps, the latest used; and as many refusals."""
+REFUSED_SECONDS = 300.0
+"""How long a refusal holds without a new try: the machine may have been too busy for the grammar."""
 LONGEST_SPACE = 32
 _PICTURE = re.compile(r"\s*(\d+ \|.*|\^|<non-verbose/>|)")
 """Lines of llguidance's messages that show the place in the grammar, or say that they do not."""
@@ -106,21 +111,33 @@ class GrammarCompiler:
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._probe: GrammarProbe | None = None
         self._kept: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
+        self._refused: OrderedDict[tuple[str, str], tuple[float, str]] = OrderedDict()
+        """Until when, by `time.monotonic`, and why."""
 
     def compile(self, outputs: StructuredOutputs) -> GrammarState:
-        """The beginning of a structure. Raises InputError with llguidance's reason for one that cannot be used."""
+        """The beginning of a structure. Raises InputError with llguidance's reason for one that cannot be used.
+
+        A refusal is kept too, for a while: who asks again does not hold up the others again.
+        """
         matcher = self._found(outputs)
         if matcher is None:
             with self._compiling:
                 matcher = self._found(outputs)  # somebody else may have asked for the same
                 if matcher is None:
-                    matcher = self._compiled(outputs)
-                    self._keep(outputs, matcher)
+                    try:
+                        matcher = self._compiled(outputs)
+                    except InputError as error:
+                        self._keep(self._refused, outputs, (time.monotonic() + REFUSED_SECONDS, str(error)))
+                        raise
+                    self._keep(self._kept, outputs, matcher)
         return GrammarState(matcher.deep_copy(), self._vocab_size)
 
     def has(self, outputs: StructuredOutputs) -> bool:
-        """Whether `compile` would find this structure among the kept ones, at once."""
-        return self._found(outputs) is not None
+        """Whether `compile` would find this structure, or its refusal, among the kept ones, at once."""
+        try:
+            return self._found(outputs) is not None
+        except InputError:
+            return True
 
     def close(self) -> None:
         """Ends the process that tries grammars; the next new grammar starts another."""
@@ -130,17 +147,22 @@ class GrammarCompiler:
             self._probe = None
 
     def _found(self, outputs: StructuredOutputs) -> llguidance.LLMatcher | None:
+        """The kept one, if there is. Raises InputError for one that was refused lately."""
         key = outputs.kind, outputs.text
         with self._lock:
+            until, reason = self._refused.get(key, (0.0, ""))
+            if time.monotonic() < until:
+                raise InputError(reason)
             if key in self._kept:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
 
-    def _keep(self, outputs: StructuredOutputs, matcher: llguidance.LLMatcher) -> None:
+    def _keep(self, where: OrderedDict[tuple[str, str], T], outputs: StructuredOutputs, found: T) -> None:
         with self._lock:
-            self._kept[outputs.kind, outputs.text] = matcher
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+            where[outputs.kind, outputs.text] = found
+            where.move_to_end((outputs.kind, outputs.text))
+            while len(where) > KEPT:
+                where.popitem(last=False)
 
     def _compiled(self, outputs: StructuredOutputs) -> llguidance.LLMatcher:
         named = f"structured_outputs.{outputs.kind}"

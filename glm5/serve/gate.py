@@ -15,6 +15,21 @@ Disconnected = Callable[[], Awaitable[Any]]
 """Gives something that ends when the client goes away."""
 
 
+async def done_while_there(work: asyncio.Future[Any], disconnected: Disconnected, seconds: float | None = None) -> bool:
+    """Waits for the work, or so long at most: whether it is done. Raises `ApiError` (499) when the client leaves first.
+
+    The work itself is neither cancelled nor asked for its result.
+    """
+    gone = asyncio.ensure_future(disconnected())
+    try:
+        done, _ = await asyncio.wait({work, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+    if gone in done and work not in done:
+        raise ApiError(499, "The client went away.")
+    return work in done
+
+
 class Gate:
     """Places for running requests; a queue of bounded length stands before them, the lowest rank first."""
 
@@ -37,19 +52,15 @@ class Gate:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (rank, next(self._numbers), turn)
         bisect.insort(self._queue, entry)
-        gone = asyncio.ensure_future(disconnected())
         try:
-            await asyncio.wait({turn, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await done_while_there(turn, disconnected)
         except BaseException:
             if turn.done():
                 self.leave()
             raise
         finally:
-            gone.cancel()
             if not turn.done():
                 self._queue.remove(entry)
-        if not turn.done():
-            raise ApiError(499, "The client went away.")
 
     def leave(self) -> None:
         """Gives the place back, to the first of the queue if there is one."""

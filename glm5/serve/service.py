@@ -30,7 +30,7 @@ from glm5.errors import GLM5Error
 from glm5.serve.encoding import LargeResponse, encoded
 from glm5.serve.errors import FAILED, TOO_LATE, ApiError, error_status
 from glm5.serve.event_stream import EventStream
-from glm5.serve.gate import Gate, Place
+from glm5.serve.gate import Gate, Place, done_while_there
 from glm5.serve.generation import Generation, Source, Step
 from glm5.serve.limits import Limits, deadline_of
 from glm5.serve.structure import with_calls_as_allowed
@@ -180,8 +180,9 @@ class Service:
             return
         compiling = asyncio.get_running_loop().run_in_executor(self._compiler, grammars.compile, outputs)
         try:
-            if not (await asyncio.wait({compiling}, timeout=PATIENCE_SECONDS))[0]:
+            if not await done_while_there(compiling, place.disconnected, PATIENCE_SECONDS):
                 async with place.aside():
+                    await done_while_there(compiling, place.disconnected)
                     await compiling  # a refusal waits for no place
             await compiling
         finally:

@@ -200,6 +200,27 @@ def test_a_compilation_without_end_is_cut_off(monkeypatch):
     compiler.close()
 
 
+def test_refusals_are_kept_for_a_while_and_bounded(compiler, monkeypatch):
+    compiled, now = [], [100.0]
+    original = compiler._compiled
+    monkeypatch.setattr(compiler, "_compiled", lambda outputs: compiled.append(outputs.text) or original(outputs))
+    monkeypatch.setattr(grammar_module, "KEPT", 2)
+    monkeypatch.setattr(grammar_module.time, "monotonic", lambda: now[0])
+
+    def refused(text):
+        with pytest.raises(InputError, match="unclosed group"):
+            compiler.compile(StructuredOutputs(regex=text))
+        assert compiler.has(StructuredOutputs(regex=text))
+
+    for text in ("(a", "(a", "(b", "(c", "(c", "(a"):  # the first is forgotten when the third comes
+        refused(text)
+    assert compiled == ["(a", "(b", "(c", "(a"] and len(compiler._refused) == 2
+    now[0] += grammar_module.REFUSED_SECONDS
+    assert not compiler.has(StructuredOutputs(regex="(a"))
+    refused("(a")
+    assert compiled[4:] == ["(a"]
+
+
 def test_who_asks_for_a_kept_grammar_does_not_wait_for_a_new_one(monkeypatch):
     tokenizer = speaker_tokenizer()
     compiler = GrammarCompiler(tokenizer, speaker_config().vocab_size, tokenizer.eos_ids)

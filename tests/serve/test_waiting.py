@@ -175,6 +175,42 @@ def test_a_grammar_that_is_refused_late_waits_for_no_place(monkeypatch):
     assert asyncio.run(go()).status_code == 400
 
 
+def test_who_leaves_while_a_grammar_compiles_is_gone_at_once_with_its_grammar(monkeypatch):
+    """Clients that time out and ask again must not fill the queue, nor the compiler's."""
+    monkeypatch.setattr("glm5.serve.service.PATIENCE_SECONDS", 0.01)
+    release, begun = threading.Event(), []
+
+    def slowly(outputs):
+        begun.append(outputs.text)
+        assert release.wait(60)
+        raise InputError("it did not compile")
+
+    async def go():
+        source = HeldSource()
+        source.grammars = SimpleNamespace(has=lambda outputs: False, compile=slowly)
+        app = create_app(source, model_name="tiny", limits=Limits(max_concurrent=1, max_waiting=2))
+        gate = app.state.service.gate
+
+        def structured(regex):
+            body = {"model": "tiny", "messages": USER, "structured_outputs": {"regex": regex},
+                    "chat_template_kwargs": {"enable_thinking": False}}  # fmt: skip
+            return Call(app, scope_of(), json.dumps(body).encode())
+
+        for number in range(4):
+            call = structured(f"try {number}")
+            running = asyncio.create_task(call.run())
+            await until(lambda: gate.aside == 1)
+            call.leave()
+            await asyncio.wait_for(running, 30)
+            assert (call.status, gate.running, gate.waiting) == (499, 0, 0)
+        release.set()
+        last = await asyncio.wait_for(structured("last").run(), 30)
+        return last.status
+
+    assert asyncio.run(go()) == 400
+    assert begun == ["try 0", "last"]
+
+
 # ---- signs of life -----------------------------------------------------------------------------------------------
 def streamed_call(source, path, **fields):
     app = create_app(source, model_name="tiny", limits=Limits(pause_seconds=0.02))
