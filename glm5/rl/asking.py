@@ -91,18 +91,20 @@ class Asking:
 
 
 def plain(value: Any) -> Any:
-    """Mappings as dictionaries, sequences as lists, text without halves of characters."""
+    """Mappings as dictionaries, sequences as lists, NumPy's scalars as Python's, text without halves of characters."""
     if isinstance(value, str):
         return SURROGATE.sub("\ufffd", value)
     if isinstance(value, Mapping):
         return {plain(key): plain(one) for key, one in value.items()}
-    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return value.item() if hasattr(value, "dtype") and getattr(value, "shape", None) == () else value
 
 
 def plain_task(given: Any) -> Task:
     """Of the plain class itself, for the journal."""
     task = _of("task", given, Task)
-    found = plain([task.id, task.answer, task.category])
+    found = _blaming("task", plain, [task.id, task.answer, task.category])
     _storable("task", found)
     return Task(found[0], _messages("task", task.messages), found[1], found[2])
 
@@ -110,7 +112,7 @@ def plain_task(given: Any) -> Task:
 def plain_observation(what: str, given: Any) -> Observation:
     """Its messages as the journal holds them."""
     observation = _of(what, given, Observation)
-    return Observation(_messages(what, observation.messages), bool(observation.done))
+    return Observation(_messages(what, observation.messages), _blaming(what, bool, observation.done))
 
 
 def plain_reward(given: Any) -> Reward:
@@ -119,11 +121,11 @@ def plain_reward(given: Any) -> Reward:
     grade = _of("the reward's grade", reward.grade, Grade, "verifier")
     try:
         value = float(reward.value)
-    except (TypeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # too large, an array, or whatever its own `__float__` raises
         raise EnvironmentFailure(f"score: the reward is no number: {error}", "verifier") from error
     if not math.isfinite(value):
         raise EnvironmentFailure(f"score: the reward is {value}", "verifier")
-    found = plain([grade.outcome, grade.reason, grade.extracted])
+    found = _blaming("score", plain, [grade.outcome, grade.reason, grade.extracted])
     _storable("score", found)
     return Reward(value, Grade(*found))
 

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from scripted import ADD, Chat, ChatEpisode, ScriptedSource, brief_model
 from speaker import speaker_tokenizer
 
@@ -164,7 +165,7 @@ ENDLESS.append(ENDLESS)
     ("what", "give", "reason"),
     [
         ("task", lambda: None, "crash: task is None, not Task"),
-        ("task", lambda: Task(np.int64(3), (), "", ""), "crash: task holds what is no JSON: Object of type int64"),
+        ("task", lambda: Task(object(), (), "", ""), "crash: task holds what is no JSON: Object of type object"),
         ("task", lambda: Task("a", ({"role": "user", "content": {1}},), "", ""), "crash: task holds what is no JSON"),
         ("task", lambda: Task("a", ("hello",), "", ""), "crash: a message of task is of type str, not dict"),
         ("task", lambda: Task("a", None, "", ""), "crash: task: TypeError"),
@@ -177,11 +178,14 @@ ENDLESS.append(ENDLESS)
         ("step", lambda message: Observation(done=True), "crash: step is no coroutine; write `async def step`"),
         ("step", lambda message: 1 / 0, "crash: step: ZeroDivisionError"),
         ("step", lambda: None, "crash: step: TypeError"),
-        ("step", said(content=np.float32(1)), "crash: step holds what is no JSON"),
+        ("step", said(content=np.ones(2)), "crash: step holds what is no JSON"),
+        ("step", coroutine(Observation(done=np.ones(2))), "crash: step: ValueError: The truth value of an array"),
         ("step", said(content=ENDLESS), "crash: step: RecursionError"),
         ("score", coroutine(1.0), "verifier: score is of type float, not Reward"),
         ("score", coroutine(Reward(None, GRADE)), "verifier: score: the reward is no number"),
         ("score", coroutine(Reward(np.float32("inf"), GRADE)), "verifier: score: the reward is inf"),
+        ("score", coroutine(Reward(10**400, GRADE)), "verifier: score: the reward is no number: int too large"),
+        ("score", coroutine(Reward(torch.ones(2), GRADE)), "verifier: score: the reward is no number"),
         ("score", coroutine(Reward(1.0, "good")), "verifier: the reward's grade is of type str, not Grade"),
         ("score", coroutine(Reward(1.0, Grade("correct", {1}))), "crash: score holds what is no JSON"),
     ],
@@ -201,7 +205,8 @@ def as_in_the_journal(rollout):
     ("what", "give"),
     [
         ("task", lambda: Task("a\ud800", ({"role": "user", "content": "\udfff"},), "\ud801", "\ud802")),
-        ("step", said(content="cut \ud83d")),
+        ("task", lambda: Task("\ud800", ({"role": "user", "content": "x"},), np.int64(4), np.str_("sum"))),
+        ("step", said(content="cut \ud83d", weight=np.float32(0.25), count=[np.int64(3)], flag=np.bool_(True))),
         ("score", coroutine(Reward(np.float32(0.5), Grade("correct", "cut \ud83d", "\ud83d")))),
     ],
 )
