@@ -29,7 +29,8 @@ from glm5.train import RunDirectory
 
 JOURNAL = "journal"
 BROKEN_GROUPS, BROKEN_LEAST = 4, 16
-"""Groups, but at least so many rollouts, that fail in a row before an environment counts as broken."""
+"""Groups, but at least so many rollouts, that fail in a row before an environment counts as broken: besides as many as
+run at once, which one restart of its server fails all together."""
 
 
 class Session:
@@ -66,10 +67,12 @@ class Session:
         self._window, self._figures = Window(), dict[str, Any]()
         self._in_vain: Counter[str] = Counter()
         """Samples that were dropped since a group was accepted, by reason."""
+        self._in_vain_before = 0
+        """Those of them that an earlier sitting of the run dropped: what failed then may be mended now."""
         self.failure = ""
         """Of the newest rollout that failed: environment and reason."""
-        self._failed = 0
-        """Rollouts that failed in their environments since one was scored."""
+        self._failed: Counter[str] = Counter()
+        """Rollouts that failed in an environment since one of it was scored, by its name."""
         for record in read_journal(self.path):
             self._replay(record)
         if self.scheduler.step < first:
@@ -78,7 +81,8 @@ class Session:
                 "file, or start a new run."
             )
         self.journal = Journal(self.path)
-        self._failed = 0  # what was broken may be mended now
+        self._failed.clear()  # what was broken may be mended now
+        self._in_vain_before = self._in_vain.total()
 
     # ---- coming back ----------------------------------------------------------------------------------------------
     def _replay(self, record: Record) -> None:
@@ -136,20 +140,23 @@ class Session:
         for rollout in rollouts:
             self.scheduler.finished(rollout)
             cancelled += self._written()
-        self._check_use()
+        for rollout in rollouts:
+            self._check_environment(rollout)
+        most = self.config.groups_in_vain * self.config.scheduler.group_size
+        if self._in_vain.total() - self._in_vain_before >= most:
+            raise self._nothing_learnt()
         return cancelled
 
-    def _check_use(self) -> None:
-        """A run whose rollouts teach nothing says so, instead of sampling for ever."""
-        size = self.config.scheduler.group_size
-        if self._failed >= max(BROKEN_GROUPS * size, BROKEN_LEAST):
+    def _check_environment(self, newest: Rollout) -> None:
+        """A run one of whose environments always fails says so, instead of sampling for ever."""
+        name = newest.ticket.environment
+        most = max(BROKEN_GROUPS * self.config.scheduler.group_size, BROKEN_LEAST) + self.scheduler.max_running
+        if newest.outcome == "env_failure" and self._failed[name] >= most:
             self.journal.commit()
             raise RunError(
-                f"The last {self._failed} rollouts all failed in their environments, the newest in {self.failure}. "
+                f"The last {self._failed[name]} rollouts of {name} all failed, the newest with {newest.failure}. "
                 "Mend the environment, then resume the run."
             )
-        if self._in_vain.total() >= self.config.groups_in_vain * size:
-            raise self._nothing_learnt()
 
     def check_end(self) -> None:
         """A run that has learnt from nothing does not end as if it had: its model would be the parent's."""
@@ -221,16 +228,18 @@ class Session:
                 self._in_vain[event.reason] += 1
             elif isinstance(event, Accepted):
                 self._in_vain.clear()
+                self._in_vain_before = 0
             elif isinstance(event, Published):
                 while self.version < event.version:
                     self.learn()
 
     def _note_failure(self, rollout: Rollout) -> None:
+        name = rollout.ticket.environment
         if rollout.reward is not None:
-            self._failed = 0
+            self._failed[name] = 0
         elif rollout.outcome != "aborted":
-            self._failed += rollout.outcome == "env_failure"
-            self.failure = f"{rollout.ticket.environment}: {rollout.failure}"
+            self._failed[name] += rollout.outcome == "env_failure"
+            self.failure = f"{name}: {rollout.failure}"
 
     def _handed_out(self, batch: Batch, tick: int) -> None:
         """A batch was made: if the one before was not learnt from again yet, it is now."""

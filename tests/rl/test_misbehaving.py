@@ -79,13 +79,11 @@ def test_calls_that_hang_hold_up_neither_the_learner_nor_the_end(parent, tmp_pat
 class Tasks:
     """Tasks whose rewards `worth` tells from (index, how many of the task were scored before)."""
 
-    name = "tasks"
-
-    def __init__(self, worth):
-        self.worth, self.scored, self.lock = worth, Counter(), threading.Lock()
+    def __init__(self, worth, name="tasks"):
+        self.name, self.worth, self.scored, self.lock = name, worth, Counter(), threading.Lock()
 
     def task(self, seed, index):
-        return Task(f"tasks/{seed}/{index}", ({"role": "user", "content": f"{index % 5}"},), "", "one")
+        return Task(f"{self.name}/{seed}/{index}", ({"role": "user", "content": f"{index % 5}"},), "", "one")
 
     def score(self, task, response):
         with self.lock:
@@ -103,7 +101,7 @@ def test_a_broken_environment_is_found_soon_and_with_its_reason(parent, tmp_path
         return before % 2
 
     environment = SingleTurn(Tasks(worth))
-    reason = r"The last 16 rollouts all failed in their environments, the newest in tasks: crash: score: LookupError"
+    reason = r"The last 40 rollouts of tasks all failed, the newest with crash: score: LookupError"
     for number, train in enumerate((train_rl, train_in_lockstep)):
         log = io.StringIO()
         path = tmp_path / str(number)
@@ -116,6 +114,41 @@ def test_a_broken_environment_is_found_soon_and_with_its_reason(parent, tmp_path
             assert log.getvalue().count("tasks: crash: score: LookupError: no table of task") == 1
         mended.append(True)
         assert train(config_of(parent), [environment], path, resume=True).finished
+
+
+def test_an_environment_that_always_fails_is_not_hidden_by_another(parent, tmp_path):
+    def broken(index, before):
+        raise LookupError("no table")
+
+    environments = [SingleTurn(Tasks(lambda index, before: before % 2)), SingleTurn(Tasks(broken, "lost"))]
+    for number, train in enumerate((train_rl, train_in_lockstep)):
+        with pytest.raises(RunError, match=r"The last \d\d rollouts of lost all failed, the newest with crash: score"):
+            train(config_of(parent, steps=60), environments, tmp_path / str(number))
+
+
+def test_all_that_run_may_fail_together_once(parent, tmp_path):
+    left = [36]  # more than run at once, as when a server is away for a moment
+
+    def worth(index, before):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise LookupError("the server restarts")
+        return before % 2
+
+    run = train_rl(config_of(parent, scheduler={"max_attempts": 99}), [SingleTurn(Tasks(worth))], tmp_path / "run")
+    assert run.finished and left[0] < 0
+
+
+def test_tasks_that_taught_nothing_may_be_mended(parent, tmp_path):
+    mended = []
+    environment = SingleTurn(Tasks(lambda index, before: before % 2 if mended else 0.0))
+    for number, train in enumerate((train_rl, train_in_lockstep)):
+        mended.clear()
+        config = config_of(parent, groups_in_vain=5)
+        with pytest.raises(RunError, match=r"the last [56] groups.*all wrong"):
+            train(config, [environment], tmp_path / str(number))
+        mended.append(True)
+        assert train(config, [environment], tmp_path / str(number), resume=True).finished
 
 
 def test_failures_between_scores_stop_nothing(parent, tmp_path):
