@@ -44,26 +44,29 @@ class HeldOut:
 
 def held_out_rewards(
     environments: Sequence[Environment], tokenizer: Tokenizer, config: HeldOut, rollout: RolloutConfig,
-    attention: Literal["sparse", "dense"],
+    attention: Literal["sparse", "dense"], *, timed: bool = True,
 ) -> Retention | None:  # fmt: skip
-    """Mean rewards as `NAME/reward`; episodes without a reward are left out and counted in `NAME/unscored`."""
+    """Mean rewards as `NAME/reward`; episodes without a reward are left out and counted in `NAME/unscored`.
+
+    timed: whether time limits count; without, what is measured depends on no clock.
+    """
     if not environments:
         return None
     sampling = replace(rollout, seed=rollout.seed + OTHER_SEED, replay_experts=False)
-    measures = [_reward(one, tokenizer, config, sampling, attention) for one in environments]
+    measures = [_reward(one, tokenizer, config, sampling, attention, timed) for one in environments]
     return Retention(tuple(measures), config.every)
 
 
 def _reward(
     environment: Environment, tokenizer: Tokenizer, config: HeldOut, rollout: RolloutConfig,
-    attention: Literal["sparse", "dense"],
+    attention: Literal["sparse", "dense"], timed: bool,
 ) -> Measure:  # fmt: skip
     async def played(engine: Engine) -> list[Rollout]:
         places = asyncio.Semaphore(config.at_once)
 
         async def one(index: int) -> Rollout:
             async with places:
-                return await play(Ticket(environment.name, index), environment, engine, rollout)
+                return await play(Ticket(environment.name, index), environment, engine, rollout, timed=timed)
 
         return list(await asyncio.gather(*map(one, range(config.tasks))))
 

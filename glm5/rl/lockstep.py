@@ -68,7 +68,9 @@ def train_in_lockstep(
     with run.exclusive(), disk_errors(run):
         if not reopened(run, config):
             return run
-        session = open_session(config, environments, run, tokenizer, sources=sources, aids=aids, held_out=held_out)
+        session = open_session(
+            config, environments, run, tokenizer, sources=sources, aids=aids, held_out=held_out, timed=False
+        )  # fmt: skip
         try:
             elsewhere = watchers(config.watch, run.path, session.version)
             with progress_bar("rl", session.version, config.steps, console) as show, elsewhere as write:

@@ -106,12 +106,13 @@ def open_session(
     sources: Sequence[TaskSource] | None,
     aids: Aids | None,
     held_out: Sequence[Environment],
+    timed: bool = True,
 ) -> Session:
-    """The run in this process, brought back to where it was."""
+    """The run in this process, brought back to where it was. timed: whether time limits of held-out episodes count."""
     attention = config.learner.attention
     opened = open_aids(config.aids, tokenizer, attention=attention, given=aids)
     if held_out:
-        rewards = held_out_rewards(held_out, tokenizer, config.held_out, config.rollout, attention)
+        rewards = held_out_rewards(held_out, tokenizer, config.held_out, config.rollout, attention, timed=timed)
         opened = replace(opened, rewards=rewards)
     model = load_model(model_of(config.parent), dtype=torch.float32)
     return Session(config, environments, run, model, sources, opened)

@@ -13,6 +13,7 @@ import glm5
 from glm5.cli.main import main
 from glm5.cli.rl_environments import named_environment
 from glm5.engine import Engine
+from glm5.envs import EpisodeLimits
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.held_out import OTHER_SEED, HeldOut, held_out_rewards
@@ -89,6 +90,22 @@ def test_a_deterministic_run_measures_the_same_inside_its_loop(parent, tmp_path)
         for train in (train_rl, train_in_lockstep)
     ]
     assert values[0][0]["retention/unseen/reward"] == values[1][0]["retention/unseen/reward"]  # both of version 0
+
+
+class Slow(Unseen):
+    """Every one of its methods takes longer than its limits allow."""
+
+    def __init__(self):
+        super().__init__(limits=EpisodeLimits(seconds=1e-6, step_seconds=1e-6))
+
+
+def test_no_clock_is_in_what_a_deterministic_run_measures(parent, tmp_path):
+    lines = [
+        train(config_of(parent), [Chat(reward=length)], tmp_path / train.__name__, held_out=[Slow()]).read("metrics")
+        for train in (train_rl, train_in_lockstep)
+    ]
+    assert lines[0][0]["retention/unseen/unscored"] == 1.0
+    assert "retention/unseen/reward" in lines[1][0] and "retention/unseen/unscored" not in lines[1][0]
 
 
 def test_a_resumed_run_may_measure_otherwise(parent, tmp_path):
