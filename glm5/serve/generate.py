@@ -6,7 +6,7 @@ reply has ids, log-probabilities and the weight version of every token; streamed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from glm5.engine import SamplingParams, StructuredOutputs, TokenDelta
+from glm5.engine.sampling_params import MAX_BAD, MAX_BAD_LENGTH
 from glm5.errors import InputError, did_you_mean
 from glm5.serve.errors import ApiError, error_body
 from glm5.serve.event_stream import COMMENT
@@ -49,7 +50,7 @@ class GenerateRequest(RequestBody):
         if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
             raise InputError("sampling_params.bad_words must be a list of texts.")
         if words:
-            given["bad_sequences"] = [*given.get("bad_sequences", ()), *bad_sequences(words, tokenizer)]
+            given["bad_sequences"] = _with_words(given.get("bad_sequences", []), words, tokenizer)
         known = {field.name for field in fields(SamplingParams)}
         wrong = next((name for name in given if name not in known), None)
         if wrong is not None:
@@ -79,6 +80,19 @@ def install_generate(app: FastAPI, service: Service) -> None:
         return await service.answer(
             request, lambda: GenerateReply(body, service, session), stream=body.stream, priority=body.priority
         )
+
+
+def _with_words(also: Any, words: Sequence[str], tokenizer: Tokenizer) -> list[Any]:
+    """`bad_sequences` with those of `bad_words` behind them; the engine checks what stands in the former."""
+    if not isinstance(also, list):
+        raise InputError(f"sampling_params.bad_sequences is {also!r:.40}; give a list of lists of token ids.")
+    made = bad_sequences(words, tokenizer)
+    if len(also) <= MAX_BAD < len(also) + len(made) or any(len(one) > MAX_BAD_LENGTH for one in made):
+        raise InputError(
+            f"sampling_params.bad_words holds at most {MAX_BAD // 2} words of {MAX_BAD_LENGTH} tokens, and fewer "
+            "beside bad_sequences; give less."
+        )
+    return [*also, *made]
 
 
 class GenerateReply:

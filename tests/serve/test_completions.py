@@ -183,7 +183,12 @@ def test_a_special_token_is_generated_and_returned_as_it_is(client):
         ({"model": "other"}, 404, "not served here"),
         ({"cache_salt": ""}, 400, "cache_salt"),
         ({"sampling_params": {"bad_words": [5]}}, 400, "bad_words must be a list of texts"),
-        ({"sampling_params": {"bad_words": ["a"] * 65}}, 400, "bad_sequences holds at most 128"),
+        ({"sampling_params": {"bad_words": ["a"] * 65}}, 400, "bad_words holds at most 64 words"),
+        ({"sampling_params": {"bad_words": ["abcdefgh " * 99]}}, 400, "bad_words holds at most 64 words of 64 tokens"),
+        ({"sampling_params": {"bad_words": ["a"], "bad_sequences": 5}}, 400, "bad_sequences is 5; give a list"),
+        ({"sampling_params": {"bad_words": ["a"], "bad_sequences": [5]}}, 400, "bad_sequences"),
+        ({"sampling_params": {"bad_words": ["a"], "bad_sequences": [[5]] * 127}}, 400, "fewer beside bad_sequences"),
+        ({"sampling_params": {"bad_words": ["a"], "bad_sequences": [[5]] * 129}}, 400, "bad_sequences holds at most"),
     ],
 )
 def test_bad_generate_requests_have_a_sentence(client, fields, status, sentence):
