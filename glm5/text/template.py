@@ -43,7 +43,10 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
 @lru_cache(maxsize=8)
 def takes_effort(template: str) -> bool:
     """Whether a template says the `reasoning_effort` to its model; this project's own does it for GLM-5.2 alone."""
-    named = jinja2.meta.find_undeclared_variables(_environment().parse(template))
+    try:
+        named = jinja2.meta.find_undeclared_variables(_environment().parse(template))
+    except jinja2.TemplateError:
+        return False  # `render` says what is wrong with it
     return template != CHAT_TEMPLATE and "reasoning_effort" in named
 
 

@@ -37,5 +37,14 @@ def test_the_effort_is_said_by_the_models_own_template(path, effort):
     assert "Effort" not in prompt(path, CHAT_TEMPLATE, effort)
 
 
+def test_a_broken_template_is_said_so():
+    tokenizer = Tokenizer(speaker_tokenizer().backend, "{% if reasoning_effort %}")
+    app = create_app(Engine(ScriptedModel("ok"), tokenizer), model_name="tiny")
+    client = TestClient(app, raise_server_exceptions=False)
+    for effort in ({}, {"reasoning_effort": "high"}):
+        answer = client.post("/v1/chat/completions", json={"model": "tiny", "messages": USER, **effort})
+        assert answer.status_code == 400 and "cannot render this conversation" in answer.json()["error"]["message"]
+
+
 def test_which_templates_say_it():
     assert takes_effort(THEIRS) and not takes_effort(CHAT_TEMPLATE) and not takes_effort("{{ messages }}")
