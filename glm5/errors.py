@@ -45,6 +45,10 @@ class FleetError(GLM5Error):
     """Engines that cannot be started, reached or kept alive."""
 
 
+class UnavailableError(GLM5Error):
+    """A part of the server's own that cannot work now, through no fault of the request."""
+
+
 class ParallelError(GLM5Error):
     """A process of a group that failed, so that the others cannot go on."""
 

@@ -43,9 +43,9 @@ import llguidance
 import numpy as np
 import numpy.typing as npt
 
-from glm5.engine.grammar_probe import LIMITS, GrammarProbe
+from glm5.engine.grammar_probe import LIMITS, GrammarProbe, NotStartedError
 from glm5.engine.sampling_params import StructuredOutputs
-from glm5.errors import InputError
+from glm5.errors import InputError, UnavailableError
 from glm5.text import Tokenizer
 
 T = TypeVar("T")
@@ -117,7 +117,8 @@ class GrammarCompiler:
     def compile(self, outputs: StructuredOutputs) -> GrammarState:
         """The beginning of a structure. Raises InputError with llguidance's reason for one that cannot be used.
 
-        A refusal is kept too, for a while: who asks again does not hold up the others again.
+        A refusal is kept too, for a while: who asks again does not hold up the others again. Raises UnavailableError
+        when the process that tries grammars does not start.
         """
         matcher = self._found(outputs)
         if matcher is None:
@@ -174,7 +175,12 @@ class GrammarCompiler:
             tokens = _all_added_tokens_special(self._backend.to_str())
             self._tokenizer = llguidance.LLTokenizer(tokens, n_vocab=self._vocab_size, eos_token=self._eos_ids)
             self._probe = GrammarProbe(tokens, self._vocab_size, self._eos_ids)
-        reason = self._probe.error(grammar)
+        try:
+            reason = self._probe.error(grammar)
+        except NotStartedError as error:
+            raise UnavailableError(
+                f"Structures cannot be compiled now: the process that tries them {error}; ask again in a while."
+            ) from None
         if reason:
             raise InputError(f"{named} cannot be used: {_one_line(reason)}.")
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)

@@ -29,6 +29,10 @@ LIMITS = llguidance.LLParserLimits(max_lexer_states=25_000, verbose_errors=False
 """llguidance's own limits (20 ms to build a lexer, about 20 ms a step) with less memory: some 50 MB at most."""
 
 
+class NotStartedError(Exception):
+    """The process did not get as far as its first grammar."""
+
+
 class GrammarProbe:
     """Tries grammars with one tokenizer. Used by one thread at a time."""
 
@@ -38,11 +42,11 @@ class GrammarProbe:
         self._answers: queue.Queue[str] = queue.Queue()
 
     def error(self, grammar: str) -> str:
-        """Why a grammar (llguidance's own form) cannot be used; empty when it can."""
+        """Why a grammar (llguidance's own form) cannot be used; empty when it can. Raises `NotStartedError`."""
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._start()
         try:
-            if self._process is None or self._process.poll() is not None:
-                self.close()
-                self._start()
             assert self._process is not None and self._process.stdin is not None
             self._process.stdin.write(json.dumps(grammar) + "\n")
             self._process.stdin.flush()
@@ -66,7 +70,21 @@ class GrammarProbe:
             process.wait()
 
     def _start(self) -> None:
-        """Raises `queue.Empty` when the process is not ready in time, `BrokenPipeError` when it ended."""
+        """Raises `NotStartedError` for a process that cannot be made, ends, or is not ready in time."""
+        try:
+            ready = self._begun().get(timeout=START_SECONDS)
+        except queue.Empty:
+            self.close()
+            raise NotStartedError(f"was not ready within {START_SECONDS:g} seconds") from None
+        except OSError as error:
+            self.close()
+            raise NotStartedError(f"could not be started ({error})") from None
+        if not ready:
+            self.close()
+            raise NotStartedError("ended while it started")
+
+    def _begun(self) -> queue.Queue[str]:
+        """Starts the process; gives the queue of what it says, which ends with an empty text."""
         self._process = process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).resolve())],  # without this folder's modules
             stdin=subprocess.PIPE,
@@ -88,8 +106,7 @@ class GrammarProbe:
         threading.Thread(target=read, name="glm5-grammar-probe", daemon=True).start()
         process.stdin.write(json.dumps(self._setting) + "\n")
         process.stdin.flush()
-        if not answers.get(timeout=START_SECONDS):
-            raise BrokenPipeError
+        return answers
 
 
 def main() -> None:

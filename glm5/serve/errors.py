@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from glm5.errors import GLM5Error, InputError, TextError
+from glm5.errors import GLM5Error, InputError, TextError, UnavailableError
 
 log = logging.getLogger("glm5.serve")
 
@@ -42,9 +42,11 @@ class ApiError(GLM5Error):
 
 
 def error_status(error: GLM5Error) -> int:
-    """400 for what the client sent, 500 for what is wrong with the model."""
+    """400 for what the client sent, 503 for what may work later, 500 for what is wrong with the model."""
     if isinstance(error, ApiError):
         return error.status
+    if isinstance(error, UnavailableError):
+        return 503
     return 400 if isinstance(error, InputError | TextError) else 500
 
 
@@ -83,14 +85,14 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
         return error_response(
-            request.scope, error.status, str(error), param=error.param, code=error.code, headers=headers
+            request.scope, error.status, str(error), param=error.param, code=error.code, headers=_retry(error.status)
         )
 
     async def user_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, GLM5Error)
-        return error_response(request.scope, error_status(error), str(error))
+        status = error_status(error)
+        return error_response(request.scope, status, str(error), headers=_retry(status))
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -121,6 +123,11 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _retry(status: int) -> dict[str, str] | None:
+    """When to come back, for those who may."""
+    return {"Retry-After": "1"} if status in (429, 503) else None
 
 
 def _endpoints(routes: Iterable[Any]) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +19,7 @@ from glm5.engine import SamplingParams, StructuredOutputs
 from glm5.engine import grammar as grammar_module
 from glm5.engine.grammar import GrammarCompiler
 from glm5.engine.token_sampler import TokenSampler
-from glm5.errors import InputError
+from glm5.errors import InputError, UnavailableError
 from glm5.model import LatentCache
 
 ENDLESS = (99_999_989, 99_999_971)
@@ -197,6 +198,27 @@ def test_a_compilation_without_end_is_cut_off(monkeypatch):
         with pytest.raises(InputError, match=r"did not compile within 0\.3 seconds; simplify it"):
             compiler.compile(StructuredOutputs(json={"type": "integer", "multipleOf": divisor}))
     compiler.compile(StructuredOutputs(regex="a"))
+    compiler.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "seconds", "sentence"),
+    [(["-c", "import time; time.sleep(60)"], 0.2, "was not ready within 0.2 seconds"),
+     (["-c", ""], 60.0, r"ended while it started|could not be started"), (None, 60.0, "could not be started")],
+)  # fmt: skip
+def test_a_process_that_does_not_start_is_no_fault_of_the_grammar(monkeypatch, command, seconds, sentence):
+    tokenizer, popen = speaker_tokenizer(), subprocess.Popen
+    compiler = GrammarCompiler(tokenizer, speaker_config().vocab_size, tokenizer.eos_ids)
+
+    def other(given, **options):
+        return popen(["/nonexistent"] if command is None else [given[0], *command], **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("glm5.engine.grammar_probe.START_SECONDS", seconds)
+        patched.setattr("glm5.engine.grammar_probe.subprocess.Popen", other)
+        with pytest.raises(UnavailableError, match=sentence):
+            compiler.compile(StructuredOutputs(regex="a"))
+    assert compiler.compile(StructuredOutputs(regex="a")).allowed().sum() == 1  # nothing of it is remembered
     compiler.close()
 
 

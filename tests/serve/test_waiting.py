@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from speaker import ScriptedModel, speaker_tokenizer
 
 from glm5.engine import Engine, TokenDelta
-from glm5.errors import InputError
+from glm5.errors import InputError, UnavailableError
 from glm5.serve import Limits, create_app
 from glm5.serve.chat import ChatReply
 from glm5.serve.encoding import PART_BYTES, encoded, pieces
@@ -209,6 +209,21 @@ def test_who_leaves_while_a_grammar_compiles_is_gone_at_once_with_its_grammar(mo
 
     assert asyncio.run(go()) == 400
     assert begun == ["try 0", "last"]
+
+
+def test_a_compiler_that_does_not_start_is_no_fault_of_the_client():
+    def away(outputs):
+        raise UnavailableError("it did not start")
+
+    async def go():
+        source = HeldSource()
+        source.grammars = SimpleNamespace(has=lambda outputs: False, compile=away)
+        async with client_in(source, Limits()) as client:
+            off = {"chat_template_kwargs": {"enable_thinking": False}}
+            return await posted(client, structured_outputs={"regex": "a"}, **off)
+
+    answer = asyncio.run(go())
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
 
 # ---- signs of life -----------------------------------------------------------------------------------------------
