@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from live_server import live
+from safetensors import SafetensorError
 from scripted import Chat, brief_model
 from speaker import speaker_model, speaker_tokenizer
 
@@ -21,7 +22,8 @@ from glm5.rl.learner import LearnerConfig
 from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.runner import RolloutConfig
-from glm5.rl.weights import DirectoryPublisher, DirectorySubscriber
+from glm5.rl.weights import DirectorySubscriber
+from glm5.rl.weights.directory import versions
 from glm5.rl.weights.follow import Follower
 from glm5.serve.app import create_app
 
@@ -70,13 +72,15 @@ def test_every_version_is_where_others_find_it(parent, tmp_path, lora):
     assert all(torch.equal(tensor, snapshot.tensors[name]) for name, tensor in weights_of(longer).items())
 
 
-def test_a_disk_that_refuses_does_not_stop_the_run(parent, tmp_path, monkeypatch, caplog):
-    def full(self, version, tensors):
-        raise OSError("no space left")
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
+def test_a_disk_that_refuses_does_not_stop_the_run(parent, tmp_path, monkeypatch, caplog, error):
+    def full(tensors, path):
+        raise error("no space left")
 
-    monkeypatch.setattr(DirectoryPublisher, "publish", full)
+    monkeypatch.setattr("glm5.rl.weights.directory.save_file", full)
     assert train_rl(config_of(parent, steps=1), [letters()], tmp_path / "run", publish_to=tmp_path / "w").finished
     assert "Version 1 was not written" in caplog.text and "no space left" in caplog.text
+    assert versions(tmp_path / "w") == []
 
 
 @pytest.mark.parametrize("choice", [True, False, None])

@@ -67,7 +67,8 @@ class DirectoryPublisher:
         self._deltas = 0
 
     def publish(self, version: int, tensors: Mapping[str, Tensor]) -> None:
-        """Makes a version visible. Raises `WeightsError` for what is not newer or does not fit."""
+        """Makes a version visible. Raises `WeightsError` for what is not newer or does not fit, and when it cannot be
+        written; what was there stays."""
         check_newer(version, self.version)
         layout = self._layout or Layout.of(tensors)
         flat = layout.pack(tensors)
@@ -77,7 +78,10 @@ class DirectoryPublisher:
             change = change if len(change) < layout.num_bytes else None
         with replacing_directory(self.path / _name(version)) as stage:
             if change is None:
-                save_file(layout.unpack(flat), stage / WHOLE)
+                try:
+                    save_file(layout.unpack(flat), stage / WHOLE)
+                except SafetensorError as error:  # its name for a full disk
+                    raise WeightsError(f"{_name(version)} cannot be written ({error}); make room on the disk.") from None
                 file_sha256 = _sha256((stage / WHOLE).read_bytes())
             else:
                 (stage / DELTA).write_bytes(change)
