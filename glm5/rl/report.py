@@ -24,8 +24,8 @@ from glm5.train.report import STYLE, configuration
 
 log = logging.getLogger("glm5.rl")
 SHOWN = 12
-RETENTION = "retention.json"
-"""In the run directory: what was measured of the finished model."""
+RETENTION, REPORT = "retention.json", "report.html"
+"""In the run directory: what was measured of the finished model, and the page."""
 ROLLOUT_TOKENS = 1_000_000
 """Of the page of rollouts that the report makes."""
 MOST_COLUMNS = 120
@@ -57,7 +57,7 @@ def write_rl_report(run_directory: Path) -> Path:
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>rl {name}</title><style>{STYLE}</style><body>" + "\n".join(parts) + "</body></html>\n"
     )
-    path = run.path / "report.html"
+    path = run.path / REPORT
     with replacing(path) as file:
         file.write(page.encode())
     return path
@@ -124,7 +124,8 @@ def reward_figure(metrics: Lines) -> str:
 def _held(metrics: Lines, run: RunDirectory) -> list[str]:
     """What is measured on the way (`retention.py`, `held_out.py`), the last values those of the finished model."""
     last = json.loads((run.path / RETENTION).read_text()) if (run.path / RETENTION).exists() else {}
-    lines = [*metrics, {**last, "step": last["version"]}] if last else metrics
+    finished = last.get("version") == len(metrics)  # not those of a model that has learnt on since
+    lines = [*metrics, {**last, "step": last["version"]}] if finished else metrics
     names = sorted({name for line in lines for name in line if name.startswith(PREFIX)})
     if not names:
         return []

@@ -16,7 +16,7 @@ from glm5.files import write_json
 from glm5.rl.aids import Aids, open_aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.held_out import held_out_rewards
-from glm5.rl.report import RETENTION, write_rl_report
+from glm5.rl.report import REPORT, RETENTION, write_rl_report
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
 from glm5.text import Tokenizer
@@ -91,8 +91,10 @@ def reopened(run: RunDirectory, config: RLRunConfig) -> bool:
     A run that was killed after its model was saved and before its pages were gets these now.
     """
     if run.finished and len(run.read("metrics")) < config.steps:
+        for page in (RETENTION, REPORT):  # they tell of the model that is put aside
+            (run.path / page).unlink(missing_ok=True)
         run.reopen()
-    if run.finished and not (run.path / "report.html").exists():
+    if run.finished and not (run.path / REPORT).exists():
         write_rl_report(run.path)
     return not run.finished
 

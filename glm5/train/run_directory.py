@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -228,8 +229,13 @@ class RunDirectory:
         return (self.model_directory / "config.json").exists()
 
     def reopen(self) -> None:
-        """Puts the model of a finished run aside, as `model-N` after the steps it has learnt from: the run goes on."""
-        self.model_directory.rename(self.path / f"model-{len(self.read('metrics'))}")
+        """Puts the model of a finished run aside, as `model-N` after the steps it has learnt from: the run goes on.
+
+        Where it was finished and reopened at that step before, as `model-N-2`, `model-N-3` and so on.
+        """
+        name = f"model-{len(self.read('metrics'))}"
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        self.model_directory.rename(next(self.path / name for name in names if not (self.path / name).exists()))
 
 
 def step_of(checkpoint: Path) -> int:

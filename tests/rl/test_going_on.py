@@ -20,11 +20,13 @@ from glm5.rl.aids import Aids
 from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.executors import engine_processes, engine_settings, one_engine, parent_engine
+from glm5.rl.held_out import HeldOut
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.reference import KL
 from glm5.rl.replay import replay_step
+from glm5.rl.report import write_rl_report
 from glm5.rl.runner import RolloutConfig
 from glm5.rl.tasks import Band, TaskSource
 
@@ -64,6 +66,39 @@ def test_a_finished_run_is_made_longer(parent, tmp_path):
         glm5.load_model(run.path / name, dtype=torch.float32).state_dict() for name in ("model-2", "model")
     )
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_is_reopened_at_the_same_step_more_than_once(parent, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    run = train_rl(config_of(parent, steps=1), [letters()], tmp_path / "run")
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("glm5.rl.orchestrator.open_session", stopped)
+            train_rl(config_of(parent, steps=2), [letters()], run.path, resume=True)
+        train_rl(config_of(parent, steps=1), [letters()], run.path, resume=True)
+    names = sorted(path.name for path in run.path.glob("model*"))
+    assert names == ["model", "model-1", "model-1-2"]
+
+
+def test_what_was_measured_of_a_model_is_not_said_of_the_one_that_learnt_on(parent, tmp_path, monkeypatch):
+    def killed(run_directory):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "run"
+    config = config_of(parent, steps=1, held_out=HeldOut(tasks=2))
+    train_rl(config, [letters()], path, held_out=[letters()])
+    stale = (path / "retention.json").read_text()
+    longer = dataclasses.replace(config, steps=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("glm5.rl.run_ends.write_rl_report", killed)
+        train_rl(longer, [letters()], path, resume=True)  # measures nothing
+    assert (path / "model").exists() and not (path / "retention.json").exists()
+    train_rl(longer, [letters()], path, resume=True)
+    page = (path / "report.html").read_text()
+    (path / "retention.json").write_text(stale)
+    assert write_rl_report(path).read_text() == page
 
 
 def test_a_deterministic_run_made_longer_is_the_long_run(parent, tmp_path):
