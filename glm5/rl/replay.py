@@ -20,7 +20,7 @@ from glm5.rl.records import Batch, Metrics, Rollout
 from glm5.rl.session import JOURNAL
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory
-from glm5.train.run_directory import first_difference, model_of, plain, without_paths
+from glm5.train.run_directory import first_difference, model_of, plain, with_defaults, without_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,11 @@ def replay_step(config: RLRunConfig, run_directory: Path, step: int, *, aids: Ai
     parent = model_of(config.parent)
     aids = open_aids(config.aids, Tokenizer.from_pretrained(parent), attention=config.learner.attention, given=aids)
     model = load_model(parent, dtype=torch.float32)
-    recorded_config = run.description["config"]
+    recorded_config = with_defaults(run.description["config"], config)
     learner = Learner(
         model, config.learner, steps=recorded_config["steps"], aids=aids,
         publish_every=recorded_config["scheduler"]["publish_every"],
-        temperature=recorded_config["rollout"].get("temperature", 1.0),
+        temperature=recorded_config["rollout"]["temperature"],
     )  # fmt: skip
     learner.version = run.load_checkpoint(learner.module, learner.optimizers, at_most=step)
     for batch in batches_of(run.path / JOURNAL):
@@ -83,10 +83,10 @@ def replay_step(config: RLRunConfig, run_directory: Path, step: int, *, aids: Ai
 
 def check_same(config: RLRunConfig, run: RunDirectory) -> None:
     """Raises RunError when the learner of the run had other settings or aids."""
-    inputs = config.aids.inputs()
+    inputs, recorded = config.aids.inputs(), with_defaults(run.description["config"], config)
     now = {"config": {"learner": plain(config.learner), "aids": plain(config.aids)}, "inputs": inputs}
     then = {
-        "config": {name: run.description["config"].get(name) for name in now["config"]},
+        "config": {name: recorded[name] for name in now["config"]},
         "inputs": {name: run.description["inputs"].get(name) for name in inputs},
     }
     change = first_difference(without_paths(then), without_paths(now))

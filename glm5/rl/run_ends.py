@@ -49,8 +49,8 @@ def start_run(
         config=config,
         inputs={
             "environments": ", ".join(names),
-            **drawn(environments, sources),
-            **({"clock": "deterministic"} if deterministic else {}),
+            **_if_known(run_directory, drawn(environments, sources)),
+            **_if_known(run_directory, {"clock": "deterministic" if deterministic else "real"}),
             **config.aids.inputs(),
         },
         parent=directory_sha256(model_of(config.parent)),
@@ -60,15 +60,22 @@ def start_run(
 
 
 def drawn(environments: Sequence[Environment], sources: Sequence[TaskSource] | None) -> dict[str, str]:
-    """How each environment takes part, where that is not the default: it changes which tasks come next."""
+    """How each environment takes part: it changes which tasks come next."""
     found = {}
     for source in sources if sources is not None else [TaskSource.of(environment) for environment in environments]:
         changed = {f.name: getattr(source, f.name) for f in fields(source) if f.name != "environment"}
         plain = TaskSource(environment=source.environment)
         words = [f"{name}={value}" for name, value in changed.items() if value != getattr(plain, name)]
-        if words:
-            found[f"tasks of {source.environment}"] = ", ".join(words)
+        found[f"tasks of {source.environment}"] = ", ".join(words) or "as by default"
     return found
+
+
+def _if_known(run_directory: Path, inputs: dict[str, str]) -> dict[str, str]:
+    """Those that the run has recorded, all for a new one: runs did not always record them, and any may be theirs."""
+    if not (run_directory / "run.json").exists():
+        return inputs
+    recorded = RunDirectory.open(run_directory).description["inputs"]
+    return {name: value for name, value in inputs.items() if name in recorded}
 
 
 def _check_steps(config: RLRunConfig, run_directory: Path) -> None:

@@ -277,11 +277,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, ModelConfig):
         return value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        types, found = get_type_hints(type(value)), dict[str, Any]()
+        several, found = of_several_classes(type(value)), dict[str, Any]()
         for field in dataclasses.fields(value):
             part = getattr(value, field.name)
-            several = sum(map(dataclasses.is_dataclass, get_args(types[field.name]))) > 1
-            found[field.name] = {"class": type(part).__name__, **plain(part)} if several and part else plain(part)
+            said = {"class": type(part).__name__} if field.name in several and part else None
+            found[field.name] = plain(part) if said is None else said | plain(part)
         return found
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
@@ -290,18 +290,32 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def of_several_classes(config: type) -> set[str]:
+    """The fields of a configuration that are parts of one of several classes."""
+    types = get_type_hints(config)
+    return {name for name in types if sum(map(dataclasses.is_dataclass, get_args(types[name]))) > 1}
+
+
 def with_defaults(recorded: Any, config: Any) -> Any:
-    """A recorded configuration, with the settings that came later as they are by default."""
+    """A recorded configuration, with the settings that came later as they are by default.
+
+    Which of several classes a part is of was not always recorded: it then counts as of that of `config`.
+    """
     if isinstance(config, ModelConfig) or not (isinstance(recorded, dict) and dataclasses.is_dataclass(config)):
         return recorded
-    found = dict(recorded)
+    several, found = of_several_classes(type(config)), dict(recorded)
     for field in dataclasses.fields(config):
+        part = getattr(config, field.name)
         if field.name in recorded:
-            found[field.name] = with_defaults(recorded[field.name], getattr(config, field.name))
+            found[field.name] = with_defaults(recorded[field.name], part)
         elif field.default is not dataclasses.MISSING:
-            found[field.name] = plain(field.default)
+            part = field.default
+            found[field.name] = plain(part)
         elif field.default_factory is not dataclasses.MISSING:
-            found[field.name] = plain(field.default_factory())
+            part = field.default_factory()
+            found[field.name] = plain(part)
+        if field.name in several and part and isinstance(found.get(field.name), dict):
+            found[field.name] = {"class": type(part).__name__} | found[field.name]
     return found
 
 

@@ -23,6 +23,7 @@ from glm5.rl.executors import engine_processes, engine_settings, one_engine, par
 from glm5.rl.held_out import HeldOut
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.lockstep import train_in_lockstep
+from glm5.rl.losses import IcePop
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.reference import KL
 from glm5.rl.replay import replay_step
@@ -74,9 +75,10 @@ def test_a_run_is_reopened_at_the_same_step_more_than_once(parent, tmp_path, mon
 
     run = train_rl(config_of(parent, steps=1), [letters()], tmp_path / "run")
     for _ in range(2):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr("glm5.rl.orchestrator.open_session", stopped)
-            train_rl(config_of(parent, steps=2), [letters()], run.path, resume=True)
+            with pytest.raises(KeyboardInterrupt):
+                train_rl(config_of(parent, steps=2), [letters()], run.path, resume=True)
         train_rl(config_of(parent, steps=1), [letters()], run.path, resume=True)
     names = sorted(path.name for path in run.path.glob("model*"))
     assert names == ["model", "model-1", "model-1-2"]
@@ -91,9 +93,10 @@ def test_what_was_measured_of_a_model_is_not_said_of_the_one_that_learnt_on(pare
     train_rl(config, [letters()], path, held_out=[letters()])
     stale = (path / "retention.json").read_text()
     longer = dataclasses.replace(config, steps=2)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("glm5.rl.run_ends.write_rl_report", killed)
-        train_rl(longer, [letters()], path, resume=True)  # measures nothing
+        with pytest.raises(KeyboardInterrupt):
+            train_rl(longer, [letters()], path, resume=True)  # measures nothing
     assert (path / "model").exists() and not (path / "retention.json").exists()
     train_rl(longer, [letters()], path, resume=True)
     page = (path / "report.html").read_text()
@@ -120,6 +123,26 @@ def test_settings_that_came_after_a_run_began_are_no_difference_while_they_are_a
     assert train_rl(config_of(parent), [letters()], run.path, resume=True).finished
 
 
+@pytest.mark.parametrize("train", [train_rl, train_in_lockstep])
+def test_a_run_of_the_code_that_recorded_less_goes_on_and_is_replayed(parent, tmp_path, train):
+    """Neither the class of the loss nor clock and tasks, nor the settings that came since."""
+    source = TaskSource.of(letters(), weight=2.0)
+    run = train(config_of(parent), [letters()], tmp_path / "run", sources=[source])
+    recorded = dict(run.description)
+    learner = recorded["config"]["learner"]
+    del learner["loss"]["class"], learner["truncated"], learner["pass_tokens"]
+    del recorded["config"]["rollout"]["temperature"], recorded["inputs"]["clock"], recorded["inputs"]["tasks of chat"]
+    (run.path / "run.json").write_text(json.dumps(recorded))
+    assert replay_step(config_of(parent), run.path, 1).same
+    for other, says in (({"loss": IcePop()}, r"learner\.loss\."), ({"truncated": "mask"}, "learner.truncated")):
+        with pytest.raises(RunError, match=says):
+            replay_step(config_of(parent, learner=other), run.path, 1)
+        with pytest.raises(RunError, match=says):
+            train(config_of(parent, learner=other), [letters()], run.path, sources=[source], resume=True)
+    longer = train(config_of(parent, steps=3), [letters()], run.path, sources=[source], resume=True)
+    assert len(longer.read("metrics")) == 3
+
+
 def test_a_falling_rate_keeps_its_steps(parent, tmp_path):
     falling = {"learner": {"schedule": Schedule(shape="linear")}}
     run = train_rl(config_of(parent, **falling), [letters()], tmp_path / "run")
@@ -133,7 +156,7 @@ def test_how_environments_take_part_is_part_of_the_run(parent, tmp_path):
     source = TaskSource.of(letters(), weight=2.0, band=Band())
     run = train_rl(config_of(parent), [letters()], tmp_path / "run", sources=[source])
     for other, says in (
-        (None, r"tasks of chat \('weight=2.0, band=Band.*now None"),
+        (None, r"tasks of chat \('weight=2.0, band=Band.*now 'as by default'"),
         ([dataclasses.replace(source, uniform_groups="keep")], "uniform_groups=keep"),
     ):
         with pytest.raises(RunError, match=says):
@@ -143,7 +166,7 @@ def test_how_environments_take_part_is_part_of_the_run(parent, tmp_path):
 
 def test_the_clock_is_part_of_the_run(parent, tmp_path):
     train_in_lockstep(config_of(parent), [letters()], tmp_path / "exact")
-    with pytest.raises(RunError, match=r"another inputs.clock \('deterministic', now None\)"):
+    with pytest.raises(RunError, match=r"another inputs.clock \('deterministic', now 'real'\)"):
         train_rl(config_of(parent), [letters()], tmp_path / "exact", resume=True)
 
 

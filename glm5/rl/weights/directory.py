@@ -81,7 +81,7 @@ class DirectoryPublisher:
                 try:
                     save_file(layout.unpack(flat), stage / WHOLE)
                 except SafetensorError as error:  # its name for a full disk
-                    raise WeightsError(f"{_name(version)} cannot be written ({error}); make room on the disk.") from None
+                    raise WeightsError(f"{_name(version)} cannot be written ({error}); make room.") from None
                 file_sha256 = _sha256((stage / WHOLE).read_bytes())
             else:
                 (stage / DELTA).write_bytes(change)
