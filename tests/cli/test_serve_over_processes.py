@@ -57,7 +57,7 @@ def test_two_processes_answer_as_one_and_end_with_ctrl_c(model):
 def test_a_server_whose_engine_is_given_up_drains_and_ends_with_the_sentence(model, monkeypatch):
     engine = Engine(model)
     engine.leader = SimpleNamespace(on_lost=None, close=lambda: None)
-    monkeypatch.setattr(verb, "_engine", lambda *_: engine)
+    monkeypatch.setattr(ServeOptions, "engine", lambda *_, **__: engine)
     monkeypatch.setattr(verb, "log_json_lines", lambda **_: None)
     draining = []
 
