@@ -150,9 +150,10 @@ class Backend:
         more = replace(params, max_tokens=most - len(said), min_tokens=max(0, params.min_tokens - len(said)))
         body = self.api.body((*prompt, *(delta.token_id for delta in said)), more, priority)
         stream = BackendStream(self, completions)
-        if session_id is not None and self.api.salts:
-            body["cache_salt"] = group_of(session_id)
-        headers = self.headers if session_id is None else {**self.headers, "X-Session-ID": session_id}
+        headers = self.headers
+        if session_id:  # an empty one names none, and an empty salt would be refused
+            body[self.api.salt] = group_of(session_id)
+            headers = {**headers, "X-Session-ID": session_id}
         anyio.from_thread.run(stream.open, body, headers, deadline)
         return stream
 

@@ -46,8 +46,8 @@ class BackendApi(Protocol):
     """One API."""
 
     path: str
-    salts: bool
-    """Whether it takes vLLM's `cache_salt`: only requests of one salt share cached prefixes."""
+    salt: str
+    """The field for a text without which cached prefixes are not shared: only requests of one salt share them."""
 
     def body(self, prompt: Sequence[int], params: SamplingParams, priority: int) -> dict[str, Any]:
         """The request."""
@@ -75,7 +75,7 @@ class GenerateApi:
     """`POST /inference/v1/generate`."""
 
     path = "/inference/v1/generate"
-    salts = True
+    salt = "cache_salt"
 
     def __init__(self, model: str | None = None) -> None:
         self.model = model
@@ -106,7 +106,7 @@ class CompletionsApi:
     """`POST /v1/completions`."""
 
     path = "/v1/completions"
-    salts = True
+    salt = "cache_salt"
 
     def __init__(self, model: str) -> None:
         self.model = model
@@ -140,7 +140,8 @@ class SGLangApi:
     """`POST /generate`."""
 
     path = "/generate"
-    salts = False
+    salt = "extra_key"
+    """Releases before the spring of 2026 read it and did nothing with it (SGLang's change 23300)."""
 
     def body(self, prompt: Sequence[int], params: SamplingParams, priority: int) -> dict[str, Any]:
         """Under SGLang's names. Raises `InputError` for settings that it has not."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 import time
 
 import httpx
@@ -154,10 +155,13 @@ def test_health_knows_whether_the_backend_is_there(directory):
 
 
 def test_certificates_are_read_once(directory, monkeypatch):
-    backend = Backend("http://backend", directory, backend_api("generate"), transport=httpx.MockTransport(away))
-    monkeypatch.setattr("ssl.create_default_context", None)
-    monkeypatch.setattr("ssl.SSLContext.load_verify_locations", None)
-    assert ask(TestClient(create_app(backend, model_name="tiny"))).status_code == 502
+    made, create = [], ssl.create_default_context
+    monkeypatch.setattr("ssl.create_default_context", lambda *_, **options: made.append(options) or create(**options))
+    backend = Backend("https://backend", directory, backend_api("generate"))  # without a transport: httpx makes its own
+    assert len(made) == 1
+    for _ in range(2):
+        backend.client(backend.timeout)
+    assert len(made) == 1
 
 
 # ---- the other servers' words ------------------------------------------------------------------------------------
@@ -262,9 +266,11 @@ def test_our_own_completions_are_a_backend_too(directory, top):
     assert without_names(answers[0].json()) == without_names(answers[1].json())
 
 
-@pytest.mark.parametrize(("api", "salts"), [("generate", True), ("completions", True), ("sglang", False)])
-def test_a_session_is_a_salt_of_the_backends_cache(directory, api, salts):
-    """What one session computed must not be found by another one, at vLLM either."""
+@pytest.mark.parametrize(
+    ("api", "salt"), [("generate", "cache_salt"), ("completions", "cache_salt"), ("sglang", "extra_key")]
+)
+def test_a_session_is_a_salt_of_the_backends_cache(directory, api, salt):
+    """What one session computed must not be found by another one, at vLLM and SGLang either."""
     bodies = []
 
     def backend(request):
@@ -272,13 +278,19 @@ def test_a_session_is_a_salt_of_the_backends_cache(directory, api, salts):
         return httpx.Response(400, json={"error": "enough"})
 
     client = front(directory, backend, api, "m")
-    for session in ("task//one", "task//two", "other", None):
+    for session in ("task//one", "task//two", "other", None, ""):
         client.post("/v1/chat/completions", json={"model": "tiny", "messages": USER},
                     headers={} if session is None else {"X-Session-ID": session})  # fmt: skip
     ask(client, cache_salt="tenant")
-    found = [body.get("cache_salt") for body in bodies]
-    assert found[:4] == (["task", "task", "other", None] if salts else [None] * 4)
-    assert (found[4] or "").startswith("salt-") is salts
+    found = [body.get(salt) for body in bodies]
+    assert found[:5] == ["task", "task", "other", None, None]
+    assert found[5].startswith("salt-")
+
+
+def test_an_empty_session_is_none_at_our_own_backend(pair):
+    reply = pair[1].post("/v1/chat/completions", json={"model": "tiny", "messages": USER, "max_tokens": 2},
+                         headers={"X-Session-ID": ""})  # fmt: skip
+    assert reply.status_code == 200, reply.text
 
 
 def test_what_may_not_be_sampled_is_a_bias_to_a_backend():
