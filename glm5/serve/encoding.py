@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 PIECE = 64
 """Entries of a long list that are encoded at once."""
@@ -15,15 +17,27 @@ PART_BYTES = 256 * 1024
 
 
 class LargeResponse(StreamingResponse):
-    """A JSON body in parts: one of some hundred megabytes is never put together, which would take a second alone."""
+    """A JSON body in parts: one of some hundred megabytes is never put together, which would take a second alone.
 
-    def __init__(self, parts: list[bytes]) -> None:
+    Calls `leave` when the last part is taken, or none will be: until then the parts that wait stand in no account of
+    what is unsent (`SendAtLeisure`), so the request keeps its place.
+    """
+
+    def __init__(self, parts: list[bytes], leave: Callable[[], None]) -> None:
         async def given() -> AsyncIterator[bytes]:
-            for part in parts:
-                yield part
+            while waiting:
+                yield waiting.popleft()
 
+        waiting, self.leave = deque(parts), leave
         length = str(sum(map(len, parts)))
         super().__init__(given(), media_type="application/json", headers={"Content-Length": length})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the parts."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.leave()
 
 
 def encoded(body: Any) -> list[bytes]:

@@ -165,13 +165,13 @@ class Service:
             finally:
                 reply.generation.close()
                 self._ended(reply.generation)
+            if _values(reply.generation) >= LARGE:
+                return LargeResponse(await run_sync(lambda: encoded(reply.whole())), place.leave)
         except BaseException:
             place.leave()
             raise
         place.leave()
-        if _values(reply.generation) < LARGE:
-            return JSONResponse(reply.whole())
-        return LargeResponse(await run_sync(lambda: encoded(reply.whole())))
+        return JSONResponse(reply.whole())
 
     async def _compile(self, outputs: StructuredOutputs | None, place: Place) -> None:
         """Compiles a grammar before its request starts. One that takes long does not keep others from running."""
@@ -250,9 +250,9 @@ class Service:
 
 
 def _values(generation: Generation) -> int:
-    """About how many values the plain reply holds."""
+    """About how many values the plain reply holds; a prompt may stand in it once for each of its samples."""
     params = generation.params
-    read = 0 if params.prompt_logprobs is None else generation.prompt_tokens * (1 + params.prompt_logprobs)
+    read = generation.prompt_tokens * params.n * (1 if params.prompt_logprobs is None else 2 + params.prompt_logprobs)
     return read + generation.completion_tokens * (1 + (params.logprobs or 0))
 
 
