@@ -2,9 +2,10 @@
 
 An agent program may ask for temperature 0 or a fixed seed: all attempts at a task would then be the same, and nothing
 could be learnt from their difference. And the losses take the recorded log-probabilities for those of the policy that
-sampled. So temperature, cuts, penalties, biases and seeds are the gateway's; lengths, stop strings and structure stay
-the agent's. The seed of a request follows from the run's seed, the session, the prompt, and how often it came before,
-so that the same sessions are sampled the same, whatever runs beside them, and however often the gateway was killed.
+sampled. So temperature, cuts, penalties, biases, bad words and seeds are the gateway's; lengths, stop strings and
+structure stay the agent's. The seed of a request follows from the run's seed, the session, the prompt, and how often it
+came before, so that the same sessions are sampled the same, whatever runs beside them, and however often the gateway
+was killed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class OwnDistribution(AroundSource[Source]):
         """The tokens of a request."""
         own = replace(
             params, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
-            frequency_penalty=0.0, logit_bias=None, min_tokens=0, seed=self._seed(session_id, prompt_ids),
+            frequency_penalty=0.0, logit_bias=None, bad_sequences=(), min_tokens=0,
+            seed=self._seed(session_id, prompt_ids),
         )  # fmt: skip
         return self.source.stream(prompt_ids, own, session_id=session_id, priority=priority, deadline=deadline)
 

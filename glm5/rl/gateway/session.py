@@ -143,10 +143,10 @@ class Session:
 
 
 def own_distribution(params: SamplingParams) -> bool:
-    """Whether tokens are drawn from the model itself: temperature 1, nothing cut off, added or forced."""
+    """Whether tokens are drawn from the model itself: temperature 1, nothing cut off, added, forbidden or forced."""
     plain = replace(
         params, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
-        frequency_penalty=0.0, logit_bias=None, min_tokens=0, structured_outputs=None,
+        frequency_penalty=0.0, logit_bias=None, bad_sequences=(), min_tokens=0, structured_outputs=None,
     )  # fmt: skip
     return plain == (params if params.top_k >= 0 else replace(params, top_k=0))
 

@@ -11,11 +11,13 @@ import httpx
 import pytest
 from asgi_client import Call, scope_of
 from gateway_tools import OFF, ask, gateway
+from scripted import ScriptedSource
 from speaker import ScriptedModel, speaker_model, speaker_tokenizer
 
 from glm5.engine import Engine, SamplingParams
 from glm5.errors import RunError
 from glm5.rl.gateway import FinishedSessions, OwnDistribution, SessionLimits, Sessions, create_gateway
+from glm5.rl.gateway.session import own_distribution
 from glm5.rl.records import Ticket, Turn
 from glm5.serve import ApiError
 
@@ -293,10 +295,14 @@ def test_a_learning_gateway_samples_from_the_model_itself_whatever_is_asked(tmp_
             assert all(recorded.learnt for name in "ab" for recorded in running.sessions.find(name).turns)
             seen.append([turn.output_ids for name in "ab" for turn in running.turns(name)])
     assert seen[0] == seen[1] and len(set(seen[0])) == 4
-    params = SamplingParams(temperature=0.3, logit_bias={4: 2.0}, max_tokens=5, stop="x")
+    params = SamplingParams(temperature=0.3, logit_bias={4: 2.0}, bad_sequences=[[5]], max_tokens=5, stop="x")
     stream = OwnDistribution(engine).stream([40, 41], params, session_id="s", priority=0, deadline=None)
     stream.close()
     engine.close()
+    source = ScriptedSource("one two")
+    OwnDistribution(source).stream([40, 41], params, session_id="s", priority=0, deadline=None)
+    assert not own_distribution(params) and own_distribution(source.params[0])
+    assert source.params[0].bad_sequences == () and source.params[0].stop == ("x",)
 
 
 def test_closed_sessions_become_groups_in_the_order_of_closing(tmp_path):

@@ -183,11 +183,12 @@ def test_parallel_requests_of_a_session_are_branches_of_what_they_share(random):
 def test_what_a_temperature_or_a_grammar_chose_is_context(random):
     client = random.openai("settings")
     for fields in ({"temperature": 0.5}, {"top_p": 0.9}, {"tools": [TOOL], "tool_choice": "required", "max_tokens": 60},
-                   {"extra_body": {**OFF, "top_k": 3}}, {"presence_penalty": 0.1}, {}):  # fmt: skip
+                   {"extra_body": {**OFF, "top_k": 3}}, {"presence_penalty": 0.1},
+                   {"extra_body": {**OFF, "bad_words": ["the"]}}, {}):  # fmt: skip
         answer = ask(client, [USER], **fields).choices[0].message
     ask(client, [USER, answer.model_dump(exclude_none=True), MORE])
     session = random.sessions.find("settings")
-    assert [recorded.learnt for recorded in session.turns] == [False] * 5 + [True] * 2
+    assert [recorded.learnt for recorded in session.turns] == [False] * 6 + [True] * 2
     (only,) = rollout(random, "settings").trajectories
     assert only.num_sampled == 24
 
