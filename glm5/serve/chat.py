@@ -55,6 +55,7 @@ class ChatReply:
         )  # fmt: skip
         if begun is not None:
             prompt, thinking = prompt + begun.ids(service.tokenizer), False
+        inside = begun is not None and bool(begun.content)
         most = request.max_completion_tokens or request.max_tokens
         share = reasoning_share(len(prompt), most, service.source.max_model_len)
         structure = request.structure().outputs(thinking=thinking, reasoning_tokens=share)
@@ -64,7 +65,8 @@ class ChatReply:
         )  # fmt: skip
         params = service.under_tools(params, tools, parallel=request.parallel_tool_calls)
         self.generation = Generation(
-            service.source, [prompt], params, parser=lambda seed: AssistantStream(tools, thinking, seed, bool(tools)),
+            service.source, [prompt], params,
+            parser=lambda seed: AssistantStream(tools, thinking, seed, bool(tools), inside),
             session_id=session_id, salt=request.cache_salt, priority=request.priority, messages=messages,
         )  # fmt: skip
 

@@ -86,7 +86,7 @@ class MessagesReply:
             service.source,
             [prompt],
             self._params(min(request.max_tokens, limit - len(prompt))),
-            parser=lambda seed: AssistantStream(tools, thinking, seed, bool(tools)),
+            parser=lambda seed: AssistantStream(tools, thinking, seed, bool(tools), bool(self.prefill)),
             session_id=session_id,
             messages=asked.messages,
         )

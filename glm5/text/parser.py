@@ -74,9 +74,11 @@ class AssistantStream:
         thinking: bool = True,
         seed: str = "",
         calls: bool = True,
+        begun: bool = False,
     ) -> None:
         """`seed` makes the identities of the calls: that of the response, and they differ between turns. `calls`: False
-        where none may be made; the tag is text then. Raises `TextError` for a tool without a name."""
+        where none may be made; the tag is text then. `begun`: the prompt ended inside the content, so it goes on as it
+        is written, without reasoning and blank lines first too. Raises `TextError` for a tool without a name."""
         functions = [tool.get("function", tool) for tool in prepare_tools(tools) or []]
         self._parameters = {f["name"]: f.get("parameters") or {} for f in functions}
         self._thinking, self._seed = thinking, seed
@@ -84,10 +86,10 @@ class AssistantStream:
         self._buffer, self._tail = "", ""  # what no state has consumed yet, and what may turn out to be the terminators
         self._taken: list[str] = []  # what a state has consumed of a name or a key that is not whole yet
         self._ended = False
-        self._state: Callable[[], bool] = self._start
+        self._state: Callable[[], bool] = self._in_content if begun else self._start
         self._deltas = Deltas()
         self._reasoning: list[str] | None = None
-        self._content: list[str] = []
+        self._content = [""] if begun else []  # what is said behind something keeps its blank lines
         self._blank: list[str] = []  # white space that is content only if more content follows
         self._calls: list[dict[str, Any]] = []
         self._fragments: list[str] = []  # the arguments of the open call, as JSON text

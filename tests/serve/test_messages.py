@@ -99,6 +99,13 @@ def test_whole_and_streamed_messages_are_the_same(text, fields, blocks, reason):
     assert all(not (start.get("text") or start.get("thinking") or start.get("input")) for start in starts)
 
 
+def test_what_goes_on_keeps_its_blank_lines():
+    begun = {"messages": [*USER, {"role": "assistant", "content": "1. a"}]}
+    assert ask(sdk_of("\n2. b"), **begun).content[0].text == "\n2. b"
+    _, message = streamed(sdk_of("\n2. b"), **begun)
+    assert message.content[0].text == "\n2. b"
+
+
 def test_usage_counts_the_cache_apart():
     sdk = sdk_of("The answer is 42.")
     messages = [{"role": "user", "content": "What is 12 + 30? " * 20}]

@@ -267,3 +267,16 @@ def test_where_no_call_may_be_made_its_tag_is_text(size):
     message = stream.finish()
     assert (message["reasoning_content"], message["content"]) == (f"maybe {call}?", f"so {call}")
     assert message["tool_calls"] == [] and not any("tool_calls" in delta for delta in deltas)
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+@pytest.mark.parametrize("text", ["\n2. b", "  \n\n  x", "<think>y", "a"])
+def test_content_that_goes_on_is_exact(text, size):
+    stream = AssistantStream(TOOLS, begun=True)
+    deltas = [delta for at in range(0, len(text), size) for delta in stream.feed(text[at : at + size])]
+    assert not stream.reasoning
+    call = f"<tool_call>add{arg('a', '1')}</tool_call>"
+    deltas += stream.feed(call)
+    message = stream.finish()
+    assert "".join(delta.get("content", "") for delta in deltas) == message["content"] == text
+    assert message["reasoning_content"] is None and len(message["tool_calls"]) == 1
