@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -54,26 +54,37 @@ def results_in_order(messages: Sequence[Message]) -> list[Message]:
     """The messages with the results of tools in the order of the calls that they answer.
 
     The template shows no ids, so the order alone tells the model which result is whose. Each run of messages of the
-    role "tool" is sorted by the calls of the assistant's turn before it; a run that names no `tool_call_id` stays as it
-    is. Raises `TextError` for a result that answers no call of that turn.
+    role "tool" is sorted by where their calls stand in the conversation before it; a run that names no `tool_call_id`
+    stays as it is. Raises `TextError` for a result that answers no call before it, and for one without an id beside
+    others that have theirs.
     """
     ordered: list[Message] = []
-    calls: list[Any] = []  # ids of the last turn; turns of the assistant in a row are one
+    places: dict[str, int] = {}  # of the last call of each id, as it is spelled; any JSON may stand there
+    made = 0
     for role, run in groupby(messages, _role):
         group = list(run)
         if role == "assistant":
-            made = [call for message in group for call in message.get("tool_calls") or []]
-            calls = [call.get("id") for call in made if isinstance(call, Mapping)]
+            for call in (call for message in group for call in message.get("tool_calls") or []):
+                if isinstance(call, Mapping):
+                    places[repr(call.get("id"))] = made = made + 1
         elif role == "tool" and any(message.get("tool_call_id") is not None for message in group):
-            unknown = next((message for message in group if message.get("tool_call_id") not in calls), None)
-            if unknown is not None:
-                raise TextError(
-                    f"the tool result for {unknown.get('tool_call_id')!r} answers no call of the turn before it; "
-                    "send the call and its result with the same id"
-                )
-            group.sort(key=lambda message: calls.index(message["tool_call_id"]))
+            _check_results(group, places)
+            group.sort(key=lambda message: places[repr(message["tool_call_id"])])
         ordered += group
     return ordered
+
+
+def _check_results(results: Sequence[Message], known: Container[str]) -> None:
+    for name in (result.get("tool_call_id") for result in results):
+        if name is None:
+            raise TextError(
+                "a tool result has no tool_call_id and stands beside results that have one; "
+                "give each the id of the call that it answers"
+            )
+        if repr(name) not in known:
+            raise TextError(
+                f"the tool result for {name!r} answers no call before it; send the call and its result with the same id"
+            )
 
 
 def split_reasoning(content: str) -> tuple[str | None, str]:
