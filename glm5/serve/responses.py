@@ -85,7 +85,7 @@ class ResponseReply:
         self.id = f"resp_{self.generation.id}"
         sealed = "reasoning.encrypted_content" in request.include
         self.items = ResponseItems(self.generation.id, origins, sealed=sealed)
-        self.spoken = SpokenTokens(service.tokenizer) if request.logprobs else None
+        self.spoken = SpokenTokens(service.tokenizer, calls=bool(self.tools)) if request.logprobs else None
         self.events = 0
 
     def _parser(self, seed: str) -> AssistantStream:

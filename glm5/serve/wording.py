@@ -8,6 +8,7 @@ from typing import Any
 from glm5.engine import TokenDelta
 from glm5.serve.generation import Generation
 from glm5.text import Tokenizer, token_bytes
+from glm5.text.specials import CALL_TAGS
 
 LOWEST_LOGPROB = -9999.0
 """JSON has no infinity."""
@@ -47,19 +48,22 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: list[TokenDelta], *, as_ids: boo
 
 
 class SpokenTokens:
-    """The log-probabilities of a message's own tokens: no reasoning, no calls, no tags."""
+    """The log-probabilities of a message's own tokens: no reasoning, no calls, no tags. `calls`: whether any may be
+    made; where not, their tags are text, as for `AssistantStream`."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, calls: bool) -> None:
         self.tokenizer = tokenizer
-        self._special = frozenset(tokenizer.special_ids.values())
-        self._begin, self._end = map(tokenizer.token_to_id, ("<tool_call>", "</tool_call>"))
+        text = () if calls else CALL_TAGS
+        self._special = frozenset(id for token, id in tokenizer.special_ids.items() if token not in text)
+        begin, end = map(tokenizer.token_to_id, ("<tool_call>", "</tool_call>"))
+        self._tags = {begin: True, end: False} if calls else {}
         self._calling = False
         self._waiting: list[TokenDelta] = []
 
     def take(self, token: TokenDelta, *, reasoning: bool) -> None:
         """One more token; `reasoning`: whether the reasoning is still open behind it."""
-        if token.token_id in (self._begin, self._end):
-            self._calling = token.token_id == self._begin
+        if token.token_id in self._tags:
+            self._calling = self._tags[token.token_id]
         elif not reasoning and not self._calling and token.token_id not in self._special:
             self._waiting.append(token)
 

@@ -31,8 +31,9 @@ PAD_TOKEN = "<|endoftext|>"
 TERMINATORS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 """An assistant turn ends with the next role token, or with the end of the text."""
 
+CALL_TAGS = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+
 CHAT_TOKENS = (
-    *TERMINATORS, "[gMASK]", "<sop>", "<|system|>", "<|assistant|>", "<think>", "</think>", "<tool_call>",
-    "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
+    *TERMINATORS, "[gMASK]", "<sop>", "<|system|>", "<|assistant|>", "<think>", "</think>", *CALL_TAGS,
 )  # fmt: skip
 """What a tokenizer must have to speak GLM-5's chat format."""

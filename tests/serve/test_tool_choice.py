@@ -127,3 +127,10 @@ def test_what_is_recorded_is_the_models_own_choice():
     assert message["content"] == f"I call {CALL}" and "tool_calls" not in message
     (generation,) = recorder.ended_ones
     assert generation.params.bad_sequences == ()
+
+
+def test_the_tag_that_is_text_has_its_logprobs():
+    client = client_of(f"hm</think>I call {CALL} now", recorder=Recorder())
+    answer = post(client, "responses", input="12?", include=["message.output_text.logprobs"]).json()
+    (part,) = answer["output"][1]["content"]
+    assert "".join(entry["token"] for entry in part["logprobs"]) == part["text"] == f"I call {CALL} now"
