@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from glm5.engine import SamplingDefaults, SamplingParams
-from glm5.engine.sampling_params import MAX_BAD
+from glm5.engine.sampling_params import MAX_BAD, MAX_STOPS
 from glm5.errors import did_you_mean
 from glm5.text import Tokenizer
 
@@ -102,7 +102,8 @@ class SamplingFields(RequestBody):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | None = Field(default=None, max_length=MAX_STOPS - 1)
+    """Room for `</tool_call>`, where one call is allowed."""
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     prompt_logprobs: int | None = None
@@ -110,7 +111,8 @@ class SamplingFields(RequestBody):
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     """Names the tokens of log-probabilities by their ids: `token_id:17`."""
-    bad_words: list[str] | None = Field(default=None, max_length=MAX_BAD // 2)
+    bad_words: list[str] | None = Field(default=None, max_length=MAX_BAD // 2 - 1)
+    """Each in two forms, and room for `<tool_call>`, where there are no tools."""
     cache_salt: str | None = Field(default=None, min_length=1)
 
     def sampling(self, defaults: SamplingDefaults, **settings: Any) -> SamplingParams:

@@ -1,7 +1,9 @@
 """The fields of vLLM's `extra_body`: built, neutral, or refused."""
 
+import json
+
 import pytest
-from chat_client import USER, ask, client_of, prompts_of
+from chat_client import ADD, USER, ask, client_of, prompts_of
 from speaker import ScriptedModel, speaker_model, speaker_tokenizer
 
 NEUTRAL = {"skip_special_tokens": True, "spaces_between_special_tokens": False, "add_generation_prompt": True,
@@ -22,7 +24,8 @@ def test_neutral_values_pass():
         ({"skip_special_tokens": False}, "skip_special_tokens is not supported"),
         ({"moderation": {"model": "x"}}, "moderation is not supported"),
         ({"cache_salt": ""}, "cache_salt"),
-        ({"bad_words": ["x"] * 65}, "bad_words"),
+        ({"bad_words": ["x"] * 64}, "bad_words: List should have at most 63 items"),
+        ({"stop_token_ids": [7] * 64}, "stop_token_ids: List should have at most 63 items"),
         ({"add_generation_prompt": False}, "set continue_final_message"),
         ({"continue_final_message": True}, "goes on from a last message of the assistant"),
         ({"continue_final_message": True, "response_format": {"type": "json_object"}}, "cannot begin"),
@@ -49,6 +52,17 @@ def test_a_last_message_is_gone_on_from(reasoning):
     assert spaced.status_code == 400 and "ends in white space" in spaced.text
 
 
+def test_what_goes_on_keeps_its_blank_lines():
+    fields = {"continue_final_message": True, "messages": [*USER, {"role": "assistant", "content": "1. a"}]}
+    answer = ask(client_of("\n2. b"), **fields).json()
+    assert answer["choices"][0]["message"]["content"] == "\n2. b"
+    lines = ask(client_of("\n2. b"), **fields, stream=True).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "\n2. b"
+    fields["messages"][-1] = {"role": "assistant", "content": "", "reasoning_content": "hm"}  # nothing is begun
+    assert ask(client_of("\n\n1. a"), **fields).json()["choices"][0]["message"]["content"] == "1. a"
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/inference/v1/generate"])
 def test_bad_words_are_not_written(path):
     said = []
@@ -61,6 +75,12 @@ def test_bad_words_are_not_written(path):
         (choice,) = answer.json()["choices"]
         said.append(speaker_tokenizer().decode(choice["token_ids"]) if "generate" in path else str(choice))
     assert "answer" in said[0] and "answer" not in said[1]
+
+
+def test_as_many_as_are_accepted_leave_room_for_what_the_server_adds():
+    assert ask(client_of("</think>ok"), bad_words=["x"] * 63).status_code == 200
+    one = {"tools": [ADD], "parallel_tool_calls": False}
+    assert ask(client_of("</think>ok"), stop_token_ids=list(range(40, 103)), **one).status_code == 200
 
 
 def cached(path, **fields):
