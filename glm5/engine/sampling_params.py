@@ -138,6 +138,8 @@ class SamplingParams:
         object.__setattr__(self, "bad_sequences", _bad(self.bad_sequences))
         check_whole("n", self.n, 1, MAX_SAMPLES)
         check_number("temperature", self.temperature, 0.0)
+        if self.tempered_logprobs and self.temperature == 0:
+            raise InputError("tempered_logprobs has no meaning at temperature 0; give a temperature above 0.")
         check_number("top_p", self.top_p, 0.0, 1.0, above=True)
         check_number("min_p", self.min_p, 0.0, 1.0)
         check_whole("top_k", self.top_k, -1)

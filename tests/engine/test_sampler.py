@@ -116,3 +116,8 @@ def test_logprobs_are_those_of_the_model_itself():
 def test_bad_settings_are_refused_with_a_sentence(field, value, sentence):
     with pytest.raises(InputError, match=sentence):
         SamplingParams(**{field: value})
+
+
+def test_tempered_logprobs_need_a_temperature():
+    with pytest.raises(InputError, match="tempered_logprobs has no meaning at temperature 0"):
+        SamplingParams(temperature=0, tempered_logprobs=True)
