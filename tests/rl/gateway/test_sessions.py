@@ -99,12 +99,12 @@ def test_opening_is_idempotent_and_names_group_and_task(running):
 
 
 def test_the_header_names_the_session_too_and_requests_without_one_are_not_recorded(running):
-    body = {"model": "tiny", "messages": USER, "max_tokens": 3, **OFF}
+    body = {"model": "tiny", "messages": USER, "max_tokens": 3, "ignore_eos": True, **OFF}
     before = running.sessions.counts()
     assert httpx.post(f"{running.url}/v1/chat/completions", json=body).status_code == 200
     assert running.sessions.counts() == before
     httpx.post(f"{running.url}/v1/chat/completions", json=body, headers={"X-Session-ID": "by-header"})
-    ids = {"token_ids": [40, 41], "sampling_params": {"max_tokens": 3}}
+    ids = {"token_ids": [40, 41], "sampling_params": {"max_tokens": 3, "ignore_eos": True}}
     httpx.post(f"{running.url}/s/by-header/inference/v1/generate", json=ids)
     assert [len(turn.output_ids) for turn in running.turns("by-header")] == [3, 3]
     wrong = httpx.post(f"{running.url}/v1/chat/completions", json=body, headers={"X-Session-ID": "a b"})
