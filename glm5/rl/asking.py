@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import re
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 from glm5.envs import Environment, EnvironmentFailure, Episode, FailureKind, Message, Observation, Reward, Task, Tool
 from glm5.envs.threads import in_own_thread
+from glm5.rl.episode_task import EpisodeTask, TookTooLong
 from glm5.scoring import Grade
 
 T = TypeVar("T")
@@ -37,6 +39,11 @@ class Asking:
         self.environment, self.step_seconds, self.timed = environment, step_seconds, timed
         self.seconds = 0.0
         """Spent in its calls so far."""
+        self._task = EpisodeTask()
+        self._lock = threading.Lock()
+        """Of the two below, which a thread sets that nobody may wait for any more."""
+        self._episode: Episode | None = None
+        self._over = False
 
     async def begin(self, seed: int, index: int) -> tuple[Task, Episode, list[Tool]]:
         """The task as the journal holds it, its episode, and the tools."""
@@ -58,33 +65,56 @@ class Asking:
         """A finite number with its reason."""
         return plain_reward(await self._answer("score", episode.score))
 
-    async def close(self, episode: Episode) -> None:
-        """Whatever it raises, nobody is left to tell. Always limited: nothing hangs on it but the rollout's place."""
+    async def close(self) -> None:
+        """Closes the episode, now or once it is made. Whatever that raises, nobody is left to tell. Always limited:
+        nothing hangs on it but the rollout's place."""
+        with self._lock:
+            self._over, episode = True, self._episode
+        task = EpisodeTask() if self._task.lost else self._task
+        try:
+            if episode is not None:
+                await self._closed(episode, task if self.timed else None)
+        finally:
+            task.end()
+
+    async def _closed(self, episode: Episode, task: EpisodeTask | None) -> None:
+        seconds = min(CLOSE_SECONDS, self.step_seconds or CLOSE_SECONDS)
         with suppress(Exception, SystemExit):
-            async with asyncio.timeout(min(CLOSE_SECONDS, self.step_seconds or CLOSE_SECONDS)):
-                await episode.close()
+            if task is not None:
+                await task(episode.close, seconds)
+            else:
+                async with asyncio.timeout(seconds):
+                    await episode.close()
 
     def _begun(self, seed: int, index: int) -> tuple[Task, Episode, list[Tool]]:
         task = _blaming("task", self.environment.task, seed, index)
         known = plain_task(task)
         episode = _blaming("episode", self.environment.episode, task)
+        with self._lock:
+            self._episode, late = episode, self._over
+        if late:  # this is a thread that nobody waits for
+            asyncio.run(self._closed(episode, None))
         return known, episode, _blaming("tools", lambda: [plain(tool) for tool in episode.tools])
 
     async def _answer(self, what: str, function: Callable[..., Awaitable[T]], *values: object) -> T:
         """The result of an async method, within the limit."""
         begun = time.perf_counter()
-        timer = asyncio.timeout(self.step_seconds if self.timed else None)
+
+        async def called() -> T:
+            call = function(*values)
+            if not inspect.isawaitable(call):
+                raise EnvironmentFailure(f"{what} is no coroutine; write `async def {what}`")
+            return await call
+
         try:
-            async with timer:
-                call = function(*values)
-                if not inspect.isawaitable(call):
-                    raise EnvironmentFailure(f"{what} is no coroutine; write `async def {what}`")
-                return await call
+            if self.timed:
+                return await self._task(called, self.step_seconds)
+            return await called()
         except EnvironmentFailure:
             raise
+        except TookTooLong:
+            raise EnvironmentFailure(f"{what} took longer than {self.step_seconds:g} s", "timeout") from None
         except (Exception, SystemExit) as error:
-            if timer.expired():
-                raise EnvironmentFailure(f"{what} took longer than {self.step_seconds:g} s", "timeout") from None
             raise EnvironmentFailure(f"{what}: {type(error).__name__}: {error}") from error
         finally:
             self.seconds += time.perf_counter() - begun

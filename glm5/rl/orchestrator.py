@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from glm5.errors import RunError
 from glm5.rl.aids import Aids
 from glm5.rl.concurrency import Load, next_limit
 from glm5.rl.config import RLRunConfig
+from glm5.rl.episode_task import leave
 from glm5.rl.executors import MakeFleet, one_engine
 from glm5.rl.fleet import Fleet, FleetStats
 from glm5.rl.meter import Meter, Metered
@@ -46,6 +47,8 @@ Player = Callable[[Ticket], Awaitable[Rollout]]
 """Makes the rollout of a ticket where this program does not play it: from a session of an outside agent."""
 GLANCE = 0.2
 """Seconds between two looks at the clock and at Ctrl-C."""
+END_SECONDS = 60.0
+"""In which rollouts that are called off at the end of a run close their episodes; then they are left behind."""
 
 
 def train_rl(
@@ -305,11 +308,20 @@ class Orchestrator:
             task.cancel()
         learning = [self._learning] if self._learning else []  # a step comes to its end: its thread holds the model
         try:
-            await asyncio.gather(*self.playing.values(), *learning, return_exceptions=True)
+            await _ended(self.playing.values())
+            await asyncio.gather(*learning, return_exceptions=True)
         finally:
             self._in_learners_thread.close()
             await self.fleet.close()
             self.session.journal.commit()
+
+
+async def _ended(rollouts: Collection[asyncio.Task[None]]) -> None:
+    """Waits for the tasks, but not for ever."""
+    if rollouts:
+        _, hung = await asyncio.wait(rollouts, timeout=END_SECONDS)
+        for task in hung:
+            leave(task)
 
 
 def load_of(stats: FleetStats, preempted: int, speed: Mapping[str, Any]) -> tuple[int, Load]:

@@ -134,7 +134,6 @@ class _Player:
         """The finished rollout, whatever happens but cancellation and mistakes of the source."""
         started = time.perf_counter()
         task = Task(f"{self.ticket.environment}/{self.ticket.task_index}", (), "", "")
-        episode: Episode | None = None
         reward: Reward | None = None
         outcome: Outcome
         failure = ""
@@ -154,8 +153,7 @@ class _Player:
         except _Aborted:
             reward, outcome, failure = None, "aborted", "the engine gave the request up"
         finally:
-            if episode is not None:
-                await self.asking.close(episode)
+            await self.asking.close()
         return Rollout(
             ticket=self.ticket,
             task=task,

@@ -1,19 +1,22 @@
 """Runs whose environments hang, break or lie: the run goes on, or says why it does not."""
 
+import asyncio
 import errno
 import io
 import threading
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
-from scripted import Chat, FullDisk
+from scripted import Chat, ChatEpisode, FullDisk
 from speaker import speaker_model, speaker_tokenizer
 
 import glm5
 from glm5.envs import EpisodeLimits, GymEnvironment, Reward, SingleTurn, Task
 from glm5.errors import RunError
 from glm5.optim import OptimizerConfig
+from glm5.rl import episode_task, orchestrator
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.learner import Learner, LearnerConfig
@@ -74,6 +77,47 @@ def test_calls_that_hang_hold_up_neither_the_learner_nor_the_end(parent, tmp_pat
         assert run.finished and left[0] < 0 and not waited
     finally:
         release.set()
+
+
+class Stubborn:
+    """A coroutine that goes on when it is cancelled; released by a clock where a test would hang."""
+
+    def __init__(self):
+        self.released = False
+        self.watchdog = threading.Timer(30, lambda: setattr(self, "released", True))
+        self.watchdog.start()
+
+    async def __call__(self, ticket=None):
+        while not self.released:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.05)
+
+
+def test_calls_that_cannot_be_cancelled_hold_up_neither_the_learner_nor_the_end(parent, tmp_path, monkeypatch):
+    monkeypatch.setattr(episode_task, "GRACE", 0.1)
+    stuck, left = Stubborn(), [12]
+
+    class Stuck(ChatEpisode):
+        async def step(self, message):
+            left[0] -= 1
+            if left[0] >= 0:
+                await stuck()
+            return await super().step(message)
+
+    environment = Chat(reward=lambda said: len(said[-1]["content"] or "") % 2, limits=EpisodeLimits(step_seconds=0.2))
+    environment.episode = lambda task: Stuck(environment, task)
+    run = train_rl(config_of(parent), [environment], tmp_path / "run")
+    stuck.watchdog.cancel()
+    assert run.finished and left[0] < 0 and not stuck.released
+
+
+def test_players_that_cannot_be_cancelled_do_not_hold_up_the_end(parent, tmp_path, monkeypatch):
+    monkeypatch.setattr(orchestrator, "END_SECONDS", 0.1)
+    stuck = Stubborn()
+    with pytest.raises(RunError, match="Nothing has moved"):
+        train_rl(config_of(parent, patience=0.5), [Chat()], tmp_path / "run", player=stuck)
+    stuck.watchdog.cancel()
+    assert not stuck.released
 
 
 class Tasks:
