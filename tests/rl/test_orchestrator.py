@@ -233,7 +233,7 @@ def test_a_run_that_teaches_nothing_says_so(parent, tmp_path):
         path = tmp_path / run.__name__
         with pytest.raises(RunError, match=r"the last 5 groups.*\(2\d all wrong\); take easier or harder tasks"):
             run(config, [Chat(reward=lambda said: 0.0)], path)
-        with pytest.raises(RunError, match="the last 5 groups"):
+        with pytest.raises(RunError, match=r"the last (9|1[01]) groups"):  # five more: something may have been mended
             run(config, [Chat(reward=lambda said: 0.0)], path, resume=True)
 
 
