@@ -37,7 +37,7 @@ from glm5.text import Tokenizer
 from glm5.train import RunDirectory, SFTConfig
 from glm5.train.indexer_recall import measure_indexer_recall
 from glm5.train.job import perform
-from glm5.train.run_directory import plain
+from glm5.train.recorded import plain
 from glm5.train.stages import AnyConfig, job_of, shortened
 
 COMPARED = "def forward(self, input): returns the sum of all elements in the tensor. " * 8

@@ -120,7 +120,7 @@ def run(arguments: Sequence[str]) -> int:
         return print_replay(replay_step(config, options.out, options.replay_step), console, options.json)
     train = train_in_lockstep
     if not options.deterministic:
-        train = functools.partial(train_rl, make_fleet=engines.fleet(config), publish_to=engines.mirror)
+        train = functools.partial(train_rl, make_fleet=engines.fleet(config, options.out), publish_to=engines.mirror)
     done = train(
         config,
         [named.environment for named in environments],

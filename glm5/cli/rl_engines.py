@@ -55,8 +55,8 @@ class EngineOptions:
         """Where the run writes its versions; servers that sample get them from their fleet."""
         return None if self.executor == "servers" else self.publish_to
 
-    def fleet(self, config: RLRunConfig, **engine: Any) -> MakeFleet:
-        """The engines. engine: settings of `Engine`, where they are ours."""
+    def fleet(self, config: RLRunConfig, run_directory: Path, **engine: Any) -> MakeFleet:
+        """The engines of that run. engine: settings of `Engine`, where they are ours."""
         if self.executor == "local":
             return one_engine(config, **engine)
         if self.executor == "processes":
@@ -64,7 +64,9 @@ class EngineOptions:
         if self.executor == "servers":
             assert self.publish_to is not None
             key = os.environ.get(SERVER_KEY)
-            return engine_servers(config, self.server, self.publish_to, api=self.server_api, api_key=key)
+            return engine_servers(
+                config, self.server, self.publish_to, run_directory, api=self.server_api, api_key=key
+            )  # fmt: skip
         make = engine_actors(config, self.engines, **engine)  # refuses when ray is missing
         import ray
 

@@ -114,7 +114,7 @@ def run(arguments: Sequence[str]) -> int:
             print(f"Warning: everybody who reaches {options.host} may use and teach this model; set {KEY_VARIABLE} to "
                   "require a key.", file=sys.stderr, flush=True)  # fmt: skip
         ready = lambda url: print(f"Agents: {url}/s/SESSION/v1 (OpenAI), {url}/s/SESSION (Anthropic)", flush=True)
-        make = engines.fleet(config, max_num_seqs=address.limits.max_concurrent)
+        make = engines.fleet(config, options.out, max_num_seqs=address.limits.max_concurrent)
         done = train_from_gateway(
             config, options.out, address, ready=ready, make_fleet=make, publish_to=engines.mirror, **common
         )  # fmt: skip

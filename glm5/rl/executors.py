@@ -20,9 +20,11 @@ from glm5.rl.config import RLRunConfig
 from glm5.rl.fleet import Fleet, FleetConfig, InProcessFleet, ProcessExecutor, SupervisedFleet
 from glm5.rl.fleet.external import Polled, Reloaded, ServerExecutor
 from glm5.rl.weights import DirectoryPublisher
+from glm5.rl.weights.mirror import claim
 from glm5.serve.backend import Backend
 from glm5.serve.backend_api import backend_api
 from glm5.text import Tokenizer
+from glm5.train import RunDirectory
 from glm5.train.run_directory import model_of
 
 MakeFleet = Callable[[GLM5, Tokenizer, int], Fleet]
@@ -79,13 +81,15 @@ def engine_actors(
 
 
 def engine_servers(
-    config: RLRunConfig, urls: Sequence[str], weights: Path, *, api: Literal["glm5", "sglang"] = "glm5",
-    api_key: str | None = None, limits: FleetConfig | None = None, transport: AsyncBaseTransport | None = None,
+    config: RLRunConfig, urls: Sequence[str], weights: Path, run_directory: Path, *,
+    api: Literal["glm5", "sglang"] = "glm5", api_key: str | None = None, limits: FleetConfig | None = None,
+    transport: AsyncBaseTransport | None = None,
 ) -> MakeFleet:  # fmt: skip
     """Servers that somebody else has started with the parent's model, one engine each.
 
     weights: a directory that the servers see too, where they find new versions: those of glm5 were started with
-    `--weights-from` it, those of SGLang are told to read a model directory in it. transport: for tests.
+    `--weights-from` it, those of SGLang are told to read a model directory in it. run_directory: of the run, which
+    overwrites no versions of another one (`WeightsError`). transport: for tests.
     """
     if config.rollout.temperature != 1.0:
         raise ConfigError("Servers report log-probabilities at temperature 1; leave rollout.temperature at it.")
@@ -102,6 +106,7 @@ def engine_servers(
     backends = [Backend(url, parent, spoken, api_key=api_key, transport=transport) for url in urls]
 
     def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
+        claim(weights, RunDirectory.open(run_directory))
         delivery = (
             Reloaded(weights, model.config, tokenizer) if api == "sglang"
             # Theirs is the version before, whatever a killed run has left: it is written again, and whole.

@@ -34,7 +34,7 @@ from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
 from glm5.rl.view.live import LiveView
 from glm5.rl.view.watch import Watch, snapshot_of
-from glm5.rl.weights.mirror import Mirror, check_unused
+from glm5.rl.weights.mirror import Mirror, check_unused, claim
 from glm5.text import Tokenizer
 from glm5.threads import OneThread
 from glm5.train import RunDirectory, RunInterrupted
@@ -81,6 +81,8 @@ def train_rl(
         check_unused(publish_to)
     run = start_run(config, environments, run_directory, sources=sources, aids=aids, resume=resume)
     with run.exclusive(), disk_errors(run):
+        if publish_to is not None:
+            claim(publish_to, run)
         if not reopened(run, config):
             return run
         session = open_session(config, environments, run, tokenizer, sources=sources, aids=aids, held_out=held_out)

@@ -20,7 +20,8 @@ from glm5.rl.records import Batch, Metrics, Rollout
 from glm5.rl.session import JOURNAL
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory
-from glm5.train.run_directory import first_difference, model_of, plain, with_defaults, without_paths
+from glm5.train.recorded import first_difference, plain, with_defaults, without_paths
+from glm5.train.run_directory import model_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,58 +1,34 @@
 """A run directory: everything that one stage was made from and has produced.
 
-`run.json` (configuration, hashes of data and parent, code and environment of each session), `metrics.jsonl` (one line a
-step; only values that follow from configuration and step, so that a repeated run gives the same bytes), `speed.jsonl`
-(wall-clock measurements), `checkpoints/` (the newest few, each whole or absent), `samples/`, `report.html`, and last of
-all `model/`, a Hugging Face directory. The presence of `model/` says that the run is finished.
+`run.json` (a random name, configuration, hashes of data and parent, code and environment of each session),
+`metrics.jsonl` (one line a step; only values that follow from configuration and step, so that a repeated run gives the
+same bytes), `speed.jsonl` (wall-clock measurements), `checkpoints/` (the newest few, each whole or absent), `samples/`,
+`report.html`, and last of all `model/`, a Hugging Face directory. The presence of `model/` says that the run is
+finished.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
 import platform
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import nn
 
 from glm5.checkpoint.training_state import DamagedCheckpoint, TrainingCheckpoints, load_training_state
-from glm5.config import ModelConfig
 from glm5.errors import RunError
 from glm5.files import replacing, sha256_of, write_json
 from glm5.parallel.mesh import on_first, world_rank
-
-IDENTIFIED = frozenset({"parent", "tokenizer", "train_data", "heldout_data", "path", "reference", "heldout", "world"})
-"""Settings that are places; `inputs` and the run's `parent` hold the hashes of what was there."""
-OPERATIONAL = frozenset(
-    {
-        "checkpoint_activations",
-        "checkpoint_every",
-        "episode_seconds",
-        "evaluate_every",
-        "groups_in_vain",
-        "held_out",
-        "keep_best",
-        "keep_checkpoints",
-        "keep_logprobs",
-        "on_spike",
-        "parallel",
-        "patience",
-        "report_every",
-        "save_in_background",
-        "spike_factor",
-        "step_seconds",
-        "watch",
-    }
-)
-"""Settings that watch over a run without changing what a healthy step learns: a resumed run may change them."""
+from glm5.train.recorded import OPERATIONAL, first_difference, operational, plain, with_defaults, without_paths
 
 
 class RunDirectory:
@@ -115,7 +91,7 @@ class RunDirectory:
             "threads": torch.get_num_threads(),
             "settings": operational(plan, free),
         }
-        sessions = []
+        sessions, name = [], uuid.uuid4().hex
         if (path / "run.json").exists():
             old = cls.open(path)
             if not resume:
@@ -125,12 +101,17 @@ class RunDirectory:
             change = first_difference(without_paths(before), without_paths(plan), free=free)
             if change is not None:
                 raise RunError(f"{path} was started with another {change}; resume it unchanged, or start a new run.")
-            sessions = old.description["sessions"]
-        for name in ("checkpoints", "samples"):
-            (path / name).mkdir(parents=True, exist_ok=True)
+            sessions, name = old.description["sessions"], old.description.get("id", name)
+        for place in ("checkpoints", "samples"):
+            (path / place).mkdir(parents=True, exist_ok=True)
         if not sessions or sessions[-1] != session:
             sessions = [*sessions, session]
-        write_json(path / "run.json", {"kind": "run", **plan, "sessions": sessions})
+        write_json(path / "run.json", {"kind": "run", "id": name, **plan, "sessions": sessions})
+
+    @property
+    def id(self) -> str:
+        """The run's name wherever its directory is moved."""
+        return str(self.description["id"])
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -270,86 +251,3 @@ def code_sha256() -> str:
     for file in sorted(root.rglob("*.py")):
         digest.update(f"{file.relative_to(root).as_posix()} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """A configuration as JSON values. A part that could be of several classes, as a loss, says of which it is."""
-    if isinstance(value, ModelConfig):
-        return value.to_dict()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        several, found = of_several_classes(type(value)), dict[str, Any]()
-        for field in dataclasses.fields(value):
-            part = getattr(value, field.name)
-            said = {"class": type(part).__name__} if field.name in several and part else None
-            found[field.name] = plain(part) if said is None else said | plain(part)
-        return found
-    if isinstance(value, dict):
-        return {name: plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def of_several_classes(config: type) -> set[str]:
-    """The fields of a configuration that are parts of one of several classes."""
-    types = get_type_hints(config)
-    return {name for name in types if sum(map(dataclasses.is_dataclass, get_args(types[name]))) > 1}
-
-
-def with_defaults(recorded: Any, config: Any) -> Any:
-    """A recorded configuration, with the settings that came later as they are by default.
-
-    Which of several classes a part is of was not always recorded: it then counts as of that of `config`.
-    """
-    if isinstance(config, ModelConfig) or not (isinstance(recorded, dict) and dataclasses.is_dataclass(config)):
-        return recorded
-    several, found = of_several_classes(type(config)), dict(recorded)
-    for field in dataclasses.fields(config):
-        part = getattr(config, field.name)
-        if field.name in recorded:
-            found[field.name] = with_defaults(recorded[field.name], part)
-        elif field.default is not dataclasses.MISSING:
-            part = field.default
-            found[field.name] = plain(part)
-        elif field.default_factory is not dataclasses.MISSING:
-            part = field.default_factory()
-            found[field.name] = plain(part)
-        if field.name in several and part and isinstance(found.get(field.name), dict):
-            found[field.name] = {"class": type(part).__name__} | found[field.name]
-    return found
-
-
-def operational(values: dict[str, Any], free: frozenset[str] = OPERATIONAL) -> dict[str, Any]:
-    """The settings of a nested configuration that a resumed run may change, side by side."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in free:
-            found[name] = value
-        elif isinstance(value, dict):
-            found |= operational(value, free)
-    return found
-
-
-def without_paths(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan without the places of its inputs: their contents are compared by hash, so a tree may be moved."""
-
-    def is_place(value: Any) -> bool:
-        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
-
-    def stripped(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: stripped(v) for k, v in value.items() if not (k in IDENTIFIED and is_place(v))}
-        return [stripped(item) for item in value] if isinstance(value, list) else value
-
-    return {**plan, "config": stripped(plan["config"])}
-
-
-def first_difference(old: Any, new: Any, name: str = "", *, free: frozenset[str] = OPERATIONAL) -> str | None:
-    """`name (old, now new)` of the first value but those of `free` in which nested dictionaries differ, or None."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted((old.keys() | new.keys()) - free):
-            found = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key, free=free)
-            if found is not None:
-                return found
-        return None
-    return None if old == new else f"{name} ({old!r}, now {new!r})"

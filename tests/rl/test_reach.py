@@ -47,6 +47,11 @@ def config_of(parent, *, steps=3, learner=None, **changes):
     )  # fmt: skip
 
 
+def held_in(path):
+    """The names and sizes of all files there."""
+    return {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+
+
 def weights_of(run):
     return glm5.load_model(run.model_directory, dtype=torch.float32).state_dict()
 
@@ -70,6 +75,23 @@ def test_every_version_is_where_others_find_it(parent, tmp_path, lora):
     snapshot = DirectorySubscriber(tmp_path / "weights").newest()
     assert snapshot.version == 5
     assert all(torch.equal(tensor, snapshot.tensors[name]) for name, tensor in weights_of(longer).items())
+
+
+def test_a_resumed_run_leaves_the_weights_of_another_alone(parent, tmp_path):
+    theirs = tmp_path / "theirs"
+    train_rl(config_of(parent), [letters()], tmp_path / "other", publish_to=theirs)
+    run = train_rl(config_of(parent, steps=1), [letters()], tmp_path / "run", publish_to=tmp_path / "ours")
+    before = held_in(theirs)
+    for path in (run.path, tmp_path / "new"):
+        with pytest.raises(WeightsError, match=r"another run \(version 3\); publish to a new directory"):
+            train_rl(config_of(parent, steps=2), [letters()], path, publish_to=theirs, resume=True)
+    make = engine_servers(config_of(parent), ["http://127.0.0.1:9"], theirs, run.path)
+    with pytest.raises(WeightsError, match="another run"):
+        make(speaker_model(), speaker_tokenizer(), 1)
+    assert held_in(theirs) == before
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train_rl(config_of(parent, steps=2), [letters()], tmp_path / "moved", publish_to=tmp_path / "ours", resume=True)
+    assert versions(tmp_path / "ours")[-1] == 2
 
 
 @pytest.mark.parametrize("error", [OSError, SafetensorError])
@@ -128,7 +150,7 @@ def test_what_servers_cannot_do_is_refused(parent, tmp_path):
     ):  # fmt: skip
         config = dataclasses.replace(config_of(parent, learner=changes.pop("learner", None)), **changes)
         with pytest.raises(ConfigError, match=says):
-            engine_servers(config, ["http://127.0.0.1:9"], tmp_path)
+            engine_servers(config, ["http://127.0.0.1:9"], tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(

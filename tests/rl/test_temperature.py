@@ -99,6 +99,6 @@ def test_where_log_probabilities_are_of_temperature_1_another_is_refused(tmp_pat
     with pytest.raises(ConfigError, match="temperature 1"):
         outside(config, patience=1.0)
     with pytest.raises(ConfigError, match="temperature 1"):
-        engine_servers(config, ["http://127.0.0.1:9"], tmp_path)
+        engine_servers(config, ["http://127.0.0.1:9"], tmp_path, tmp_path)
     with pytest.raises(ConfigError, match="temperature"):
         RolloutConfig(temperature=0.0)

@@ -38,6 +38,7 @@ from glm5.rl.fleet.config import FleetConfig
 from glm5.rl.fleet.job import Delivery, Order
 from glm5.rl.fleet.member import Events, Facts
 from glm5.rl.weights import DirectoryPublisher
+from glm5.rl.weights.directory import MODEL_PREFIX, versions
 from glm5.serve.backend import Backend
 from glm5.serve.errors import ApiError
 from glm5.text import Tokenizer
@@ -92,23 +93,28 @@ class Reloaded:
         self.path, self.tokenizer = Path(path).resolve(), tokenizer
         with torch.device("meta"):
             self._model = GLM5(config)
-        self._written: list[Path] = []
+        self._written = [self._directory(version) for version in versions(self.path, MODEL_PREFIX)]
+        """Also those of before the run was resumed."""
 
     def snapshot(self, version: int, tensors: Mapping[str, Tensor]) -> None:
         """Writes a model directory."""
-        directory = self.path / f"model-{version:08d}"
+        directory = self._directory(version)
         save_model(self._model, directory, self.tokenizer, state=tensors)
-        self._written.append(directory)
-        for old in self._written[:-2]:
+        *older, last = [*(written for written in self._written if written != directory), directory]
+        for old in older[:-1]:
             shutil.rmtree(old, ignore_errors=True)
+        self._written = [*older[-1:], last]
 
     async def arrive(self, client: httpx.AsyncClient, version: int) -> int:
         """Tells the server to read it."""
-        body = {"model_path": str(self.path / f"model-{version:08d}")}
+        body = {"model_path": str(self._directory(version))}
         reply = await client.post("/update_weights_from_disk", json=body)
         if reply.status_code != 200 or not reply.json().get("success", True):
             raise FleetError(f"The server at {client.base_url} refuses weights version {version}: {reply.text[:300]}")
         return version
+
+    def _directory(self, version: int) -> Path:
+        return self.path / f"{MODEL_PREFIX}{version:08d}"
 
 
 class ServerMember:

@@ -31,6 +31,8 @@ from glm5.rl.weights.shared import Snapshot
 
 FORMAT = "glm5-weights-1"
 MANIFEST, WHOLE, DELTA = "manifest.json", "weights.safetensors", "delta.zst"
+PREFIX, MODEL_PREFIX = "v", "model-"
+"""Of a version's directory; of that of a whole model, which SGLang reads (`fleet/external.py`)."""
 TRIES = 3
 """A version that a reader is looking at may be removed when newer ones have come; it then looks again."""
 
@@ -172,14 +174,14 @@ class DirectorySubscriber:
         return flat
 
 
-def versions(path: Path) -> list[int]:
+def versions(path: Path, prefix: str = PREFIX) -> list[int]:
     """The versions that are there, in order."""
-    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
-    return sorted(int(name[1:]) for name in names if re.fullmatch(r"v\d{8,}", name))
+    names = [entry.name.removeprefix(prefix) for entry in path.glob(f"{prefix}*")]
+    return sorted(int(name) for name in names if re.fullmatch(r"\d{8,}", name))
 
 
 def _name(version: int) -> str:
-    return f"v{version:08d}"
+    return f"{PREFIX}{version:08d}"
 
 
 def _manifest(path: Path, version: int) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,19 +10,34 @@ from pathlib import Path
 from torch import Tensor
 
 from glm5.errors import WeightsError
-from glm5.rl.weights.directory import DirectoryPublisher, versions
+from glm5.files import write_json
+from glm5.rl.weights.directory import MODEL_PREFIX, DirectoryPublisher, versions
 from glm5.threads import in_thread
+from glm5.train import RunDirectory
 
 log = logging.getLogger("glm5.rl")
 
 
+OWNER = "owner.json"
+"""In a directory of versions: the run whose versions they are."""
+
+
 def check_unused(path: Path) -> None:
     """Raises `WeightsError` for a directory that holds versions already: those of a new run would take their place."""
-    if versions(path):
+    found = [*versions(path), *versions(path, MODEL_PREFIX)]
+    if found:
         raise WeightsError(
-            f"{path} holds weights of another run (version {max(versions(path))}); publish to a new directory, or "
-            "remove it."
+            f"{path} holds weights of another run (version {max(found)}); publish to a new directory, or remove it."
         )
+
+
+def claim(path: Path, run: RunDirectory) -> None:
+    """Notes whose versions a directory holds. Raises `WeightsError` for one with versions that are not this run's."""
+    owner = path / OWNER
+    if not owner.exists() or json.loads(owner.read_text()).get("id") != run.id:
+        check_unused(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(owner, {"kind": "weights", "id": run.id})
 
 
 class Mirror:

@@ -16,10 +16,12 @@ from speaker import speaker_config, speaker_model, speaker_tokenizer
 
 import glm5
 from glm5.engine import StructuredOutputs
-from glm5.errors import FleetError, InputError
+from glm5.errors import FleetError, InputError, WeightsError
 from glm5.rl.fleet import FleetConfig, SupervisedFleet
 from glm5.rl.fleet.external import Polled, Reloaded, ServerExecutor
 from glm5.rl.weights import DirectoryPublisher
+from glm5.rl.weights.directory import versions
+from glm5.rl.weights.mirror import check_unused
 from glm5.serve.backend import Backend
 from glm5.serve.backend_api import backend_api
 
@@ -129,6 +131,19 @@ def test_sglang_is_interrupted_for_new_weights_and_every_token_has_its_version(d
             assert all(tensor.equal(loaded[name]) for name, tensor in speaker_model(seed=1).state_dict().items())
 
     asyncio.run(story())
+
+
+def test_models_of_before_a_resumption_are_removed_in_turn_and_seen_by_another_run(tmp_path):
+    model = speaker_model()
+    for version in (1, 2, 3):
+        Reloaded(tmp_path, speaker_config(), speaker_tokenizer()).snapshot(version, model.state_dict())
+    assert versions(tmp_path, "model-") == [2, 3]
+    again = Reloaded(tmp_path, speaker_config(), speaker_tokenizer())
+    for version in (2, 3):  # resumed at 2
+        again.snapshot(version, model.state_dict())
+        assert versions(tmp_path, "model-") == [2, 3]
+    with pytest.raises(WeightsError, match=r"another run \(version 3\)"):
+        check_unused(tmp_path)
 
 
 def test_servers_that_are_away_busy_or_keep_their_weights(directory):
