@@ -50,8 +50,9 @@ class LearnerConfig:
     updates: int = 1
     """Optimiser steps per batch, each on its share of the rollouts."""
     reset_optimizer: bool = False
-    """Forget the optimiser's moments whenever the engines take new weights (GLM-5 report, 3.3): after every batch, or
-    every `publish_every` of the scheduler."""
+    """Forget the optimiser's moments when the version is a multiple of the scheduler's `publish_every`. That is where
+    the engines take new weights (GLM-5 report, 3.3), unless a resumed run or a swap that had to wait moved these: a
+    rule of the version alone makes the same weights however a run was interrupted."""
     on_trouble: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop with the batch's number, or leave the update out and say so."""
 

@@ -213,7 +213,7 @@ def test_an_engine_elsewhere_begins_with_the_rounded_weights_that_the_learner_ha
     engine.close()
 
 
-def test_moments_are_forgotten_when_engines_take_the_weights():
+def test_moments_are_forgotten_at_the_versions_that_engines_take():
     learner = Learner(speaker_model(), LearnerConfig(reset_optimizer=True), publish_every=2)
     batch, held = engine_batch(), []
     for version in range(4):
