@@ -54,6 +54,10 @@ def coroutine(value):
     return method
 
 
+async def cancelling(*_):
+    raise asyncio.CancelledError
+
+
 def said(**changes):
     return coroutine(Observation(({"role": "user", "content": "x", **changes},)))
 
@@ -79,6 +83,7 @@ ENDLESS.append(ENDLESS)
         ("step", lambda message: Observation(done=True), "crash: step is no coroutine; write `async def step`"),
         ("step", lambda message: 1 / 0, "crash: step: ZeroDivisionError"),
         ("step", lambda: None, "crash: step: TypeError"),
+        ("step", cancelling, "crash: step: RuntimeError: the call was cancelled from inside"),
         ("step", said(content=np.ones(2)), "crash: step holds what is no JSON"),
         ("step", coroutine(Observation(done=np.ones(2))), "crash: step: ValueError: The truth value of an array"),
         ("step", said(content=ENDLESS), "crash: step: RecursionError"),
