@@ -86,7 +86,11 @@ class FollowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Reinforcement learning: rollouts of a model are scored by environments, and it learns from them."""
+    """Reinforcement learning: rollouts of a model are scored by environments, and it learns from them.
+
+    Other forms, each with a --help of its own: --from-gateway and --from-records learn from agents, --simulate predicts
+    a run before it is paid for, --follow RUN shows one that another process makes.
+    """
 
     config: Annotated[RLRunConfig, tyro.conf.arg(name="")]
     run: Annotated[RLOptions, tyro.conf.arg(name="")]

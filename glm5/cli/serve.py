@@ -38,10 +38,12 @@ class ServeOptions(EngineOptions):
     """A run directory or a Hugging Face model directory; the small model of this package when left out."""
     host: str = "127.0.0.1"
     """Address to listen on. The default is reachable from this machine only."""
-    allow_host: tuple[str, ...] = ()
-    """More names that clients may use; on a loopback address without a key only the machine's own are answered."""
-    allow_origin: tuple[str, ...] = ()
-    """Web pages of other sites that may use the API from a browser, e.g. https://chat.example; * is all. None else."""
+    allow_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A name more that clients may use, given again for each; on a loopback address without a key only the machine's
+    own are answered."""
+    allow_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A site whose pages may use the API from a browser, e.g. https://chat.example, given again for each; * is all.
+    When left out, only the server's own page may."""
     port: int = 8000
     """Port to listen on; 0 takes a free one, which is printed."""
     name: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

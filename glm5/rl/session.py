@@ -170,7 +170,7 @@ class Session:
         newest = f" The newest failure was in {self.failure}." if self._in_vain["env_failure"] else ""
         return RunError(
             f"Nothing could be learnt from the last {groups} groups: their samples were dropped ({counts}); take "
-            "easier or harder tasks or larger groups, keep uniform ones (uniform_groups of a TaskSource), or mend an "
+            "easier or harder tasks or larger groups, keep uniform ones (--uniform-groups keep), or mend an "
             f"environment that fails.{newest}"
         )
 

@@ -28,10 +28,10 @@ def install_chat(app: FastAPI, service: Service) -> None:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         limits = service.limits
-        if len(body.messages) > limits.max_messages or (body.n or 1) > limits.max_n:
-            raise ApiError(
-                400, f"At most {limits.max_messages} messages and n = {limits.max_n} are accepted; send less."
-            )
+        if len(body.messages) > limits.max_messages:
+            raise ApiError(400, f"At most {limits.max_messages} messages are accepted; send fewer.", param="messages")
+        if (body.n or 1) > limits.max_n:
+            raise ApiError(400, f"At most {limits.max_n} choices are made of a request; lower n.", param="n")
         session = request.headers.get("x-session-id")
         return await service.answer(
             request, lambda: ChatReply(body, service, session), stream=body.stream, priority=body.priority

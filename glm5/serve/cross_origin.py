@@ -22,7 +22,10 @@ def install_cross_origin(app: FastAPI, origins: Iterable[str]) -> None:
     for origin in allowed:
         parts = urlsplit(origin)
         if origin != "*" and (parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}"):
-            raise InputError(f"The origin {origin!r} is none; give one such as https://chat.example:8443, or *.")
+            raise InputError(
+                f"{origin!r} is no origin; give scheme, host and port without a slash behind, such as "
+                "https://chat.example:8443, or *."
+            )
     if allowed:
         app.add_middleware(
             CORSMiddleware, allow_origins=allowed, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"],

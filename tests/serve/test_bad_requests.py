@@ -42,7 +42,7 @@ FUZZED = client_of("</think>ok")
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 10_000}, 400, "the context limit is 512 tokens"),
         ({"n": 0}, 400, "n: "),
-        ({"n": 17}, 400, "n = 16"),
+        ({"n": 17}, 400, "At most 16 choices"),
         ({"stop": [""]}, 400, "stop holds ''"),
         ({"min_tokens": 2, "stop_token_ids": [1000000]}, 400, "stop_token_ids holds 1000000"),
         ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs: true"),
