@@ -180,7 +180,7 @@ def test_the_models_generation_config_gives_the_defaults(model, tmp_path, monkey
     [({"drain": 0.0}, "--drain is 0.0"), ({"max_concurrent": 0}, "--max-concurrent is 0"),
      ({"deadline": -1.0}, "--deadline"), ({"max_waiting": -1}, "--max-waiting"), ({"max_n": 257}, "--max-n is 257"),
      ({"max_unsent_bytes": 0}, "--max-unsent-bytes"), ({"name": ("",)}, "--name is empty"),
-     ({"allow_origin": ("chat.example",)}, "The origin 'chat.example'"), ({"api_key": " "}, "printable ASCII")],
+     ({"allow_origin": ("chat.example",)}, "'chat.example' is no origin"), ({"api_key": " "}, "printable ASCII")],
 )  # fmt: skip
 def test_options_that_cannot_work_are_refused(model, options, sentence):
     with pytest.raises(InputError, match=sentence):
