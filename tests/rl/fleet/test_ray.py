@@ -66,7 +66,7 @@ def test_a_node_is_killed_and_the_run_goes_on(cluster):
             where = [await asyncio.to_thread(ray.get, seat.member.actor.node.remote()) for seat in fleet._seats]
             assert len(set(where)) == 2  # one on each node
             work = asyncio.create_task(play(fleet))
-            while sum(len(job.said) for job in fleet._jobs.values()) < 60:
+            while sum(len(job.said) for job in fleet._jobs.values()) < 12:  # early: the node takes its time to go
                 await asyncio.sleep(0.01)
             lost = fleet._seats[0].member
             await asyncio.to_thread(cluster.remove_node, next(n for n in nodes if n.node_id == where[0]), False)
