@@ -2,8 +2,8 @@ r"""`glm5 rl`: reinforcement learning from environments, from agents behind a ga
 
     glm5 rl --parent runs/sft --env sums --env gym:chain_sum:max_terms=3@2 --out runs/rl     # asynchronous, DDIS
     glm5 rl --parent runs/sft --env sums --out runs/sync --scheduler.mode sync --learner.loss icepop
-    glm5 rl --parent runs/sft --env sums --out runs/rl --resume
-    glm5 rl --parent runs/sft --env sums --out runs/rl --replay-step 17           # that step again, without engines
+    glm5 rl --resume --out runs/rl                                                # all as it was, from where it stopped
+    glm5 rl --replay-step 17 --out runs/rl                                        # that step again, without engines
     glm5 rl --parent runs/sft --env sums --out runs/two --executor processes --engines 2
     glm5 rl --parent runs/sft --env sums --out runs/far --executor servers --server http://a:8000 --publish-to weights
     glm5 rl --follow runs/rl                                                      # its live view, from another terminal
@@ -30,10 +30,9 @@ import tyro
 from rich.console import Console
 
 from glm5.cli import rl_outside, rl_simulate
-from glm5.cli.rl_aids import with_recorded_aids
 from glm5.cli.rl_engines import EngineOptions
 from glm5.cli.rl_environments import Named, named_environment
-from glm5.cli.rl_flags import REGISTRY
+from glm5.cli.rl_record import Record, check_parent, in_flags, noted, parse
 from glm5.cli.threads import use_threads
 from glm5.envs.protocol import UniformGroups
 from glm5.errors import InputError
@@ -44,6 +43,7 @@ from glm5.rl.replay import ReplayedStep, replay_step
 from glm5.rl.tasks import TaskSource
 from glm5.rl.view import watch_run
 from glm5.train import RunDirectory
+from glm5.train.recorded import RunChanged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class RLOptions:
     world: Path | None = None
     """The world that facts and lookup ask about."""
     resume: bool = False
-    """Go on where the run stopped."""
+    """Go on where the run of --out stopped; whatever is not said again is as it was."""
     uniform_groups: UniformGroups | None = None
     """Whether groups whose rewards are all equal are learnt from; left out: as each environment says, and keep where
     there are teachers, who have something to say about those too."""
@@ -69,7 +69,7 @@ class RLOptions:
     """Order everything by a clock that counts tokens, with the strict engine: a run, however often it was killed and
     resumed, gives the same weights to the bit. Slower."""
     replay_step: int | None = None
-    """Instead of going on, learn from this step's batch again, from the journal alone, and compare."""
+    """Learn from the batch of this step of the run of --out again, from the journal alone, and compare."""
     threads: int | None = None
     """Processor threads; all cores when left out."""
     json: bool = False
@@ -104,28 +104,36 @@ def run(arguments: Sequence[str]) -> int:
     if any(argument.split("=")[0] == "--follow" for argument in arguments):
         watch_run(tyro.cli(FollowOptions, prog="glm5 rl", args=list(arguments)).follow)
         return 0
-    if any(argument.split("=")[0] in ("--from-gateway", "--from-records") for argument in arguments):
-        return rl_outside.run(arguments)
-    flags = tyro.cli(Flags, prog="glm5 rl", args=list(arguments), registry=REGISTRY)
+    record = Record.named(arguments)
+    outside = any(argument.split("=")[0] in ("--from-gateway", "--from-records") for argument in arguments)
+    outside = outside or (record is not None and record.outside)
+    replayed = record is not None and record.replayed
+    if outside and not replayed:
+        return rl_outside.run(arguments, record)
+    flags = parse(Flags, RLOptions, arguments, record)
+    use_threads(flags.run.threads)
+    check_parent(flags.config, record)
+    try:
+        return again(flags, record) if flags.run.replay_step is not None else train(flags, record)
+    except RunChanged as error:
+        raise error if record is None else in_flags(error, flags.config, record) from None
+
+
+def train(flags: Flags, record: Record | None) -> int:
+    """A run, or the rest of one."""
     options, engines = flags.run, flags.engines
-    use_threads(options.threads)
     environments = [named_environment(text, options.world) for text in options.env]
-    engines.check(resume=options.resume or options.replay_step is not None)
+    engines.check(resume=options.resume)
     if options.deterministic and (engines.executor != "local" or engines.publish_to is not None):
         raise InputError("--deterministic runs in one process; leave --executor and --publish-to out.")
     if not environments:
-        raise InputError("There is nothing to learn from: give at least one --env, such as --env sums.")
-    names = {named.short: named.environment.name for named in environments}
-    config = replace(flags.config, aids=flags.config.aids.renamed(names))
-    if options.resume or options.replay_step is not None:
-        config = with_recorded_aids(config, options.out)
+        raise InputError(nothing_to_learn_from(record))
+    config = replace(with_full_names(flags.config, environments), command=noted(flags))
     console = Console(stderr=options.json)
-    if options.replay_step is not None:
-        return print_replay(replay_step(config, options.out, options.replay_step), console, options.json)
-    train = train_in_lockstep
+    play = train_in_lockstep
     if not options.deterministic:
-        train = functools.partial(train_rl, make_fleet=engines.fleet(config, options.out), publish_to=engines.mirror)
-    done = train(
+        play = functools.partial(train_rl, make_fleet=engines.fleet(config, options.out), publish_to=engines.mirror)
+    done = play(
         config,
         [named.environment for named in environments],
         options.out,
@@ -136,6 +144,33 @@ def run(arguments: Sequence[str]) -> int:
     )
     summarise(done, console, as_json=options.json)
     return 0
+
+
+def again(flags: Flags, record: Record | None) -> int:
+    """A step once more. Environments have no part in it but that teachers may be named after them."""
+    assert record is not None and flags.run.replay_step is not None
+    config = flags.config
+    if config.aids.teachers != record.config.aids.teachers:
+        config = with_full_names(config, [named_environment(text, flags.run.world) for text in flags.run.env])
+    replayed = replay_step(config, flags.run.out, flags.run.replay_step)
+    return print_replay(replayed, Console(stderr=flags.run.json), flags.run.json)
+
+
+def with_full_names(config: RLRunConfig, environments: Sequence[Named]) -> RLRunConfig:
+    """Teachers are for environments as the command line calls them."""
+    names = {named.short: named.environment.name for named in environments}
+    return replace(config, aids=config.aids.renamed(names))
+
+
+def nothing_to_learn_from(record: Record | None) -> str:
+    """A sentence that asks for environments."""
+    if record is None:
+        return "There is nothing to learn from: give at least one --env, such as --env sums."
+    names = record.directory.description["inputs"].get("environments")
+    return (
+        f"{record.directory.path} learns from {names}, and its record does not say how to make that (it was begun in "
+        "Python, or by an older version): give each with --env, or resume it in Python, train_rl(..., resume=True)."
+    )
 
 
 def print_replay(replayed: ReplayedStep, console: Console, as_json: bool) -> int:

@@ -88,8 +88,14 @@ def written(value: Any) -> list[str]:
     return [f"{name}:{changed}" if changed else name]
 
 
-def _written_optional(value: Any) -> list[str]:
+def written_optional(value: Any) -> list[str]:
+    """The text of settings that may be absent."""
     return ["none" if value is None else _changed(value) or "on"]
+
+
+def teacher_words(value: Teacher) -> list[str]:
+    """The text of a teacher."""
+    return [str(value.path), *value.environments]
 
 
 def _changed(value: Any) -> str:
@@ -128,10 +134,10 @@ def _rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     if info.type in OPTIONAL:
         kind = OPTIONAL[info.type]
         return _spec(
-            "none|on|SETTING=VALUE,...", lambda words: optional(kind, words[0]), _written_optional, (kind, type(None))
+            "none|on|SETTING=VALUE,...", lambda words: optional(kind, words[0]), written_optional, (kind, type(None))
         )
     if info.type is Teacher:
-        return _spec("PATH [ENVIRONMENT ...]", teacher, lambda t: [str(t.path), *t.environments], (Teacher,), many=True)
+        return _spec("PATH [ENVIRONMENT ...]", teacher, teacher_words, (Teacher,), many=True)
     if info.type is Share:
         return _spec("PATH[:WEIGHT]", lambda words: weighed(words[0]), lambda s: [f"{s.path}:{s.weight}"], (Share,))
     return None

@@ -13,17 +13,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from glm5.cli.rl_aids import with_recorded_aids
 from glm5.cli.rl_engines import EngineOptions
 from glm5.cli.rl_environments import named_environment
-from glm5.cli.rl_flags import REGISTRY
+from glm5.cli.rl_record import Record, check_parent, in_flags, noted, parse
 from glm5.cli.threads import use_threads
 from glm5.envs.protocol import UniformGroups
 from glm5.errors import InputError
@@ -33,6 +32,7 @@ from glm5.serve import is_loopback
 from glm5.serve.auth import check_key
 from glm5.serve.host_check import OWN_NAMES
 from glm5.train import RunDirectory
+from glm5.train.recorded import RunChanged
 
 KEY_VARIABLE = "GLM5_API_KEY"
 
@@ -62,7 +62,8 @@ class OutsideOptions:
     uniform_groups: UniformGroups = "drop"
     """Whether groups whose rewards are all equal are learnt from: keep, where that is what must be seen."""
     resume: bool = False
-    """Go on where the run stopped, with the sessions that are open."""
+    """Go on where the run of --out stopped, with the sessions that are open; whatever is not said again is as it
+    was."""
     threads: int | None = None
     """Processor threads; all cores when left out."""
     json: bool = False
@@ -87,9 +88,18 @@ class Flags:
     engines: Annotated[EngineOptions, tyro.conf.arg(name="")]
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str], record: Record | None) -> int:
     """Parses the flags and trains."""
-    flags = tyro.cli(Flags, prog="glm5 rl", args=list(arguments), registry=REGISTRY)
+    flags = parse(Flags, OutsideOptions, arguments, record)
+    check_parent(flags.config, record)
+    try:
+        return train(flags)
+    except RunChanged as error:
+        raise error if record is None else in_flags(error, flags.config, record) from None
+
+
+def train(flags: Flags) -> int:
+    """A run, or the rest of one."""
     options, console = flags.run, Console(stderr=flags.run.json)
     if options.from_gateway == (options.from_records is not None):
         raise InputError("Episodes come either from a gateway or from records; give one of --from-gateway, "
@@ -97,7 +107,7 @@ def run(arguments: Sequence[str]) -> int:
     engines = flags.engines
     engines.check(resume=options.resume)
     use_threads(options.threads)
-    config = with_recorded_aids(flags.config, options.out) if options.resume else flags.config
+    config = replace(flags.config, command=noted(flags))
     common: dict[str, Any] = {
         "uniform_groups": options.uniform_groups,
         "held_out": [named_environment(t, options.world, split="heldout").environment for t in options.held_out_env],
@@ -113,7 +123,10 @@ def run(arguments: Sequence[str]) -> int:
         if address.api_key is None and not is_loopback(options.host):
             print(f"Warning: everybody who reaches {options.host} may use and teach this model; set {KEY_VARIABLE} to "
                   "require a key.", file=sys.stderr, flush=True)  # fmt: skip
-        ready = lambda url: print(f"Agents: {url}/s/SESSION/v1 (OpenAI), {url}/s/SESSION (Anthropic)", flush=True)
+        where = sys.stderr if options.json else sys.stdout
+        ready = lambda url: print(
+            f"Agents: {url}/s/SESSION/v1 (OpenAI), {url}/s/SESSION (Anthropic)", file=where, flush=True
+        )
         make = engines.fleet(config, options.out, max_num_seqs=address.limits.max_concurrent)
         done = train_from_gateway(
             config, options.out, address, ready=ready, make_fleet=make, publish_to=engines.mirror, **common

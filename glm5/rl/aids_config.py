@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from pydantic import TypeAdapter
 
 from glm5.data import Share, open_dataset, open_mixture
 from glm5.data.mixture import Packing
 from glm5.data.world_text import open_world, world_sha256
 from glm5.errors import ConfigError
 from glm5.evals.skills import SkillsConfig
-from glm5.train import RunDirectory
 from glm5.train.checks import check_choice, check_counts
 from glm5.train.run_directory import directory_sha256, model_of
 
@@ -135,8 +133,3 @@ class AidsConfig:
             open_world(self.retention.world)
             found["retention world"] = world_sha256(self.retention.world)
         return found
-
-
-def recorded_aids(run: RunDirectory) -> AidsConfig:
-    """Those that a run was started with."""
-    return TypeAdapter(AidsConfig).validate_python(run.description["config"].get("aids", {}))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any, get_args
 
-from glm5.errors import ConfigError
+import tyro
+from pydantic import TypeAdapter, ValidationError
+
+from glm5.errors import ConfigError, RunError
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.advantages import AGAINST_GROUP
 from glm5.rl.aids_config import AidsConfig
 from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.held_out import HeldOut
 from glm5.rl.learner_config import LearnerConfig
+from glm5.rl.losses import DDIS, AnyLoss
 from glm5.rl.runner import RolloutConfig
+from glm5.train import RunDirectory
 from glm5.train.checks import check_choice, check_counts, check_numbers
 from glm5.train.watch import Watcher
 
@@ -50,7 +57,12 @@ class RLRunConfig:
     watch: tuple[Watcher, ...] = ()
     """Send metrics and speeds to tensorboard or trackio too (extra `watch`)."""
     checkpoint_every: int = 10
+    """Steps between two checkpoints; after a crash, the steps behind the last one are learnt from again."""
     keep_checkpoints: int = 2
+    """The newest so many; older ones are removed."""
+    command: Annotated[Mapping[str, Any] | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """What the command line said beside these settings, such as how its environments are made: `--resume` takes it
+    from here. None: the run was begun in Python."""
 
     def __post_init__(self) -> None:
         check_counts(self, "steps", "learning_ticks", "groups_in_vain", "checkpoint_every", "keep_checkpoints")
@@ -68,3 +80,26 @@ class RLRunConfig:
                 f"{kind} compares the samples of a task with each other, and scheduler.group_size is 1, so nothing "
                 "would be learnt; take larger groups, or the advantages reinforce++, gae or reward."
             )
+
+
+def recorded_config(run: RunDirectory) -> RLRunConfig:
+    """The settings in a run's `run.json`: those that it was started with, or resumed with last.
+
+    Raises RunError for a run of another kind or version. A loss of a run that did not note its class is DDIS.
+    """
+    stage, values = run.description.get("stage"), dict(run.description.get("config") or {})
+    if stage != "rl":
+        raise RunError(f"{run.path} is a run of {stage!r}, not of rl; `glm5 train --resume` goes on with those.")
+    learner = dict(values.get("learner", {}))
+    loss = dict(learner.pop("loss", {}))
+    kinds = {kind.__name__: kind for kind in get_args(AnyLoss)}
+    try:
+        kind = kinds[loss.pop("class", DDIS.__name__)]
+        config: RLRunConfig = TypeAdapter(RLRunConfig).validate_python({**values, "learner": learner})
+        return replace(config, learner=replace(config.learner, loss=TypeAdapter(kind).validate_python(loss)))
+    except KeyError as error:
+        raise RunError(f"{run.path / 'run.json'} has the loss {error}, which this version does not know.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RunError(f"{run.path / 'run.json'} has a {where} that cannot be read: {first['msg']}.") from error

@@ -66,7 +66,7 @@ def train_in_lockstep(
         config, environments, run_directory, sources=sources, aids=aids, deterministic=True, resume=resume
     )  # fmt: skip
     with run.exclusive(), disk_errors(run):
-        if not reopened(run, config):
+        if not reopened(run, config, console):
             return run
         session = open_session(
             config, environments, run, tokenizer, sources=sources, aids=aids, held_out=held_out, timed=False
@@ -77,8 +77,8 @@ def train_in_lockstep(
                 asyncio.run(Lockstep(session, tokenizer, show, write).run())
         except KeyboardInterrupt:
             raise RunInterrupted(
-                f"Stopped in step {session.version} of {config.steps} of rl; all is in {run.path}. Run the "
-                "same command with --resume to go on."
+                f"Stopped in step {session.version} of {config.steps} of rl; all is in {run.path}. "
+                f"`glm5 rl --resume --out {run.path}` goes on."
             ) from None
         finish_run(session, tokenizer)
     return run

@@ -83,7 +83,7 @@ def train_rl(
     with run.exclusive(), disk_errors(run):
         if publish_to is not None:
             claim(publish_to, run)
-        if not reopened(run, config):
+        if not reopened(run, config, console):
             return run
         session = open_session(config, environments, run, tokenizer, sources=sources, aids=aids, held_out=held_out)
         make = make_fleet or one_engine(config)
@@ -282,7 +282,7 @@ class Orchestrator:
         self.session.checkpoint()
         raise RunInterrupted(
             f"Stopped after step {self.session.version} of {self.config.steps} of rl; all is saved in "
-            f"{self.session.run.path}. Run the same command with --resume to go on."
+            f"{self.session.run.path}. `glm5 rl --resume --out {self.session.run.path}` goes on."
         )
 
     def _check_patience(self) -> None:

@@ -20,8 +20,8 @@ from glm5.rl.records import Batch, Metrics, Rollout
 from glm5.rl.session import JOURNAL
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory
-from glm5.train.recorded import first_difference, plain, with_defaults, without_paths
-from glm5.train.run_directory import model_of
+from glm5.train.recorded import OPERATIONAL, RunChanged, first_difference, plain, with_defaults, without_paths
+from glm5.train.run_directory import directory_sha256, model_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,8 @@ def batches_of(journal: Path) -> Iterator[Batch]:
 def replay_step(config: RLRunConfig, run_directory: Path, step: int, *, aids: Aids | None = None) -> ReplayedStep:
     """Learns from the batch of a step again, from the newest checkpoint before it (or from the parent) on.
 
-    config, aids: the run's own. Raises RunError for a step that the journal does not hold, and when learner or aids are
-    set otherwise than the run's.
+    config, aids: the run's own. Raises RunError for a step that the journal does not hold, and when parent, settings or
+    aids are others than the run's.
     """
     run = RunDirectory.open(run_directory)
     check_same(config, run)
@@ -83,13 +83,14 @@ def replay_step(config: RLRunConfig, run_directory: Path, step: int, *, aids: Ai
 
 
 def check_same(config: RLRunConfig, run: RunDirectory) -> None:
-    """Raises RunError when the learner of the run had other settings or aids."""
-    inputs, recorded = config.aids.inputs(), with_defaults(run.description["config"], config)
-    now = {"config": {"learner": plain(config.learner), "aids": plain(config.aids)}, "inputs": inputs}
+    """Raises `RunChanged` when the run had another parent, or other settings or aids."""
+    inputs = config.aids.inputs()
+    now = {"config": plain(config), "inputs": inputs, "parent": directory_sha256(model_of(config.parent))}
     then = {
-        "config": {name: recorded[name] for name in now["config"]},
+        "config": with_defaults(run.description["config"], config),
         "inputs": {name: run.description["inputs"].get(name) for name in inputs},
+        "parent": run.description["parent"],
     }
-    change = first_difference(without_paths(then), without_paths(now))
+    change = first_difference(without_paths(then), without_paths(now), free=OPERATIONAL | {"steps"})
     if change is not None:
-        raise RunError(f"{run.path} was started with another {change}; replay the step with the settings of the run.")
+        raise RunChanged(run.path, change)

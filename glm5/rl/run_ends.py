@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from glm5.checkpoint import load_model, save_model
 from glm5.envs import Environment
@@ -41,8 +42,8 @@ def start_run(
     config.aids.check_environments(names)
     config.check_groups(taught=bool(config.aids.teachers or (aids and aids.teachers)))
     constant = config.learner.schedule.shape == "constant"
-    if resume and not constant:
-        _check_steps(config, run_directory)
+    if resume and (run_directory / "run.json").exists():
+        _check_steps(config, RunDirectory.open(run_directory), constant=constant)
     return RunDirectory.start(
         run_directory,
         stage="rl",
@@ -78,31 +79,41 @@ def _if_known(run_directory: Path, inputs: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in inputs.items() if name in recorded}
 
 
-def _check_steps(config: RLRunConfig, run_directory: Path) -> None:
-    """Says why a run whose rate falls keeps its number of steps."""
-    if not (run_directory / "run.json").exists():
-        return
-    before = RunDirectory.open(run_directory).description["config"].get("steps")
-    if before not in (None, config.steps):
+def _check_steps(config: RLRunConfig, run: RunDirectory, *, constant: bool) -> None:
+    """Says why a run whose rate falls keeps its number of steps, and that steps are not taken back."""
+    before = run.description["config"].get("steps")
+    if not constant and before not in (None, config.steps):
         raise RunError(
-            f"{run_directory} was started for {before} steps with a {config.learner.schedule.shape} rate, which falls "
+            f"{run.path} was started for {before} steps with a {config.learner.schedule.shape} rate, which falls "
             f"over just these: with {config.steps} every step would have had another rate. Start a new run with "
-            f"{run_directory} as its parent; a run with a constant rate (--learner.schedule.shape constant) can be "
+            f"{run.path} as its parent; a run with a constant rate (--learner.schedule.shape constant) can be "
             "made longer."
+        )
+    done = len(run.read("metrics"))
+    if config.steps < done:
+        raise RunError(
+            f"{run.path} has made {done} steps already, and --steps {config.steps} asks for fewer; give {done} to end "
+            "it where it stands, more to go on, or start a new run."
         )
 
 
-def reopened(run: RunDirectory, config: RLRunConfig) -> bool:
-    """Whether there is something left to do; a finished run that is to have more steps goes on.
+def reopened(run: RunDirectory, config: RLRunConfig, console: Console | None = None) -> bool:
+    """Whether there is something left to do; a finished run that is to have more steps goes on, another one says so.
 
     A run that was killed after its model was saved and before its pages were gets these now.
     """
-    if run.finished and len(run.read("metrics")) < config.steps:
+    done = len(run.read("metrics"))
+    if run.finished and done < config.steps:
         for page in (RETENTION, REPORT):  # they tell of the model that is put aside
             (run.path / page).unlink(missing_ok=True)
         run.reopen()
     if run.finished and not (run.path / REPORT).exists():
         write_rl_report(run.path)
+    if run.finished:
+        (console or Console(stderr=True)).print(
+            f"{run.path} is finished: it has made all of its {done} steps. --steps with more lets it go on.",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
     return not run.finished
 
 

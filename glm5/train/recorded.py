@@ -7,10 +7,12 @@ its default, the class of a part as the one it is compared with.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from glm5.config import ModelConfig
+from glm5.errors import RunError
 
 IDENTIFIED = frozenset({"parent", "tokenizer", "train_data", "heldout_data", "path", "reference", "heldout", "world"})
 """Settings that are places; `inputs` and the run's `parent` hold the hashes of what was there."""
@@ -18,6 +20,7 @@ OPERATIONAL = frozenset(
     {
         "checkpoint_activations",
         "checkpoint_every",
+        "command",
         "episode_seconds",
         "evaluate_every",
         "groups_in_vain",
@@ -36,6 +39,27 @@ OPERATIONAL = frozenset(
     }
 )
 """Settings that watch over a run without changing what a healthy step learns: a resumed run may change them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first value in which a plan differs from another."""
+
+    name: str
+    """Where it is, with dots between the names: config.learner.clip_norm, inputs.replay, parent."""
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.old!r}, now {self.new!r})"
+
+
+class RunChanged(RunError):
+    """A run is to go on with other settings or inputs than it was started with."""
+
+    def __init__(self, path: Path, difference: Difference) -> None:
+        super().__init__(f"{path} was started with another {difference}; leave it unchanged, or start a new run.")
+        self.path, self.difference = path, difference
 
 
 def plain(value: Any) -> Any:
@@ -110,12 +134,12 @@ def without_paths(plan: dict[str, Any]) -> dict[str, Any]:
     return {**plan, "config": stripped(plan["config"])}
 
 
-def first_difference(old: Any, new: Any, name: str = "", *, free: frozenset[str] = OPERATIONAL) -> str | None:
-    """`name (old, now new)` of the first value but those of `free` in which nested dictionaries differ, or None."""
+def first_difference(old: Any, new: Any, name: str = "", *, free: frozenset[str] = OPERATIONAL) -> Difference | None:
+    """The first value but those of `free` in which nested dictionaries differ, or None."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted((old.keys() | new.keys()) - free):
             found = first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key, free=free)
             if found is not None:
                 return found
         return None
-    return None if old == new else f"{name} ({old!r}, now {new!r})"
+    return None if old == new else Difference(name, old, new)

@@ -28,7 +28,15 @@ from glm5.checkpoint.training_state import DamagedCheckpoint, TrainingCheckpoint
 from glm5.errors import RunError
 from glm5.files import replacing, sha256_of, write_json
 from glm5.parallel.mesh import on_first, world_rank
-from glm5.train.recorded import OPERATIONAL, first_difference, operational, plain, with_defaults, without_paths
+from glm5.train.recorded import (
+    OPERATIONAL,
+    RunChanged,
+    first_difference,
+    operational,
+    plain,
+    with_defaults,
+    without_paths,
+)
 
 
 class RunDirectory:
@@ -100,7 +108,7 @@ class RunDirectory:
             before["config"] = with_defaults(before["config"], config)
             change = first_difference(without_paths(before), without_paths(plan), free=free)
             if change is not None:
-                raise RunError(f"{path} was started with another {change}; resume it unchanged, or start a new run.")
+                raise RunChanged(path, change)
             sessions, name = old.description["sessions"], old.description.get("id", name)
         for place in ("checkpoints", "samples"):
             (path / place).mkdir(parents=True, exist_ok=True)

@@ -71,18 +71,18 @@ def test_all_aids_take_part_and_a_resumed_run_and_a_step_again_have_the_same(pla
     assert {"reference", "replay", "heldout heldout", "retention world"} < recorded["inputs"].keys()
 
     capsys.readouterr()
-    settings = aids[:2] + aids[8:10]  # those of the learner; the aids are the run's own
-    assert rl(places, run, *settings, "--replay-step", 1) == 0
+    alone = ["rl", "--out", f"{run}", "--threads", "1", "--json"]
+    assert main([*alone, "--replay-step", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["same"] is True
     unfinish(run)
-    assert rl(places, run, *settings, "--resume") == 0
+    assert main([*alone, "--resume"]) == 0
     assert lines_of(run) == lines
     unfinish(run)
-    for changed in (["--aids.replay.rows", 3], ["--aids.teacher", places / "math"]):
-        assert rl(places, run, *settings, *changed, "--resume") == 1
-        assert "was started with another" in capsys.readouterr().err
-        assert rl(places, run, *settings, *changed, "--replay-step", 1) == 1
-        assert "was started with another" in capsys.readouterr().err
+    assert rl(places, run, *aids[2:8], "--resume") == 0, "teachers are named again by their short names"
+    for flag, value in (("--aids.replay.rows", "3"), ("--aids.teacher", f"{places / 'math'}")):
+        for how in (["--resume"], ["--replay-step", "1"]):
+            assert main([*alone, *how, flag, value]) == 1
+            assert f"{flag} is {value}" in capsys.readouterr().err
 
 
 def unfinish(run):

@@ -71,6 +71,18 @@ def test_agents_reach_the_gateway_and_the_run_ends_when_its_steps_are_done(paren
     assert ("retention/sums/heldout/2/reward" in line) == bool(more)
 
 
+def test_a_run_from_records_goes_on_and_is_replayed_by_its_directory_alone(parent, records, tmp_path, capsys):
+    assert main(flags(parent, tmp_path / "run", "--from-records", records, "--steps", 1)) == 0
+    capsys.readouterr()
+    assert main(["rl", "--resume", "--out", str(tmp_path / "run"), "--json", "--threads", "1"]) == 0
+    heard = capsys.readouterr()
+    assert json.loads(heard.out)["steps"] == 1 and "is finished" in heard.err
+    assert main(["rl", "--replay-step", "0", "--out", str(tmp_path / "run"), "--json", "--threads", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["same"] is True
+    assert main(["rl", "--resume", "--out", str(tmp_path / "run"), "--uniform-groups", "keep"]) == 1
+    assert "--uniform-groups: tasks of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -131,7 +131,7 @@ def test_a_resumed_run_with_another_setting(stopped, change, named):
     if name.startswith("loop."):
         value = dataclasses.replace(config.loop, **{name.removeprefix("loop."): value})
         name = "loop"
-    with pytest.raises(RunError, match=rf"another {named}; resume it unchanged, or start a new run"):
+    with pytest.raises(RunError, match=rf"another {named}; leave it unchanged, or start a new run"):
         pretrain(dataclasses.replace(config, **{name: value}), path, resume=True)
     assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
