@@ -66,10 +66,15 @@ class QuickstartOptions:
     pretrain_steps: int | None = None
     """Instead of the tuned number; fewer for a quick look. So for the other stages."""
     midtrain_steps: int | None = None
+    """Of the longer contexts."""
     dsa1_steps: int | None = None
+    """Of the indexer alone."""
     dsa2_steps: int | None = None
+    """Of sparse attention."""
     sft_steps: int | None = None
+    """Of the conversations."""
     rl_steps: int | None = None
+    """Of reinforcement learning."""
     questions: int | None = None
     """Questions of each kind in the evaluations."""
     json: bool = False

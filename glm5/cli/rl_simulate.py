@@ -35,6 +35,7 @@ class SimulateOptions:
     """Predict a run in virtual time, with the scheduler of real runs: sync, one-step-off and async side by side."""
 
     simulate: bool = True
+    """Predict a run instead of making one."""
     like: Path | None = None
     """Take lengths, latencies, success and speeds from this run instead of the assumptions below."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -45,6 +46,7 @@ class SimulateOptions:
     tokens: LongTail = field(default_factory=lambda: LongTail(200, 2000))
     """Sampled per turn."""
     turns: int = 1
+    """Of an episode."""
     tool_seconds: LongTail = field(default_factory=lambda: LongTail(0, 0))
     """Of the environment, after each turn."""
     engine: EngineSpeed = field(default_factory=EngineSpeed)
@@ -55,7 +57,9 @@ class SimulateOptions:
     shared: float = 1.0
     """Speed of trainer and engines while both work: 1 on devices of their own, 0.5 when they share one."""
     batches: int = 50
+    """Learning steps that are simulated; the first five are not counted."""
     seed: int = 0
+    """Of lengths, latencies and rewards."""
     out: Path | None = None
     """Write a page with charts."""
     json: bool = False

@@ -19,13 +19,19 @@ class Quality:
     """The limits of --quality."""
 
     min_words: int = 50
+    """A document has at least so many words."""
     max_words: int = 100_000
+    """And at most so many."""
     min_mean_word_length: float = 3.0
+    """Letters of a mean word, at least."""
     max_mean_word_length: float = 10.0
+    """Letters of a mean word, at most."""
     max_symbols: float = 0.1
     """`#` and ellipses per word."""
     max_bullet_lines: float = 0.9
+    """Share of lines that begin with a bullet."""
     max_ellipsis_lines: float = 0.3
+    """Share of lines that end in an ellipsis."""
     min_alphabetic_words: float = 0.8
     """Share of words with a letter."""
     min_stop_words: int = 2
@@ -35,6 +41,7 @@ class Quality:
     max_repeated_lines: float = 0.3
     """Share of lines that came before."""
     max_repeated_line_characters: float = 0.2
+    """Characters in repeated lines, as a share of all."""
     max_repeated_4grams: float = 0.16
     """Share of the words that stand in the most frequent sequence of four words, if it comes at least twice."""
 

@@ -26,11 +26,15 @@ class EvalConfig:
     """What is asked and how it is sampled."""
 
     tasks: int = 100
+    """How many questions."""
     seed: int = 1
     """Of the tasks and of the random numbers."""
     temperature: float = 0.0
+    """At which answers are sampled; 0: the likeliest token."""
     max_tokens: int = 16
+    """Of one answer."""
     thinking: bool = False
+    """Let the model reason before it answers; it must have been taught to."""
 
     def __post_init__(self) -> None:
         if self.tasks < 1:

@@ -38,9 +38,11 @@ class NeedleConfig:
     per_cell: int = 20
     """Questions for each length and depth."""
     attention: Literal["dense", "sparse"] = "sparse"
+    """Of the model: sparse as it is served, dense before it has learnt to select."""
     words: int | None = DEFAULT_WORDS
     """Words that needles may join; None: all of one token."""
     seed: int = 1
+    """Of texts and needles."""
     rows: int = 4
     """Prompts of one forward pass."""
 

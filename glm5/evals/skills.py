@@ -54,12 +54,15 @@ class SkillsConfig:
     facts: int = 240
     """Questions about facts, in each of the groups of facts."""
     sums: int = 100
+    """Questions with numbers."""
     tools: int = 50
+    """Questions that need a tool call."""
     unknown: int = 60
     """Questions in each of the groups that are not facts."""
     digits: int = 2
     """Most digits of a number that is added."""
     max_tokens: int = 64
+    """Of one answer."""
     thinking_facts: bool = False
     """Let the model reason before it answers about facts."""
     seed: int = 1_000_003

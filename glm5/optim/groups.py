@@ -29,10 +29,15 @@ class OptimizerConfig:
     split: bool = True
     """Muon takes heads, and the gate and up of an expert, apart; without, it takes each weight as one matrix."""
     lr: float = 2e-4
+    """The peak of the learning rate."""
     momentum: float = 0.95
+    """Of Muon."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's averages of the gradient and of its square."""
     eps: float = 1e-8
+    """Added to the root of AdamW's second average."""
     weight_decay: float = 0.1
+    """Times the rate, the part of a weight that each step takes away."""
     embedding_lr_scale: float = 1.0
     """Factor on `lr` for embeddings, biases and norms."""
 

@@ -18,6 +18,7 @@ class Schedule:
     """The shape of the learning rate over a stage, as a fraction of the peak rate."""
 
     shape: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate goes from its peak, after the warm-up, to its end."""
     warmup_steps: int = 0
     """Steps of linear rise from 0 (exclusive) to the peak."""
     final_fraction: float = 0.0

@@ -14,8 +14,6 @@ from glm5.errors import ConfigError
 from glm5.train.checks import check_choice, check_counts
 
 Mode = Literal["sync", "one-step-off", "async"]
-"""sync: sample a batch under the newest weights, learn from it, repeat. one-step-off: a batch is sampled while the one
-before is learnt from. async: sampling never waits, up to the staleness bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +21,10 @@ class SchedulerConfig:
     """What is sampled when, and what becomes of it."""
 
     mode: Mode = "async"
+    """sync: sample a batch under the newest weights, learn from it, repeat. one-step-off: a batch is sampled while the
+    one before is learnt from. async: sampling never waits, up to the staleness bound."""
     groups_per_batch: int = 8
+    """Tasks of one learning step."""
     group_size: int = 8
     """Rollouts of one task."""
     max_staleness: int = 4

@@ -49,6 +49,7 @@ class ReplayData:
     packing: Packing = "cut"
     """keep_whole for conversations."""
     seed: int = 0
+    """Of the order of the rows."""
 
     def __post_init__(self) -> None:
         check_counts(self, "rows", "length")

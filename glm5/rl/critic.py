@@ -30,8 +30,11 @@ class Critic:
     """Discount, horizon and learning of the value head; the values are those of PPO for language models."""
 
     gamma: float = 1.0
+    """What a reward one token later is worth."""
     lam: float = 0.95
+    """Of generalised advantage estimation: 1 trusts rewards alone, 0 the values alone."""
     lr: float = 1e-3
+    """The value head's own learning rate."""
     clip: float = 0.2
     """A value moves at most this far from its old one before its loss stops pulling; infinity: no bound."""
     whiten: bool = True

@@ -23,6 +23,7 @@ class Distillation:
     """How the gap to the teacher counts: it is added to the advantage of the rollout (of the kind "none": alone)."""
 
     coefficient: float = 1.0
+    """On the gap, in nats a token."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "coefficient", above=0)

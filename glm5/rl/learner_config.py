@@ -25,7 +25,9 @@ class LearnerConfig:
     loss: AnyLoss = field(default_factory=DDIS)
     """DDIS for asynchronous runs; IcePop is that of the report's synchronous reasoning RL."""
     advantages: Advantages = "grpo"
+    """How much better a rollout is than its siblings, or than the batch (docs/rl-losses.md); none: no better."""
     normalisation: Normalisation = "sequence-mean"
+    """How tokens share the loss: each answer alike, each token alike, or each token a `fixed_length`th of an answer."""
     fixed_length: int = 1024
     """Of the normalisation of that name: tokens that a full answer has."""
     truncated: Literal["train", "mask"] = "train"
@@ -68,6 +70,7 @@ class LearnerConfig:
     lora: LoRA | None = None
     """Train adapters; everything else, MTP and indexers too, is then frozen."""
     mtp: Drafting = "detached"
+    """Whether draft modules learn the sampled tokens: alone, with the policy (joint), or not (frozen)."""
     mtp_weight: float = 0.3
     """On the loss of the draft modules, GLM-4.5's."""
     indexer_weight: float = 0.0

@@ -59,14 +59,17 @@ class StageConfig:
     prompts: tuple[str, ...] = ()
     """Beginnings of the samples."""
     rows: int = 8
+    """Of a batch."""
     length: int = 256
     """Tokens in a row."""
     warmup: BatchWarmup | None = None
     """Fewer rows in the first batches."""
     mtp_weight: float = 0.3
+    """On the loss of the draft steps."""
     mtp_steps: int = 3
     """Draft steps that share the one MTP module (GLM-5 report, section 2.1)."""
     balance_weight: float = 1e-4
+    """On the loss that keeps the experts of a sequence evenly used."""
     loop: LoopConfig
 
     def __post_init__(self) -> None:

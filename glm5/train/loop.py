@@ -26,15 +26,8 @@ from glm5.data import Batch
 from glm5.errors import ConfigError, RunError
 from glm5.files import replacing
 from glm5.model import GLM5
-from glm5.optim import (
-    OptimizerConfig,
-    Schedule,
-    build_optimizers,
-    clip_gradients,
-    rate_at,
-    set_rate,
-    update_router_bias,
-)
+from glm5.optim import OptimizerConfig, Schedule, build_optimizers, clip_gradients, rate_at, set_rate
+from glm5.optim.router_balance import update_router_bias
 from glm5.parallel import ParallelPlan
 from glm5.parallel.apply import parallelize
 from glm5.parallel.context import whole_rows
@@ -58,12 +51,15 @@ class LoopConfig:
     """What every stage sets: length, optimiser, schedule, and how often things are written."""
 
     steps: int
+    """Batches to learn from."""
     seed: int = 0
+    """Of the order of the data."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     indexer_optimizer: OptimizerConfig | None = None
     """For the indexers, where they learn beside the model; None: the same as the rest."""
     schedule: Schedule = field(default_factory=Schedule)
     clip_norm: float = 1.0
+    """Of the gradient; that of indexers is clipped apart."""
     router_bias_rate: float = 1e-3
     """Step of the router's correction bias; 0 leaves it alone."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -81,7 +77,9 @@ class LoopConfig:
     on_spike: Literal["stop", "skip"] = "stop"
     """At a spike, or at a loss or gradient that is not finite: stop with the batch's number, or leave the step out."""
     checkpoint_every: int = 100
+    """Steps between two checkpoints."""
     keep_checkpoints: int = 2
+    """The newest so many; older ones are removed."""
     keep_best: str | None = None
     """A metric (such as heldout_bits_per_byte): the checkpoint with its lowest value stays too."""
     save_in_background: bool = True

@@ -66,6 +66,7 @@ class MidtrainConfig(StageConfig):
     """One mid-training run. The phases set lengths and rows; `length` and `rows` mean nothing here."""
 
     phases: tuple[Phase, ...] = NANO_PHASES
+    """Lengths that follow each other, each with its rows and its steps."""
     rope_theta: float | None = 1e6
     """The rotary base from now on; None keeps the parent's."""
     loop: LoopConfig = NANO_LOOP

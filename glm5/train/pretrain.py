@@ -38,19 +38,25 @@ class PretrainConfig:
     """One pre-training run. Directories are datasets made by `tokenize_corpus`, and a tokenizer saved beside them."""
 
     model: ModelConfig
+    """A preset's name, or a directory with a config.json."""
     tokenizer: Path
+    """Its directory."""
     train_data: Data
     """A dataset directory, or the shares of a mixture."""
     heldout_data: Path
+    """Text that no stage trains on; bits per byte are measured on it."""
     rows: int = 8
+    """Of a batch."""
     length: int = 256
     """Tokens in a row."""
     warmup: BatchWarmup | None = None
     """Fewer rows in the first batches (GLM-5 report: 16M to 64M tokens)."""
     mtp_weight: float = 0.3
+    """On the loss of the draft steps."""
     mtp_steps: int = 3
     """Draft steps that share the one MTP module (GLM-5 report, section 2.1)."""
     balance_weight: float = 1e-4
+    """On the loss that keeps the experts of a sequence evenly used."""
     heldout_documents: int | None = 12
     """Documents of each evaluation during training; the last one reads all."""
     prompts: tuple[str, ...] = ("And the LORD said unto Moses,", "torch.nn.functional.", "The function returns")

@@ -37,6 +37,7 @@ class SFTConfig(StageConfig):
     """One supervised run; `train_data` is a chat dataset."""
 
     attention: Literal["dense", "sparse"] = "dense"
+    """Of the model while it learns; sparse after dsa2."""
     mtp_weight: float = 0.0
     """0 leaves the MTP module as it is."""
     int4: Literal["off", "experts", "matrices"] = "off"

@@ -23,7 +23,9 @@ class LongTail:
     """Log-normal: half of the draws are below `median`, one in a hundred above `p99`. Equal: no spread."""
 
     median: float
+    """Half are below it."""
     p99: float
+    """One in a hundred is above it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.median <= self.p99 or (self.median == 0 < self.p99):
@@ -109,6 +111,7 @@ class EngineSpeed:
     points: tuple[tuple[int, float], ...] = ((1, 50.0), (8, 300.0), (32, 900.0), (128, 2000.0))
     """(sequences, tokens per second of all together), rising; straight lines between, from (0, 0), flat behind."""
     engines: int = 1
+    """Engines of this speed."""
     places: int = 256
     """Sequences at once in each engine; the others wait."""
 
