@@ -14,9 +14,10 @@ the tick at which it was written; without a logical clock that is always 0.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from glm5.engine import ExpertChoices
 from glm5.engine.choices import joined
 from glm5.rl.codec import (
     experts_from_json,
@@ -52,56 +53,68 @@ class Piece:
 
 
 class Unfinished:
-    """What is known of rollouts that run: by id, their turns so far, the last of which may be open."""
+    """What is known of rollouts that run: their turns so far, the last of which may be open."""
 
     def __init__(self) -> None:
-        self.turns: dict[str, list[Turn]] = {}
+        self._turns: dict[str, list[_Said]] = {}
+        """By the id of the rollout."""
 
     def add(self, piece: Piece) -> None:
         """A piece from the journal, or from `news`."""
-        turns = self.turns.setdefault(piece.ticket.id, [])
-        if piece.first:
-            before = turns[piece.number]
-        else:
+        turns = self._turns.setdefault(piece.ticket.id, [])
+        if not piece.first:
             prompt = _said(turns, piece.number)[: piece.shared] + piece.turn.prompt_ids
-            before = Turn(prompt, (), (), (), OPEN)
-        turns[piece.number :] = [
-            Turn(
-                before.prompt_ids,
-                before.output_ids[: piece.first] + piece.turn.output_ids,
-                before.logprobs[: piece.first] + piece.turn.logprobs,
-                before.versions[: piece.first] + piece.turn.versions,
-                piece.turn.finish_reason,
-                experts=joined([before.experts, piece.turn.experts]),
-            )
-        ]
+            turns[piece.number :] = [_Said(prompt)]
+        turns[piece.number].add(piece.turn)
 
-    def news(self, ticket: Ticket, number: int, turn: Turn) -> Piece:
+    def news(self, ticket: Ticket, number: int, first: int, turn: Turn) -> Piece:
         """What a report (`runner.Progress`) adds to what is known."""
-        known = self.turns.get(ticket.id, [])
-        first = len(known[number].output_ids) if number < len(known) else 0
-        if first and turn.output_ids[:first] != known[number].output_ids:
-            first = 0  # the rollout began anew
-        shared = 0 if first else shared_tokens(_said(known, number), turn.prompt_ids)
-        prompt = () if first else turn.prompt_ids[shared:]
-        parts = (turn.output_ids[first:], turn.logprobs[first:], turn.versions[first:])
-        experts = turn.experts
-        if first and experts is not None and (before := known[number].experts) is not None:
-            experts = experts.part(before.end)
-        return Piece(ticket, number, first, Turn(prompt, *parts, turn.finish_reason, experts=experts), shared)
+        shared = 0 if first else shared_tokens(_said(self._turns.get(ticket.id, []), number), turn.prompt_ids)
+        return Piece(ticket, number, first, replace(turn, prompt_ids=() if first else turn.prompt_ids[shared:]), shared)
+
+    def turns(self, ticket: Ticket) -> tuple[Turn, ...]:
+        """Of a rollout, for whoever goes on with it."""
+        return tuple(said.turn() for said in self._turns.get(ticket.id, ()))
+
+    def first_version(self, ticket: Ticket) -> int | None:
+        """The weights that made a rollout's first token; None before there is one."""
+        turns = self._turns.get(ticket.id)
+        return turns[0].versions[0] if turns and turns[0].versions else None
 
     def forget(self, events: Iterable[Event]) -> None:
         """Drops those that finished or were called off."""
         for event in events:
             if isinstance(event, Finished):
-                self.turns.pop(event.rollout.id, None)
+                self._turns.pop(event.rollout.id, None)
             elif isinstance(event, Cancelled):
-                self.turns.pop(event.ticket.id, None)
+                self._turns.pop(event.ticket.id, None)
 
 
-def _said(turns: Sequence[Turn], number: int) -> tuple[int, ...]:
+class _Said:
+    """A turn that grows: a report costs its own tokens, not those before it."""
+
+    def __init__(self, prompt_ids: tuple[int, ...]) -> None:
+        self.prompt_ids, self.finish_reason = prompt_ids, OPEN
+        self.output_ids, self.logprobs, self.versions = list[int](), list[float](), list[int]()
+        self.experts: list[ExpertChoices | None] = []
+
+    def add(self, news: Turn) -> None:
+        """The tokens that follow."""
+        self.output_ids += news.output_ids
+        self.logprobs += news.logprobs
+        self.versions += news.versions
+        self.experts.append(news.experts)
+        self.finish_reason = news.finish_reason
+
+    def turn(self) -> Turn:
+        """As it is now."""
+        parts = (tuple(self.output_ids), tuple(self.logprobs), tuple(self.versions))
+        return Turn(self.prompt_ids, *parts, self.finish_reason, experts=joined(self.experts))
+
+
+def _said(turns: Sequence[_Said], number: int) -> tuple[int, ...]:
     """All tokens of the turn before that of the number; none before the first."""
-    return turns[number - 1].prompt_ids + turns[number - 1].output_ids if number else ()
+    return turns[number - 1].prompt_ids + tuple(turns[number - 1].output_ids) if number else ()
 
 
 def write_events(journal: Journal, events: Sequence[Event], tick: int) -> None:

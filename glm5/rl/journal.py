@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,18 @@ Record = dict[str, Any]
 class Journal:
     """Opens or creates the file for appending. One process at a time (`RunDirectory.exclusive`)."""
 
-    def __init__(self, path: Path) -> None:
-        """Cuts what a crash tore off. Raises RunError for a journal that is damaged in its middle."""
+    def __init__(self, path: Path, replay: Callable[[Record], None] | None = None) -> None:
+        """Cuts what a crash tore off. Raises RunError for a journal that is damaged in its middle.
+
+        replay: told every event that there is, in order, in the one pass over the file.
+        """
         self.path = path
-        self.count, self._whole = _extent(path)
+        self.count = self._whole = 0
         """Lines and bytes that were written."""
+        for line in _lines(path):
+            if replay is not None:
+                replay(_parsed(line))
+            self.count, self._whole = self.count + 1, self._whole + len(line)
         self._refusal = ""
         """Why nothing more is taken."""
         new = not path.exists()
@@ -92,40 +99,38 @@ class Journal:
 
 
 def read_journal(path: Path) -> Iterator[Record]:
-    """Every whole event, in order; what a crash tore off at the end is left out. Raises RunError as `Journal` does."""
-    count, _ = _extent(path)
-    if count:
-        with open(path, "rb") as file:
-            for number, line in zip(range(count), file, strict=False):
-                record = _parsed(line, number)
-                if record is None:
-                    raise RunError(f"{path} changed while it was read; let the run finish, then read it again.")
-                yield record
+    """Every whole event, in order; what a crash tore off at the end is left out. Raises RunError as `Journal` does.
+
+    The file may be written while it is read: what was appended after its end was seen is left out.
+    """
+    return map(_parsed, _lines(path))
 
 
-def _extent(path: Path) -> tuple[int, int]:
-    """Number and bytes of the good lines at the beginning, after a look at what follows them."""
-    count = whole = 0
-    torn = False
-    if path.exists():
-        with open(path, "rb") as file:
-            for line in file:
-                good = _number(line)
-                if torn and good is not None:
-                    raise RunError(
-                        f"{path} is damaged at line {count + 1}, and line {good + 1} behind it is whole; restore the "
-                        "file from a copy, or start a new run."
-                    )
-                if not torn and good == count:
-                    count, whole = count + 1, whole + len(line)
-                elif good is not None:
-                    raise RunError(
-                        f"{path} goes from line {count} to line {good + 1}; restore the file from a copy, or start a "
-                        "new run."
-                    )
-                else:
-                    torn = True
-    return count, whole
+def _lines(path: Path) -> Iterator[bytes]:
+    """The good lines at the beginning, and then a look at what follows them. Each is read once."""
+    if not path.exists():
+        return
+    count, torn = 0, False
+    with open(path, "rb") as file:
+        for line in file:
+            good = _number(line)
+            if torn and good is not None:
+                raise RunError(
+                    f"{path} is damaged at line {count + 1}, and line {good + 1} behind it is whole; restore the "
+                    "file from a copy, or start a new run."
+                )
+            if not torn and good == count:
+                yield line
+                count += 1
+            elif good is not None:
+                raise RunError(
+                    f"{path} goes from line {count} to line {good + 1}; restore the file from a copy, or start a "
+                    "new run."
+                )
+            elif not line.endswith(b"\n"):
+                return  # the end, or a line that is being written
+            else:
+                torn = True
 
 
 def _number(line: bytes) -> int | None:
@@ -137,9 +142,7 @@ def _number(line: bytes) -> int | None:
     return int(number) if number.isdigit() else None
 
 
-def _parsed(line: bytes, number: int) -> Record | None:
-    """The event of line `number`."""
-    if _number(line) != number:
-        return None
+def _parsed(line: bytes) -> Record:
+    """The event of a good line."""
     record: Record = json.loads(line.split(b" ", 2)[2])
     return record

@@ -157,17 +157,16 @@ class Lockstep:
 
     # ---- rollouts -------------------------------------------------------------------------------------------------
     def _begin(self, ticket: Ticket) -> None:
-        known = self.session.unfinished.turns.get(ticket.id, ())
         environment = self.session.environments[ticket.environment]
         self.playing[ticket.session] = asyncio.create_task(
             play(
                 ticket, environment, self.source, self.rollout,
-                progress=self._progress, resume_from=tuple(known), timed=False,
+                progress=self._progress, resume_from=self.session.unfinished.turns(ticket), timed=False,
             )
         )  # fmt: skip
 
-    def _progress(self, ticket: Ticket, number: int, turn: Turn) -> None:
-        self._pieces.append(self.session.report(ticket, number, turn))
+    def _progress(self, ticket: Ticket, number: int, first: int, turn: Turn) -> None:
+        self._pieces.append(self.session.report(ticket, number, first, turn))
 
     async def _settle(self) -> None:
         """Until every rollout waits for a token, or has ended."""

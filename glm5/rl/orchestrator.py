@@ -209,13 +209,13 @@ class Orchestrator:
             self.source,
             self.config.rollout,
             progress=self._progress,
-            resume_from=self.session.unfinished.turns.get(ticket.id, ()),
+            resume_from=self.session.unfinished.turns(ticket),
         )
 
-    def _progress(self, ticket: Ticket, number: int, turn: Turn) -> None:
-        piece = self.session.report(ticket, number, turn)
+    def _progress(self, ticket: Ticket, number: int, first: int, turn: Turn) -> None:
+        piece = self.session.report(ticket, number, first, turn)
         self.session.write_pieces("progress", [piece])
-        if number == piece.first == 0:
+        if number == first == 0:
             self.session.began(ticket, turn.versions[0])
 
     def _cancel(self, tickets: Sequence[Ticket]) -> None:

@@ -15,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from glm5.engine import SamplingParams
+from glm5.engine import ExpertChoices, SamplingParams, TokenDelta
 from glm5.engine.choices import joined
 from glm5.envs import Environment, EnvironmentFailure, Episode, Message, Reward, Task, Tool
 from glm5.errors import InputError
@@ -30,8 +30,9 @@ from glm5.train.checks import check_counts, check_numbers
 
 OPEN = ""
 """Finish reason of a turn that still runs."""
-Progress = Callable[[Ticket, int, Turn], None]
-"""Told of a turn by its number and what it is so far: at its first token, now and then, and once when it ended."""
+Progress = Callable[[Ticket, int, int, Turn], None]
+"""Told of a turn by its number, and of its tokens from the given one on, which are new: at its first token, now and
+then, and once when it ended. Told from 0 on, a turn and those after it begin anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,42 @@ class _AnotherPath(Exception):
 
 class _Aborted(Exception):
     """The source gave a request up."""
+
+
+class _Answer:
+    """A turn while it is streamed. Each token is looked at once, however often there is a report."""
+
+    def __init__(self, begun: Turn, started: float) -> None:
+        self.prompt_ids, self.started = begun.prompt_ids, started
+        self.ids, self.logprobs, self.versions = list(begun.output_ids), list(begun.logprobs), list(begun.versions)
+        self.experts = [begun.experts]
+        self._told, self._told_experts = len(self.ids), begun.experts
+        """Tokens that were told of; the newest experts that were."""
+
+    def add(self, delta: TokenDelta) -> int:
+        """Gives the tokens that it has now."""
+        self.ids.append(delta.token_id)
+        self.logprobs.append(delta.logprob)
+        self.versions.append(delta.version)
+        self.experts.append(delta.experts)
+        return len(self.ids)
+
+    def news(self, reason: str) -> tuple[int, Turn]:
+        """What was not told of yet, and the token that it begins with."""
+        first, self._told = self._told, len(self.ids)
+        experts = joined(self.experts[len(self.experts) - (self._told - first) :])
+        if experts is not None and self._told_experts is not None:
+            experts = experts.part(self._told_experts.end)
+        self._told_experts = experts or self._told_experts
+        return first, self._part(first, reason, experts)
+
+    def turn(self, reason: str, cached_tokens: int) -> Turn:
+        """All of it."""
+        return replace(self._part(0, reason, joined(self.experts)), cached_tokens=cached_tokens)
+
+    def _part(self, first: int, reason: str, experts: ExpertChoices | None) -> Turn:
+        parts = (tuple(self.ids[first:]), tuple(self.logprobs[first:]), tuple(self.versions[first:]))
+        return Turn(self.prompt_ids, *parts, reason, time.perf_counter() - self.started, experts=experts)
 
 
 class _Player:
@@ -210,40 +247,26 @@ class _Player:
 
     async def _streamed(self, number: int, begun: Turn, started: float) -> Turn:
         """The rest of a turn. The random numbers hang on the position alone, so it goes on as if never interrupted."""
-        ids, logprobs, versions = list(begun.output_ids), list(begun.logprobs), list(begun.versions)
-        experts, finish_reason = [begun.experts], OPEN
+        answer, finish_reason = _Answer(begun, started), OPEN
         params = SamplingParams(
             temperature=self.config.temperature,
             tempered_logprobs=self.config.temperature != 1.0,
-            max_tokens=self._room(begun.prompt_ids) - len(ids),
+            max_tokens=self._room(begun.prompt_ids) - len(begun.output_ids),
             seed=self.ticket.seed(self.config.seed, number),
             experts_from=self._unknown_from(begun) if self.config.replay_experts else None,
         )
         stream = self.source.stream(
-            (*begun.prompt_ids, *ids), params, session_id=self.ticket.session, priority=0, deadline=None
+            (*begun.prompt_ids, *begun.output_ids), params, session_id=self.ticket.session, priority=0, deadline=None
         )
-
-        def so_far(reason: str) -> Turn:
-            seconds = time.perf_counter() - started
-            experts[:] = [joined(experts)]
-            return Turn(
-                begun.prompt_ids, tuple(ids), tuple(logprobs), tuple(versions), reason, seconds, stream.cached_tokens,
-                experts[0],
-            )  # fmt: skip
-
         try:
             async for delta in stream:
-                ids.append(delta.token_id)
-                logprobs.append(delta.logprob)
-                versions.append(delta.version)
-                experts.append(delta.experts)
-                finish_reason = delta.finish_reason or OPEN
-                due = finish_reason or len(ids) == 1 or len(ids) % self.config.report_every == 0
+                length, finish_reason = answer.add(delta), delta.finish_reason or OPEN
+                due = finish_reason or length == 1 or length % self.config.report_every == 0
                 if self.progress is not None and due:
-                    self.progress(self.ticket, number, so_far(finish_reason))
+                    self.progress(self.ticket, number, *answer.news(finish_reason))
         finally:
             stream.close()
-        return so_far(finish_reason or "abort")
+        return answer.turn(finish_reason or "abort", stream.cached_tokens)
 
     def _unknown_from(self, begun: Turn) -> int:
         """The first token of a turn whose experts neither it nor a turn before it tells of."""

@@ -18,7 +18,7 @@ from glm5.rl.aids import Aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece, Unfinished, events_of, pieces_of, write_events, write_pieces
 from glm5.rl.events import Accepted, BatchMade, Cancelled, Dropped, Event, Finished, Published, Started
-from glm5.rl.journal import Journal, Record, read_journal
+from glm5.rl.journal import Journal, Record
 from glm5.rl.learner import Learner
 from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
 from glm5.rl.scheduler import Scheduler
@@ -73,14 +73,12 @@ class Session:
         """Of the newest rollout that failed: environment and reason."""
         self._failed: Counter[str] = Counter()
         """Rollouts that failed in an environment since one of it was scored, by its name."""
-        for record in read_journal(self.path):
-            self._replay(record)
+        self.journal = Journal(self.path, self._replay)
         if self.scheduler.step < first:
             raise RunError(
                 f"{self.path} ends before batch {first - 1}, which the newest checkpoint has learnt from; restore the "
                 "file, or start a new run."
             )
-        self.journal = Journal(self.path)
         self._failed.clear()  # what was broken may be mended now
         self._in_vain_before = self._in_vain.total()
 
@@ -130,9 +128,9 @@ class Session:
     def note_beginnings(self) -> None:
         """`began` for every running rollout that has a token."""
         for ticket, _ in list(self.scheduler.running.values()):
-            turns = self.unfinished.turns.get(ticket.id)
-            if turns and turns[0].versions:
-                self.began(ticket, turns[0].versions[0])
+            version = self.unfinished.first_version(ticket)
+            if version is not None:
+                self.began(ticket, version)
 
     def finished(self, rollouts: Sequence[Rollout]) -> list[Ticket]:
         """Rollouts came back, in this order; gives those that are called off therefore."""
@@ -197,9 +195,9 @@ class Session:
         self.scheduler.limit(max_running)
         self._written()
 
-    def report(self, ticket: Ticket, number: int, turn: Turn) -> Piece:
+    def report(self, ticket: Ticket, number: int, first: int, turn: Turn) -> Piece:
         """What a progress report adds to what is known."""
-        piece = self.unfinished.news(ticket, number, turn)
+        piece = self.unfinished.news(ticket, number, first, turn)
         self.unfinished.add(piece)
         return piece
 

@@ -9,6 +9,7 @@ from speaker import speaker_tokenizer
 from glm5.engine import Engine
 from glm5.envs import EpisodeLimits
 from glm5.errors import ConfigError, InputError
+from glm5.rl.event_log import Unfinished
 from glm5.rl.records import Ticket, Turn
 from glm5.rl.runner import RolloutConfig, play
 
@@ -148,13 +149,16 @@ def engine():
 def test_an_episode_goes_on_from_any_token_as_if_never_interrupted(engine, replay):
     config = RolloutConfig(seed=5, max_tokens=16, report_every=1, replay_experts=replay)
     environment = Chat(QUESTION, RESULT, limits=EpisodeLimits(turns=3))
-    reports = []
+    reports, told, known = [], [], Unfinished()
 
-    def note(ticket, number, turn):
-        reports.append([*(reports[-1][:number] if reports else ()), turn])
+    def note(ticket, number, first, turn):
+        told.append((number, first, turn))
+        known.add(known.news(ticket, number, first, turn))
+        reports.append(known.turns(ticket))
 
     for sample in range(50):  # until a random model ends its turns by itself, so that there are three
         reports.clear()
+        told.clear()
         ticket = Ticket("chat", 0, sample=sample)
         whole = asyncio.run(play(ticket, environment, engine, config, progress=note))
         if len(whole.turns) == 3:
@@ -165,6 +169,11 @@ def test_an_episode_goes_on_from_any_token_as_if_never_interrupted(engine, repla
         max(len(turns[n].output_ids) for turns in reports if len(turns) > n) for n in range(3)
     ]
     assert all((turn.experts is not None) is replay for turn in whole.turns)
+    each = [(number, first) for number, turn in enumerate(whole.turns) for first in range(len(turn.output_ids))]
+    assert [(number, first) for number, first, _ in told] == each, "a report tells of new tokens alone"
+    assert all(len(turn.output_ids) == 1 for _, _, turn in told)
+    if replay:  # the first report of a turn has the prompt's too, in as far as no turn before has told of them
+        assert all(len(turn.experts) == 1 for _, first, turn in told if first)
     for turns in reports:
         again = asyncio.run(play(ticket, environment, engine, config, resume_from=turns))
         assert (again.turns, again.trajectories, again.messages) == (whole.turns, whole.trajectories, whole.messages)

@@ -12,10 +12,12 @@ from glm5.rl.records import Ticket, Turn
 A, B = Ticket("env", 0), Ticket("env", 0, 0, 1)
 
 
-def turn(count, finish="", first=10, prompt=(1, 2)):
-    ids = tuple(range(first, first + count))
-    experts = ExpertChoices.of(1, np.full((len(prompt) + count - 2, 1, 2), first, np.uint8))  # the first is known
-    return Turn(prompt, ids, tuple(-float(i) for i in ids), (3,) * count, finish, experts=experts)
+def turn(count, finish="", name=10, prompt=(1, 2), told=0):
+    """The tokens of an answer from `told` to `count`; the first token of the prompt is known to whoever asks."""
+    ids = tuple(range(name + told, name + count))
+    start = len(prompt) - 1 + told if told else 1
+    experts = ExpertChoices.of(start, np.full((len(prompt) + count - 1 - start, 1, 2), name, np.uint8))
+    return Turn(prompt, ids, tuple(-float(i) for i in ids), (3,) * len(ids), finish, experts=experts)
 
 
 def test_reports_become_pieces_and_come_back(tmp_path):
@@ -27,26 +29,27 @@ def test_reports_become_pieces_and_come_back(tmp_path):
         write_pieces(journal, "progress", [piece], 0)
         return piece
 
-    assert report(A, 0, turn(2)).turn.output_ids == (10, 11)
-    piece = report(A, 0, turn(5, "stop"))
+    assert live.first_version(A) is None
+    assert report(A, 0, 0, turn(2)).turn.output_ids == (10, 11)
+    piece = report(A, 0, 2, turn(5, "stop", told=2))
     assert (piece.first, piece.turn.output_ids, piece.turn.prompt_ids) == (2, (12, 13, 14), ())
     assert (piece.turn.experts.start, piece.turn.experts.end) == (3, 6)
-    report(B, 0, turn(3))
+    report(B, 0, 0, turn(3))
     longer = (1, 2, 10, 11, 12, 13, 14, 7)
-    report(A, 1, turn(1, prompt=longer))
-    assert live.turns[A.id] == [turn(5, "stop"), turn(1, prompt=longer)]
-    report(B, 0, turn(2, first=50))  # began anew
-    assert live.turns[B.id] == [turn(2, first=50)]
-    report(A, 0, turn(1, first=60))
-    assert live.turns[A.id] == [turn(1, first=60)]
+    report(A, 1, 0, turn(1, prompt=longer))
+    assert live.turns(A) == (turn(5, "stop"), turn(1, prompt=longer)) and live.first_version(A) == 3
+    report(B, 0, 0, turn(2, name=50))  # began anew
+    assert live.turns(B) == (turn(2, name=50),)
+    report(A, 0, 0, turn(1, name=60))
+    assert live.turns(A) == (turn(1, name=60),)
     journal.close()
     again = Unfinished()
     for record in read_journal(tmp_path / "journal"):
         for piece in pieces_of(record):
             again.add(piece)
-    assert again.turns == live.turns
+    assert [again.turns(ticket) for ticket in (A, B)] == [live.turns(ticket) for ticket in (A, B)]
     again.forget([Finished(aborted(A)), Cancelled(B, "stale")])
-    assert again.turns == {}
+    assert again.turns(A) == again.turns(B) == () and again.first_version(A) is None
 
 
 def test_a_prompt_is_written_once_however_many_turns_repeat_it(tmp_path):
@@ -55,7 +58,7 @@ def test_a_prompt_is_written_once_however_many_turns_repeat_it(tmp_path):
     for number in range(12):
         ids = tuple(range(1000 + 100 * number, 1020 + 100 * number))
         told = Turn(prompt, ids, (-0.5,) * 20, (3,) * 20, "stop")
-        piece = live.news(A, number, told)
+        piece = live.news(A, number, 0, told)
         live.add(piece)
         before = (tmp_path / "journal").stat().st_size
         write_pieces(journal, "progress", [piece], 0)
@@ -69,7 +72,7 @@ def test_a_prompt_is_written_once_however_many_turns_repeat_it(tmp_path):
     for record in read_journal(tmp_path / "journal"):
         for piece in pieces_of(record):
             again.add(piece)
-    assert again.turns == live.turns and again.turns[A.id][-1].prompt_ids == told.prompt_ids
+    assert again.turns(A) == live.turns(A) and again.turns(A)[-1].prompt_ids == told.prompt_ids
 
 
 def test_events_of_one_call_are_one_line(tmp_path):

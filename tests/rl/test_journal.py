@@ -7,6 +7,7 @@ import pytest
 from scripted import FullDisk
 
 from glm5.errors import RunError
+from glm5.rl import journal as journal_file
 from glm5.rl.gateway import Sessions
 from glm5.rl.journal import Journal, read_journal
 
@@ -25,6 +26,26 @@ def test_events_come_back_in_order_over_sessions(tmp_path):
     assert [record["n"] for record in read_journal(path)] == [1, 2, 3]
     assert next(read_journal(path))["text"] == "a\nb ü"
     assert list(read_journal(tmp_path / "none")) == []
+
+
+def test_a_journal_is_read_once_when_it_is_opened_and_told_again(tmp_path, monkeypatch):
+    path, seen, looked = written(tmp_path / "journal", 1, 2, 3), [], []
+    number = journal_file._number
+    monkeypatch.setattr(journal_file, "_number", lambda line: (looked.append(line), number(line))[1])
+    journal = Journal(path, seen.append)
+    assert [record["n"] for record in seen] == [1, 2, 3] and journal.count == 3
+    assert len(looked) == 3 and not journal.close()
+    looked.clear()
+    assert len(list(read_journal(path))) == len(looked) == 3
+
+
+def test_a_line_that_is_being_written_is_the_end(tmp_path):
+    path = written(tmp_path / "journal", 1, 2, 3)
+    ends = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(ends[:2]) + ends[2][:9])
+    records = read_journal(path)
+    assert next(records)["n"] == 1
+    assert [record["n"] for record in records] == [2]
 
 
 def test_a_torn_end_is_cut_at_every_byte(tmp_path):
