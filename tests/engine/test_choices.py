@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
+from chosen_experts import ordered, plain
 from decoding_steps import needs_extension
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,17 +33,6 @@ def decoder(request, monkeypatch):
     """Whether decoders run, or the modules alone."""
     if not request.param:
         monkeypatch.setattr(FastSteps, "exact_decoder", lambda *arguments: None)
-
-
-@torch.no_grad()
-def plain(model, token_ids):
-    """Experts [T, L, K] of every token but the last, in one pass without a cache; each token's in ascending order."""
-    records = model(torch.tensor([token_ids[:-1]]), collect={"router"}).router
-    return torch.stack([record.experts_BTK[0] for record in records], dim=1).sort(-1).values.numpy()
-
-
-def ordered(experts):
-    return np.sort(experts.array, axis=-1)
 
 
 def check(model, output):

@@ -9,6 +9,7 @@ import lockstep_runs
 import numpy as np
 import pytest
 import torch
+from chosen_experts import ordered, plain
 from learning import engine_batch, rollout_of, sampled
 from scripted import Chat, brief_model
 from speaker import speaker_model, speaker_tokenizer
@@ -38,17 +39,6 @@ def deep_model(seed=0):
     changes = {"vocab_size": 320, "num_hidden_layers": 3, "num_nextn_predict_layers": 0,
                "max_position_embeddings": 512, "eos_token_id": speaker_tokenizer().eos_ids}  # fmt: skip
     return tiny_model(seed, **changes)
-
-
-@torch.no_grad()
-def plain(model, token_ids):
-    """Experts [T, L, K] of every token but the last as the model itself chooses, in ascending order."""
-    records = model(torch.tensor([token_ids[:-1]]), collect={"router"}).router
-    return torch.stack([record.experts_BTK[0] for record in records], dim=1).sort(-1).values.numpy()
-
-
-def ordered(experts):
-    return np.sort(experts.array, axis=-1)
 
 
 def batch_with(batch, *trajectories):
