@@ -146,8 +146,8 @@ def decode(directory: Path, batch: int, context: int, names: tuple[PeerName, ...
         runs: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
         for _ in range(options.repeats):
             runs["ours"].append(ours.decode(ids, options.steps))
-            for name, side in peers.items():
-                runs[name].append(side.decode(options.steps))
+            for other, side in peers.items():
+                runs[other].append(side.decode(options.steps))
     amount, found = batch * options.steps, {name: Spread(tuple(times)) for name, times in runs.items()}
     mine = rate(found["ours"], amount)
     target = lambda name: TARGETS.get(("decode", batch, context)) if name == "transformers" else None

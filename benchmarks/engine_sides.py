@@ -23,6 +23,7 @@ from benchmarks.forward import THEIR_CHUNK, their_bytes_per_token
 from benchmarks.llama_cpp import CLOCKS, Clock, Kind
 from benchmarks.measure import timed
 from glm5.engine import SamplingParams
+from glm5.engine.pool import Storage
 from glm5.model import initialize_
 
 
@@ -79,7 +80,13 @@ class Ours:
     """The engine as `glm5 serve` makes it, with room for `tokens` tokens of cache."""
 
     def __init__(
-        self, directory: Path, tokens: int, *, storage: str | None = None, strict: bool = False, clock: Clock = "wall"
+        self,
+        directory: Path,
+        tokens: int,
+        *,
+        storage: Storage | None = None,
+        strict: bool = False,
+        clock: Clock = "wall",
     ) -> None:
         self.clock = CLOCKS[clock]
         self.engine = glm5.Engine(

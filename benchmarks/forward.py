@@ -162,7 +162,7 @@ def train(ours: glm5.GLM5, theirs: GlmMoeDsaForCausalLM, attention: str, options
         optimizer.step()
         optimizer.zero_grad()
 
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "ours": lambda: step(ours(ids, attention=attention).logits, our_optimizer),
         "theirs": lambda: step(theirs(ids, use_cache=False).logits, their_optimizer),
     }

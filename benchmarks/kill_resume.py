@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,10 +50,12 @@ def tiny_data(root: Path) -> None:
 def stages(data: Path, chain: Path) -> dict[str, AnyConfig]:
     """The five stages of one chain; every one of them saves often and skips spikes."""
 
-    def loop(**changes: object) -> LoopConfig:
-        settings: dict[str, object] = {"steps": STEPS, "checkpoint_every": 5, "evaluate_every": 8, "seed": 3}
-        settings |= {"optimizer": OptimizerConfig(lr=3e-3), "schedule": Schedule(shape="linear", warmup_steps=3)}
-        return LoopConfig(**{**settings, **changes})  # type: ignore[arg-type]
+    def loop(**changes: Any) -> LoopConfig:
+        usual = LoopConfig(
+            steps=STEPS, checkpoint_every=5, evaluate_every=8, seed=3, optimizer=OptimizerConfig(lr=3e-3),
+            schedule=Schedule(shape="linear", warmup_steps=3),
+        )  # fmt: skip
+        return dataclasses.replace(usual, **changes)
 
     model = dataclasses.replace(
         PRESETS["nano"](), vocab_size=384, hidden_size=32, num_hidden_layers=2, mlp_layer_types=(), indexer_types=(),
@@ -61,7 +64,7 @@ def stages(data: Path, chain: Path) -> dict[str, AnyConfig]:
         num_experts_per_tok=2, index_n_heads=4, index_head_dim=16, index_topk=16,
         rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
     )  # fmt: skip
-    text = {"train_data": data / "train", "heldout_data": data / "heldout", "heldout_documents": 3}
+    text: dict[str, Any] = {"train_data": data / "train", "heldout_data": data / "heldout", "heldout_documents": 3}
     adamw = OptimizerConfig(name="adamw", lr=2e-3, weight_decay=0.0)
     return {
         "pretrain": PretrainConfig(
@@ -79,7 +82,7 @@ def stages(data: Path, chain: Path) -> dict[str, AnyConfig]:
             parent=chain / "dsa2", train_data=data / "chat", rows=4, length=64, attention="sparse", mtp_weight=0.3,
             loop=loop(precision="bf16", checkpoint_activations=True),
         ),
-    }  # type: ignore[arg-type]  # fmt: skip
+    }  # fmt: skip
 
 
 def prove(root: Path, kills: int, seed: int) -> dict[str, Verdict]:

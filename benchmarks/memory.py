@@ -130,9 +130,10 @@ def main() -> None:
             for c in options.checkpointing]  # fmt: skip
     if options.child:
         torch.set_num_threads(1)
-        preset, *rest = grid[0]
-        process = train_two_steps(tiny(), 16, *rest[1:])
-        print(json.dumps({"process": process, "peak": train_two_steps(ModelConfig.from_preset(preset), *rest)}))
+        preset, length, optimizer, checkpointing = grid[0]
+        process = train_two_steps(tiny(), 16, optimizer, checkpointing)
+        peak = train_two_steps(ModelConfig.from_preset(preset), length, optimizer, checkpointing)
+        print(json.dumps({"process": process, "peak": peak}))
         return
     cases: list[Case] = []
     for case in (compare(*point, options.largest) for point in grid):

@@ -100,9 +100,9 @@ def model_config(arm: Arm, vocabulary: int = 4096) -> ModelConfig:
     nano = dataclasses.replace(ModelConfig.from_preset("nano"), num_nextn_predict_layers=1 if arm.mtp_steps else 0)
     if not arm.dense:
         return nano
-    sizes = {"first_k_dense_replace": nano.num_hidden_layers, "mlp_layer_types": ()}
+    plain = dataclasses.replace(nano, first_k_dense_replace=nano.num_hidden_layers, mlp_layer_types=())
     wanted = nano.num_parameters(active=True)
-    made = [dataclasses.replace(nano, **sizes, intermediate_size=inner) for inner in range(128, 768, 8)]
+    made = [dataclasses.replace(plain, intermediate_size=inner) for inner in range(128, 768, 8)]
     return min(made, key=lambda config: abs(config.num_parameters(active=True) - wanted))
 
 
@@ -209,7 +209,8 @@ class Study:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, values)
             print(json.dumps(values), flush=True)
-        return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return kept
 
     def best_rate(self, arm: Arm) -> tuple[float, dict[float, float]]:
         """The rate with the lowest held-out bits per byte after the sweep's steps, and the whole sweep."""

@@ -155,7 +155,7 @@ def train(run: OwnRun) -> Result:
     rewards: list[float] = []
     for line in done.read("metrics"):  # a batch that was ready with the one before came with no new reward
         rewards.append(rewards[-1] if line["reward"] is None else line["reward"])
-    idle = {
+    idle: dict[str, float] = {
         name: statistics.fmean(line[name] for line in speed)
         for name in ("trainer_idle", "sampler_idle")
         if name in speed[0]
@@ -177,7 +177,7 @@ def spread(values: list[float]) -> str:
 def compute(options: Options) -> str:
     """Steps per second of processor time."""
     parent = str(warmed(TASKS[COMPUTE_TASK], options.work))
-    rates: dict[str, list[float]] = {"ours async": [], "ours sync": []} | ({"TRL": []} if options.peer else {})
+    rates: dict[str, list[float]] = {n: [] for n in ("ours async", "ours sync", *(["TRL"] if options.peer else []))}
     walls: dict[str, list[float]] = {name: [] for name in rates}
     rewards: dict[str, list[float]] = {name: [] for name in rates}
     for seed in range(options.seeds):
@@ -199,7 +199,7 @@ def compute(options: Options) -> str:
                   flush=True)  # fmt: skip
     rows = [f"| side | steps per CPU second | steps per second | reward, last {WINDOW} batches |", "|---|---|---|---|"]
     rows += [f"| {n} | {spread(rates[n])} | {spread(walls[n])} | {spread(rewards[n])} |" for n in rates]
-    pairs = [("ours async", "ours sync", "the scheduler", None)]
+    pairs: list[tuple[str, str, str, float | None]] = [("ours async", "ours sync", "the scheduler", None)]
     if options.peer:
         pairs += [("ours sync", "TRL", "the model's code", None), ("ours async", "TRL", "both", 1.2)]
     for first, second, what, bar in pairs:
@@ -256,9 +256,11 @@ def latency(options: Options) -> str:
         cells = [seconds_cell(own_seconds[name], [run.seconds_to(target) for run in runs])
                  for name, runs in found.items()]  # fmt: skip
         first, second = own_seconds.values()
-        ratio = "" if first is None or second is None else f"**{second / first:.2f}**"
-        if ratio and goal == options.goals[0]:
-            ratio += f", bar 2: {'met' if second / first >= 2 else 'MISSED'}"
+        ratio = ""
+        if first is not None and second is not None:
+            ratio = f"**{second / first:.2f}**"
+            if goal == options.goals[0]:
+                ratio += f", bar 2: {'met' if second / first >= 2 else 'MISSED'}"
         rows.append(f"| {goal:.0%} | {target:.3f} | {' | '.join(cells)} | {ratio} |")
     return "## Long tails and slow tools\n\n" + "\n".join(rows)
 

@@ -88,15 +88,17 @@ def openai_agent(base_url: str, request: ToolRequest) -> Attempt:
     """Asks, runs what is called, asks again."""
     client = OPENAI.with_options(base_url=f"{base_url}/v1")
     messages: list[Any] = [{"role": "user", "content": request.question}]
+    tools: Any = list(request.tools)
     calls, said = [], ""
     for _ in range(TURNS):
         reply = client.chat.completions.create(
-            model="glm5", messages=messages, tools=list(request.tools), max_tokens=64, reasoning_effort="none"
+            model="glm5", messages=messages, tools=tools, max_tokens=64, reasoning_effort="none"
         )
         message = reply.choices[0].message
         messages.append(message)
         said = message.content or ""
         for call in message.tool_calls or []:
+            assert call.type == "function"
             arguments = json.loads(call.function.arguments)
             calls.append((call.function.name, arguments))
             result = run_tool(call.function.name, arguments)

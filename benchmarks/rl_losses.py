@@ -66,7 +66,7 @@ def tokens_of(table_QPV: Tensor, old_QPV: Tensor, right_QP: Tensor, lag: int, ge
     sampler_RPV = old_QPV.log_softmax(-1)[asked_R]
     said_RP = torch.multinomial(sampler_RPV.exp().flatten(0, 1), 1, generator=generator).view(-1, POSITIONS)
     rewards_R = ((said_RP == right_QP[asked_R]).sum(1) >= NEEDED).float()
-    kept, advantages = [], []
+    kept, advantages = list[int](), list[float]()
     for group, rewards in enumerate(rewards_R.view(GROUPS, GROUP_SIZE).tolist()):
         found = group_advantages(rewards)
         if found is not None:

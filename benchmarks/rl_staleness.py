@@ -192,9 +192,9 @@ def main(options: Options) -> None:
         for task in options.tasks:
             for arm in options.arms:
                 results[task][arm].append(done(task, arm, seed, options))
-                last = results[task][arm][-1]
-                print(f"{task} {arm} seed {seed}: {last['first']:.3f} -> {last['last']:.3f}, age {last['age']:.1f}",
-                      flush=True)  # fmt: skip
+                newest = results[task][arm][-1]
+                print(f"{task} {arm} seed {seed}: {newest['first']:.3f} -> {newest['last']:.3f}, "
+                      f"age {newest['age']:.1f}", flush=True)  # fmt: skip
     rows = ["| task | arm | reward before | reward after | mean age | oldest |", "|---" * 6 + "|"]
     for task, arms in results.items():
         for arm, runs in arms.items():

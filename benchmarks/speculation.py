@@ -39,7 +39,7 @@ class Always(Pace):
 
 def run(engine: Engine, prompts: list[list[int]], temperature: float, tokens: int) -> tuple[float, int, list[int]]:
     """Processor seconds, steps and token ids of the prompts one after another."""
-    steps, started, ids = engine.stats().steps, time.process_time(), []
+    steps, started, ids = engine.stats().steps, time.process_time(), list[int]()
     for seed, prompt in enumerate(prompts):
         params = SamplingParams(temperature=temperature, max_tokens=tokens, seed=seed, ignore_eos=True)
         ids += engine.generate([prompt], params)[0].token_ids
@@ -61,15 +61,15 @@ def speeds(model: GLM5, prompts: list[list[int]], tokens: int, rounds: int) -> N
         for _ in range(rounds):
             seconds = {k: run(engine, prompts, temperature, tokens) for k, engine in engines.items()}
             base = seconds[0]
-            for k, (spent, _, _) in seconds.items():
-                ratios.setdefault(k, []).append(base[0] / spent)
-        for k, found in ratios.items():
-            _, steps, ids = seconds[k]
-            stats = engines[k].stats()
+            for drafts, (spent, _, _) in seconds.items():
+                ratios.setdefault(drafts, []).append(base[0] / spent)
+        for drafts, found in ratios.items():
+            _, steps, ids = seconds[drafts]
+            stats = engines[drafts].stats()
             accepted = f"{stats.accepted_tokens / stats.drafted_tokens:.0%}" if stats.drafted_tokens else ""
             same = "" if ids == base[2] else " (other tokens)"
             spread = f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
-            print(f"| {temperature} | {k} | {len(ids) / steps:.2f}{same} | {accepted} | {spread} |")
+            print(f"| {temperature} | {drafts} | {len(ids) / steps:.2f}{same} | {accepted} | {spread} |")
 
 
 @torch.inference_mode()

@@ -100,7 +100,7 @@ def steps(models: dict[str, nn.Module], ids_BT: Tensor, dtype: str, extras: bool
         out = ours(ids_BT, collect={"mtp"})
         return cross_entropy(out.logits) + 0.3 * cross_entropy(out.mtp_logits[0])
 
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         OURS: step(lambda: cross_entropy(ours(ids_BT).logits), OURS),
         THEIRS: step(lambda: cross_entropy(theirs(ids_BT, use_cache=False).logits), THEIRS),
         DENSE: step(lambda: cross_entropy(dense(ids_BT)), DENSE),

@@ -20,6 +20,7 @@ from glm5.cli.recipe_data import DataPlan, Layout, LongPhase
 from glm5.cli.threads import use_threads
 from glm5.config import ModelConfig
 from glm5.data import Share
+from glm5.data.long_context import Kind
 from glm5.data.recipe_sets import (
     NANO_INSTRUCT,
     NANO_SFT_LENGTH,
@@ -33,8 +34,8 @@ from glm5.optim import OptimizerConfig, Schedule
 from glm5.train import DSAConfig, LoopConfig, MidtrainConfig, PretrainConfig, SFTConfig, SparseConfig
 
 PROMPTS = ("And the LORD said unto Moses,", "torch.nn.functional.", "The function returns")
-LISTS = {"repeat": 1.0, "key_value": 1.0}
-NEEDLES = {"repeat": 0.5, "key_value": 1.0, "multi_needle": 2.0, "needle": 1.0}
+LISTS: dict[Kind, float] = {"repeat": 1.0, "key_value": 1.0}
+NEEDLES: dict[Kind, float] = {"repeat": 0.5, "key_value": 1.0, "multi_needle": 2.0, "needle": 1.0}
 CURRICULUM = (
     LongPhase(length=64, rows=16, steps=300, kinds=LISTS, words=32, text=0.125),
     LongPhase(length=64, rows=16, steps=300, kinds=LISTS, words=128, zipf=8.0, text=0.125),
