@@ -20,8 +20,8 @@ parallel calls, `"a" | "b"` a choice of tools, and texts in quotes are written a
 **Ends.** A completion ends as soon as its structure is complete and could not go on (`complete`). Where it could go on,
 the end-of-turn tokens are allowed beside the tokens that go on, even with `ignore_eos`.
 
-**White space** in JSON is free between values, as models write it, but at most `LONGEST_SPACE` characters at a time:
-small models otherwise never leave it. Keys come in the order of the schema.
+**White space** in JSON is what Python's `json.dumps` writes on one line: one space behind a comma and a colon, or none
+(`JSON_SPACING`), so that no model spends its tokens on it. Keys come in the order of the schema.
 
 **Hostile grammars** are bounded in size, in llguidance's own fuel for compiling and for each step, and, because a
 compilation cannot be interrupted and deep recursion would end the process, each new grammar is compiled by
@@ -32,18 +32,17 @@ it outside their event loop.
 from __future__ import annotations
 
 import json
-import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import llguidance
-import numpy as np
-import numpy.typing as npt
 
 from glm5.engine.grammar_probe import LIMITS, GrammarProbe, NotStartedError
+from glm5.engine.grammar_state import GrammarState, one_line
+from glm5.engine.lazy_grammar import LazyGrammar, Spellings, named_tags
 from glm5.engine.sampling_params import StructuredOutputs
 from glm5.errors import InputError, UnavailableError
 from glm5.text import Tokenizer
@@ -53,43 +52,8 @@ KEPT = 128
 """Compiled grammars that a compiler keeps, the latest used; and as many refusals."""
 REFUSED_SECONDS = 300.0
 """How long a refusal holds without a new try: the machine may have been too busy for the grammar."""
-LONGEST_SPACE = 32
-_PICTURE = re.compile(r"\s*(\d+ \|.*|\^|<non-verbose/>|)")
-"""Lines of llguidance's messages that show the place in the grammar, or say that they do not."""
-
-
-class GrammarState:
-    """Where one completion stands in its grammar."""
-
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
-        self._matcher = matcher
-        self._vocab_size = vocab_size
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing can follow."""
-        return self._matcher.is_stopped() and not self._matcher.is_error()
-
-    def allowed(self) -> npt.NDArray[np.bool_]:
-        """Which tokens may come next, bool [V]; at least one. Raises InputError beyond the limits of a step."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        self._refuse_errors()
-        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
-
-    def accept(self, token_id: int) -> None:
-        """Goes on by a token. Raises InputError for one that is not allowed."""
-        if not self._matcher.consume_token(token_id):
-            self._refuse_errors()
-            raise InputError(f"Token {token_id} does not fit the structure of this completion.")
-
-    def rollback(self, count: int) -> None:
-        """Goes back by `count` tokens."""
-        if count and not self._matcher.rollback(count):
-            self._refuse_errors()
-
-    def _refuse_errors(self) -> None:
-        if self._matcher.is_error():
-            raise InputError(f"The structured output cannot go on: {_one_line(self._matcher.get_error())}.")
+JSON_SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+"""llguidance's options; the separators are expressions."""
 
 
 class GrammarCompiler:
@@ -105,7 +69,7 @@ class GrammarCompiler:
         self._eos_ids = sorted(eos_ids) or list(tokenizer.eos_ids)
         self._backend = tokenizer.backend
         self._lock = threading.Lock()
-        """Of the kept grammars, for moments."""
+        """Of what is kept, for moments."""
         self._compiling = threading.Lock()
         """Of the probe and the tokenizer, for seconds at worst."""
         self._tokenizer: llguidance.LLTokenizer | None = None
@@ -113,8 +77,9 @@ class GrammarCompiler:
         self._kept: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
         self._refused: OrderedDict[tuple[str, str], tuple[float, str]] = OrderedDict()
         """Until when, by `time.monotonic`, and why."""
+        self._spellings: Spellings | None = None
 
-    def compile(self, outputs: StructuredOutputs) -> GrammarState:
+    def compile(self, outputs: StructuredOutputs) -> GrammarState | LazyGrammar:
         """The beginning of a structure. Raises InputError with llguidance's reason for one that cannot be used.
 
         A refusal is kept too, for a while: who asks again does not hold up the others again. Raises UnavailableError
@@ -131,7 +96,22 @@ class GrammarCompiler:
                         self._keep(self._refused, outputs, (time.monotonic() + REFUSED_SECONDS, str(error)))
                         raise
                     self._keep(self._kept, outputs, matcher)
+        if outputs.begins_at is not None:
+            return self._lazy(matcher, outputs.text, outputs.begins_at)
         return GrammarState(matcher.deep_copy(), self._vocab_size)
+
+    def _lazy(self, matcher: llguidance.LLMatcher, grammar: str, begins_at: str) -> LazyGrammar:
+        """Free text in which the grammar begins at a token. Raises InputError if it is none."""
+        tags = named_tags(grammar, self._backend)
+        begin = self._backend.token_to_id(begins_at)
+        if begin is None or begins_at not in tags:
+            raise InputError(
+                f"structured_outputs.begins_at is {begins_at!r}; name the added token that begins the grammar."
+            )
+        with self._lock:
+            self._spellings = self._spellings or Spellings(self._backend)
+        fresh = lambda: GrammarState(matcher.deep_copy(), self._vocab_size)
+        return LazyGrammar((begin, begins_at), fresh, self._vocab_size, self._spellings, tags)
 
     def has(self, outputs: StructuredOutputs) -> bool:
         """Whether `compile` would find this structure, or its refusal, among the kept ones, at once."""
@@ -170,7 +150,7 @@ class GrammarCompiler:
         try:
             grammar = _grammar(outputs)
         except ValueError as error:  # a schema that is JSON and yet none, or text that is not Unicode
-            raise InputError(f"{named} cannot be used: {_one_line(str(error))}.") from None
+            raise InputError(f"{named} cannot be used: {one_line(str(error))}.") from None
         if self._tokenizer is None or self._probe is None:
             tokens = _all_added_tokens_special(self._backend.to_str())
             self._tokenizer = llguidance.LLTokenizer(tokens, n_vocab=self._vocab_size, eos_token=self._eos_ids)
@@ -182,19 +162,17 @@ class GrammarCompiler:
                 f"Structures cannot be compiled now: the process that tries them {error}; ask again in a while."
             ) from None
         if reason:
-            raise InputError(f"{named} cannot be used: {_one_line(reason)}.")
+            raise InputError(f"{named} cannot be used: {one_line(reason)}.")
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise InputError(f"{named} cannot be used: {_one_line(matcher.get_error())}.")
+            raise InputError(f"{named} cannot be used: {one_line(matcher.get_error())}.")
         return matcher
 
 
 def _grammar(outputs: StructuredOutputs) -> str:
     """llguidance's own form of a structure."""
     if outputs.kind == "json":
-        return llguidance.LLMatcher.grammar_from_json_schema(
-            outputs.text, overrides={"whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{LONGEST_SPACE}}}"}
-        )
+        return llguidance.LLMatcher.grammar_from_json_schema(outputs.text, overrides=JSON_SPACING)
     if outputs.kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(outputs.text)
     if outputs.kind == "choice":
@@ -209,9 +187,3 @@ def _all_added_tokens_special(tokenizer_json: str) -> str:
     for token in state["added_tokens"]:
         token["special"] = True
     return json.dumps(state)
-
-
-def _one_line(message: str) -> str:
-    """llguidance's message without the picture of the place, and short."""
-    lines = [line.strip() for line in message.splitlines() if not _PICTURE.fullmatch(line)]
-    return " ".join(lines)[:300].rstrip(" .") or "it is not understood"

@@ -27,7 +27,7 @@ MAX_GRAMMAR_BYTES = 256 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputs:
-    """What the completion must be, word for word; exactly one field is given. Raises `InputError`.
+    """What the completion must be, word for word: json, regex, choice or grammar, exactly one. Raises `InputError`.
 
     Whether the schema, expression or grammar can be used is found when the engine takes the request
     (`glm5.engine.grammar`).
@@ -41,6 +41,9 @@ class StructuredOutputs:
     """The completion is one of these texts; stored as a tuple."""
     grammar: str | None = None
     """A Lark grammar in llguidance's dialect; `start` is its first rule."""
+    begins_at: str | None = None
+    """With a `grammar`: the added token, such as `<tool_call>`, that is its first symbol. The grammar then holds from
+    each such token to its end; before, between and after, the text is free (`glm5.engine.lazy_grammar`)."""
 
     def __post_init__(self) -> None:
         fields = {"json": self.json, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
@@ -48,6 +51,8 @@ class StructuredOutputs:
         if len(given) != 1:
             named = " and ".join(given) or "none"
             raise InputError(f"structured_outputs has {named}; give exactly one of json, regex, choice and grammar.")
+        if self.begins_at is not None and (self.grammar is None or not isinstance(self.begins_at, str)):
+            raise InputError("structured_outputs.begins_at is the text of a token and belongs to a grammar.")
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
         if self.choice is not None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from glm5.engine.block_manager import Digest
 from glm5.engine.choices import SequenceChoices, joined
-from glm5.engine.grammar import GrammarState
+from glm5.engine.grammar_state import GrammarState
+from glm5.engine.lazy_grammar import LazyGrammar
 from glm5.engine.outputs import CompletionOutput, FinishReason, TokenDelta
 from glm5.engine.sampler import SampledToken
 from glm5.engine.sampling_params import SamplingParams
@@ -33,7 +34,7 @@ class Sequence:
         max_tokens: int,
         eos_ids: frozenset[int],
         detokenizer: Detokenizer | None,
-        grammar: GrammarState | None = None,
+        grammar: GrammarState | LazyGrammar | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.params = params

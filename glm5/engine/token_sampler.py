@@ -28,7 +28,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from glm5.engine.grammar import GrammarState
+from glm5.engine.grammar_state import GrammarState
+from glm5.engine.lazy_grammar import LazyGrammar
 from glm5.engine.sampler import SampledToken, sample_token, token_logprobs, uniforms
 from glm5.engine.sampling_params import SamplingParams
 
@@ -47,7 +48,7 @@ class TokenSampler:
         seed: int,
         index: int = 0,
         stop_ids: Set[int] = frozenset(),
-        grammar: GrammarState | None = None,
+        grammar: GrammarState | LazyGrammar | None = None,
     ) -> None:
         """`stop_ids`: what `min_tokens` holds back. `grammar`: the completion's own state of its structure."""
         self.params = params
@@ -114,7 +115,8 @@ class TokenSampler:
         """The logits that are sampled, with all of the above but temperature and cuts. Float32; may be the input."""
         params, early = self.params, len(self.output_ids) < self.params.min_tokens and bool(self._stop_ids)
         bad_ids = self._bad_ids() if self._bad else []
-        if self.grammar is None and not (early or bad_ids or self._biased_ids or self._counting):
+        permitted_V = None if self.grammar is None else self.grammar.allowed()
+        if permitted_V is None and not (early or bad_ids or self._biased_ids or self._counting):
             return logits_V
         x_V = logits_V.detach().float().clone()
         if bad_ids:
@@ -133,9 +135,9 @@ class TokenSampler:
                 x_V -= params.frequency_penalty * torch.from_numpy(counts_V)
             if params.presence_penalty:
                 x_V -= params.presence_penalty * torch.from_numpy((counts_V > 0).astype(np.float32))
-        if self.grammar is None:
+        if permitted_V is None:
             return x_V
-        allowed_V = torch.from_numpy(self.grammar.allowed())
+        allowed_V = torch.from_numpy(permitted_V)
         masked_V = x_V.where(allowed_V, -torch.inf)
         # Neither must forbid the only tokens that the structure still has.
         if (early or bad_ids) and masked_V.max() == -torch.inf:

@@ -48,6 +48,7 @@ class AnthropicTool(BaseModel):
     input_schema: dict[str, Any] | None = None
     defer_loading: bool = False
     """Whether the prompt hides the tool until a result refers to it."""
+    strict: bool = False
 
     @model_validator(mode="after")
     def _runs_at_the_client(self) -> AnthropicTool:
@@ -62,7 +63,7 @@ class AnthropicTool(BaseModel):
     def as_function(self) -> dict[str, Any]:
         """The tool in the envelope that the chat template reads."""
         function = {"name": self.name, "description": self.description, "parameters": self.input_schema,
-                    "defer_loading": self.defer_loading or None}  # fmt: skip
+                    "defer_loading": self.defer_loading or None, "strict": self.strict or None}  # fmt: skip
         return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
 
 

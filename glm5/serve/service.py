@@ -175,7 +175,7 @@ class Service:
 
     async def _compile(self, outputs: StructuredOutputs | None, place: Place) -> None:
         """Compiles a grammar before its request starts. One that takes long does not keep others from running."""
-        grammars: GrammarCompiler | None = getattr(self.source, "grammars", None)
+        grammars = self._grammars
         if outputs is None or grammars is None or grammars.has(outputs):
             return
         compiling = asyncio.get_running_loop().run_in_executor(self._compiler, grammars.compile, outputs)
@@ -212,8 +212,15 @@ class Service:
         self, params: SamplingParams, tools: Sequence[Mapping[str, Any]], *, parallel: bool
     ) -> SamplingParams:
         """The settings of a request whose prompt shows these tools (`with_calls_as_allowed`)."""
-        exact = self.recorder is not None
-        return with_calls_as_allowed(params, self.tokenizer, tools, parallel=parallel, exact=exact)
+        return with_calls_as_allowed(
+            params, self.tokenizer, tools, parallel=parallel, exact=self.recorder is not None,
+            grammars=self._grammars is not None,
+        )  # fmt: skip
+
+    @property
+    def _grammars(self) -> GrammarCompiler | None:
+        """The source's, unless it is another server."""
+        return getattr(self.source, "grammars", None)
 
     def _leave(self, reply: Reply, place: Place) -> None:
         reply.generation.close()

@@ -14,9 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from llguidance import regex_to_lark
+
 from glm5.engine import SamplingParams, StructuredOutputs
 from glm5.errors import InputError
-from glm5.serve.tool_rules import call_rules, json_terminal, slashes_escaped
+from glm5.serve.strict_tools import is_strict
+from glm5.serve.tool_rules import call_rules, json_terminal
 from glm5.text import Tokenizer
 
 Calls = Literal["none", "one", "many"]
@@ -66,22 +69,29 @@ def _behind_reasoning(outputs: StructuredOutputs) -> str:
     if outputs.json is not None:
         return json_terminal(json.loads(outputs.text), {})
     if outputs.regex is not None:
-        return f"/{slashes_escaped(outputs.regex)}/"
+        return f"/{regex_to_lark(outputs.regex, '')}/"
     return " | ".join(json.dumps(text, ensure_ascii=False) for text in outputs.choice or ())
 
 
 def with_calls_as_allowed(
-    params: SamplingParams, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], *, parallel: bool, exact: bool
-) -> SamplingParams:
-    """The settings under the tools that the prompt shows: where there are none no call begins, and where one call is
-    allowed and no grammar holds it, its end ends the turn.
+    params: SamplingParams, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], *, parallel: bool, exact: bool,
+    grammars: bool,
+) -> SamplingParams:  # fmt: skip
+    """The settings under the tools that the prompt shows: where there are none no call begins, where one is strict a
+    grammar holds every call, and where one call is allowed and no grammar of the whole holds it, its end ends the turn.
 
     exact: what is sampled is recorded as the model's own, so nothing is forbidden; the parser takes the tag for text.
+    grammars: whether the source has any. Raises `InputError` for strict tools that cannot be held.
     """
     if not tools:
         begin = (tokenizer.token_to_id("<tool_call>"),)
         return params if exact else replace(params, bad_sequences=(*params.bad_sequences, begin))
-    if parallel or params.structured_outputs is not None:
+    if params.structured_outputs is not None:
+        return params
+    if grammars and not exact and any(map(is_strict, tools)):
+        grammar = "\n".join(["start: call", *call_rules(tools, strict_only=True)])
+        params = replace(params, structured_outputs=StructuredOutputs(grammar=grammar, begins_at="<tool_call>"))
+    if parallel:
         return params
     return replace(params, stop_token_ids=(*params.stop_token_ids, tokenizer.token_to_id("</tool_call>")))
 

@@ -13,6 +13,7 @@ What models really write, and what becomes of it:
 * A value may contain the tags themselves (an agent that edits this file): a closing tag counts when what follows it
   can follow it, and a doubtful one is settled by the next that counts.
 * Unknown tools are kept. String arguments stream as they come; others are typed by their schema; any type if broken.
+  Those of a `strict` tool, which a grammar holds, are JSON or text to the letter.
 * Blank lines around the content and terminators at the end are dropped; content that is only blank is None.
 * Reasoning is exact, so that sending it back gives the same tokens. `reasoning`: it is still open.
 """
@@ -28,7 +29,7 @@ from typing import Any
 from glm5.text.deltas import Delta, Deltas
 from glm5.text.messages import prepare_tools
 from glm5.text.specials import TERMINATORS
-from glm5.text.values import STRING, argument_types, to_json, typed
+from glm5.text.values import STRING, argument_types, to_json, value_json
 
 Message = dict[str, Any]
 
@@ -81,6 +82,7 @@ class AssistantStream:
         is written, without reasoning and blank lines first too. Raises `TextError` for a tool without a name."""
         functions = [tool.get("function", tool) for tool in prepare_tools(tools) or []]
         self._parameters = {f["name"]: f.get("parameters") or {} for f in functions}
+        self._strict = {f["name"] for f in functions if f.get("strict") is True}
         self._thinking, self._seed = thinking, seed
         self._opens = ("<tool_call>",) if calls else ()
         self._buffer, self._tail = "", ""  # what no state has consumed yet, and what may turn out to be the terminators
@@ -300,7 +302,8 @@ class AssistantStream:
         self._release(end)
         self._buffer = self._buffer[len(tag) :]
         if self._key not in self._keys:
-            self._argue('"' if self._types == STRING else to_json(typed("".join(self._value), self._types)))
+            strict = self._calls[-1]["function"]["name"] in self._strict
+            self._argue('"' if self._types == STRING else value_json("".join(self._value), self._types, exact=strict))
             self._keys.add(self._key)
         self._after("" if tag == "</arg_value>" else tag)
 

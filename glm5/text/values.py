@@ -64,6 +64,27 @@ def typed(text: str, types: frozenset[str]) -> Any:
     return text
 
 
+def value_json(text: str, types: frozenset[str], *, exact: bool) -> str:
+    """The JSON of an argument's text. exact: as a grammar held it (`exact_json`)."""
+    found = exact_json(text, types) if exact else None
+    if found is None:
+        found = to_json(text if exact and "string" in types else typed(text, types))
+    return found
+
+
+def exact_json(text: str, types: frozenset[str]) -> str | None:
+    """The text itself, where it is the JSON of one of these types (any if empty) and no string; else None.
+
+    How an argument is read that a grammar has held: any other reading could be one that its schema forbids.
+    """
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return None
+    fits = not isinstance(value, str) and (not types or not types.isdisjoint(_types_of(value)))
+    return text.strip() if fits else None
+
+
 def to_json(value: Any) -> str:
     """JSON on one line with Unicode kept, as the chat template writes it."""
     return json.dumps(value, ensure_ascii=False)
@@ -111,6 +132,10 @@ def _readings(text: str) -> Iterator[Any]:
             yield json.loads(json.dumps(value, allow_nan=False))
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _strict_json(text: str) -> Any:

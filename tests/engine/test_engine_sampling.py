@@ -12,7 +12,7 @@ from test_speculation import Always, agreeing_model, drafting_engine
 
 from glm5 import parse_assistant
 from glm5.engine import Engine, SamplingParams, StructuredOutputs
-from glm5.engine.grammar import GrammarState
+from glm5.engine.grammar_state import GrammarState
 from glm5.engine.token_sampler import TokenSampler
 from glm5.errors import InputError
 

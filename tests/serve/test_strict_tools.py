@@ -1,0 +1,188 @@
+"""`strict: true` under a free choice: whatever the model would like, a call has arguments of its schema."""
+
+import json
+
+import jsonschema
+import pytest
+from chat_client import USER, ask, client_of
+from speaker import ScriptedModel, speaker_model, speaker_tokenizer
+from wild import WildModel
+
+from glm5.bundled import bundled_model
+from glm5.engine import Engine
+from glm5.errors import InputError
+from glm5.serve.strict_tools import check_strict
+
+DIGITS = {"digit": {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "null"}]}}
+BOOK = {
+    "type": "object",
+    "properties": {
+        "unit": {"enum": ["c", "f", "1", 1]},
+        "note": {"type": ["string", "null"], "maxLength": 6},
+        "mix": {"anyOf": [{"type": "string", "minLength": 2, "maxLength": 5}, {"type": "integer", "minimum": 100}]},
+        "some": {"anyOf": [{"type": "string", "pattern": "^[a-z]{0,4}$"}, {"type": "boolean"},
+                           {"type": "number", "maximum": 3}]},
+        "inner": {"type": "object", "properties": {"a": {"type": "string", "maxLength": 9}, "n": {"type": "number"}},
+                  "required": ["a", "n"], "additionalProperties": False},
+        "list": {"type": "array", "items": {"$ref": "#/$defs/digit"}, "maxItems": 3},
+    },
+    "required": ["unit", "note", "mix", "some", "inner"],
+    "additionalProperties": False,
+    "$defs": DIGITS,
+}  # fmt: skip
+MORE = {
+    "type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}}, "required": ["a"],
+    "additionalProperties": {"type": "boolean"},
+}  # fmt: skip
+LOOSE = {"type": "object", "properties": {"q": {"type": "integer"}}}
+SCHEMAS = {"book": BOOK, "bookmark": MORE, "bo": None}
+TOOLS = [
+    {"name": "book", "parameters": BOOK, "strict": True},
+    {"name": "bookmark", "parameters": MORE, "strict": True},
+    {"name": "bo", "parameters": LOOSE, "strict": False},
+]
+CHAT = [{"type": "function", "function": tool} for tool in TOOLS]
+FLAT = [{"type": "function", **tool} for tool in TOOLS]
+MESSAGES = [{"name": t["name"], "input_schema": t["parameters"], "strict": t["strict"]} for t in TOOLS]
+
+
+def check(calls):
+    """Names and arguments of whole calls."""
+    for name, arguments in calls:
+        assert name in SCHEMAS
+        if SCHEMAS[name] is not None:
+            jsonschema.validate(json.loads(arguments), SCHEMAS[name])
+    return len(calls)
+
+
+def of_chat(client, seed, **fields):
+    fields = {"messages": USER, "tools": CHAT, "max_tokens": 200, "seed": seed, "temperature": 1.2, **fields}
+    answer = ask(client, **fields)
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    said = (choice["message"]["content"] or "") + (choice["message"]["reasoning_content"] or "")
+    assert "<tool_call>" not in said
+    calls = [(c["function"]["name"], c["function"]["arguments"]) for c in choice["message"].get("tool_calls", [])]
+    return calls[: len(calls) - (choice["finish_reason"] == "length")]
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_no_call_of_a_strict_tool_is_invalid(thinking):
+    found = 0
+    for seed in range(3):
+        client, kwargs = client_of(model=WildModel(seed)), {"enable_thinking": thinking}
+        found += check(of_chat(client, seed, chat_template_kwargs=kwargs, parallel_tool_calls=seed > 0))
+    assert found
+
+
+@pytest.mark.soak
+def test_no_call_of_a_strict_tool_is_invalid_in_many_answers():
+    found = sum(check(of_chat(client_of(model=WildModel(seed)), seed, max_tokens=600)) for seed in range(100))
+    assert found > 200
+
+
+def test_one_call_at_most_where_calls_are_not_parallel():
+    for seed in range(2):
+        calls = of_chat(client_of(model=WildModel(seed)), seed, parallel_tool_calls=False, tools=CHAT[1:])
+        assert check(calls) <= 1
+
+
+def test_the_responses_hold_strict_tools_whole_and_streamed():
+    client, found = client_of(model=WildModel(1)), 0
+    body = {"model": "tiny", "input": "?", "tools": FLAT, "max_output_tokens": 300, "temperature": 1.2, "seed": 0}
+    answer = client.post("/v1/responses", json=body).json()
+    items = [item for item in answer["output"] if item["type"] == "function_call"]
+    found += check([(i["name"], i["arguments"]) for i in items if i["status"] == "completed"])
+    with client.stream("POST", "/v1/responses", json={**body, "stream": True}) as stream:
+        events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+    streamed = [e["item"] for e in events if e["type"] == "response.output_item.done"]
+    assert [i["arguments"] for i in streamed if i["type"] == "function_call"] == [i["arguments"] for i in items]
+    assert found
+
+
+def test_messages_hold_strict_tools():
+    client, found = client_of(model=WildModel(1)), 0
+    for thinking in ({"type": "disabled"}, {"type": "enabled", "budget_tokens": 1024}):
+        body = {"model": "tiny", "messages": USER, "tools": MESSAGES, "max_tokens": 200, "thinking": thinking}
+        answer = client.post("/v1/messages", json=body).json()
+        calls = [(b["name"], json.dumps(b["input"])) for b in answer["content"] if b["type"] == "tool_use"]
+        found += check(calls[: len(calls) - (answer["stop_reason"] == "max_tokens")])
+    assert found
+
+
+@pytest.mark.parametrize("made_of", ["random weights", "the bundled model"])
+def test_real_models_at_a_high_temperature(made_of):
+    """Pushed to call, for neither would by itself."""
+    engine = None if made_of == "random weights" else Engine(bundled_model())
+    client = client_of(model=speaker_model(positions=4096))
+    if engine is not None:
+        client.app.state.service.source = engine
+        client.app.state.service.tokenizer = engine.tokenizer
+    tokenizer = engine.tokenizer if engine is not None else speaker_tokenizer()
+    bias = {str(tokenizer.token_to_id("<tool_call>")): 12 if engine is not None else 4}
+    off = {"enable_thinking": False}
+    calls = [
+        call
+        for seed in range(2)
+        for call in of_chat(client, seed, max_tokens=200, temperature=1.5, logit_bias=bias, chat_template_kwargs=off)
+    ]
+    assert check(calls)
+    if engine is not None:
+        engine.close()
+
+
+def test_without_a_strict_tool_nothing_is_compiled():
+    client = client_of("</think>ok")
+    service = client.app.state.service
+    service.source.grammars.compile = None  # would fail
+    loose = [{"type": "function", "function": {**tool, "strict": False}} for tool in TOOLS]
+    assert ask(client_of(model=ScriptedModel("</think>ok", 4096)), tools=loose).status_code == 200
+    assert ask(client, messages=USER).json()["choices"][0]["message"]["content"] == "ok"
+
+
+def test_text_that_no_call_is_stays_as_it_is():
+    """A strict tool changes nothing of an answer without calls: not even a spelled tag that is none of its own."""
+    said = "hm</think>1 < 2, <tool> and </tool_call> and <tool_ call>."
+    message = ask(client_of(model=ScriptedModel(said, 4096)), tools=CHAT).json()["choices"][0]["message"]
+    assert message["content"] == said.partition("</think>")[2] and message["reasoning_content"] == "hm"
+
+
+class Recorder:
+    """Keeps the generations."""
+
+    def __init__(self):
+        self.kept = []
+
+    def begin(self, session_id):
+        pass
+
+    def ended(self, generation):
+        self.kept.append(generation)
+
+
+def test_what_is_recorded_is_held_by_no_grammar():
+    recorder = Recorder()
+    client = client_of(model=ScriptedModel("</think>ok", 4096), recorder=recorder)
+    assert ask(client, tools=CHAT).status_code == 200
+    assert recorder.kept[0].params.structured_outputs is None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"type": "array"}, "must be of the type object"),
+        ({"properties": {}, "minProperties": 1}, "uses 'minProperties'"),
+        ({"properties": {"a": {"minimum": 3}}}, "'a' of the strict tool 'f' needs a type"),
+        ({"properties": {"a": {"type": "string", "not": {"const": "x"}}}}, "uses 'not'"),
+        ({"properties": {"a": {"anyOf": [{"type": "string", "allOf": []}, {"type": "null"}]}}}, "uses 'allOf'"),
+        ({"properties": {"a": {"enum": ["x"], "minLength": 3}}}, "uses 'minLength'"),
+        ({"properties": {"a": {"oneOf": [{"type": "string"}]}}}, "uses 'oneOf'"),
+        ({"additionalProperties": {"type": "string", "not": {}}}, "additionalProperties of the strict tool"),
+    ],
+)
+def test_what_would_not_be_held_is_refused(parameters, sentence):
+    with pytest.raises(InputError, match=sentence):
+        check_strict("f", parameters)
+    strict = [{"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}]
+    answer = ask(client_of("ok"), tools=strict)
+    assert answer.status_code == 400 and "strict tool 'f'" in answer.json()["error"]["message"]
