@@ -21,7 +21,9 @@ parallel calls, `"a" | "b"` a choice of tools, and texts in quotes are written a
 the end-of-turn tokens are allowed beside the tokens that go on, even with `ignore_eos`.
 
 **White space** in JSON is what Python's `json.dumps` writes on one line: one space behind a comma and a colon, or none
-(`JSON_SPACING`), so that no model spends its tokens on it. Keys come in the order of the schema.
+(`JSON_SPACING`), so that no model spends its tokens on it. Keys come in the order of the schema. A `%json` in a grammar
+of the caller's own has any white space, unless its schema says otherwise (`"x-guidance": {"whitespace_flexible":
+false}`).
 
 **Hostile grammars** are bounded in size, in llguidance's own fuel for compiling and for each step, and, because a
 compilation cannot be interrupted and deep recursion would end the process, each new grammar is compiled by

@@ -11,7 +11,9 @@ from glm5.engine.grammar import GrammarCompiler
 from glm5.errors import InputError
 
 VALUE = """{"type": "object", "properties": {"b": {"type": "string", "maxLength": 12}}, "required": ["b"],
-"additionalProperties": false}""".replace("\n", "")
+"additionalProperties": false, "x-guidance": {"whitespace_flexible": false, "key_separator": ": ?"}}""".replace(
+    "\n", ""
+)
 CALL = f'start: <tool_call> "f" <arg_key> "a" </arg_key> <arg_value> %json {VALUE} </arg_value> </tool_call>'
 LAZY = StructuredOutputs(grammar=CALL, begins_at="<tool_call>")
 WRITTEN = '<tool_call>f<arg_key>a</arg_key><arg_value>{"b": "</x"}</arg_value></tool_call>'
@@ -71,7 +73,7 @@ def test_speculation_changes_no_token(temperature):
     model = agreeing_model(3, vocab_size=config.vocab_size, eos_token_id=tokenizer.eos_ids)
     params = SamplingParams(
         temperature=temperature, seed=5, max_tokens=160, ignore_eos=True, structured_outputs=LAZY,
-        logit_bias={token: 30.0 for token in tokenizer.encode('<tool_call>"')},
+        logit_bias=dict(zip(tokenizer.encode('<tool_call>"'), (60.0, 30.0), strict=True)),
     )  # fmt: skip
     said = []
     for drafts in (0, 4):
