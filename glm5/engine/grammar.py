@@ -37,7 +37,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import llguidance
@@ -81,11 +81,13 @@ class GrammarCompiler:
         """Until when, by `time.monotonic`, and why."""
         self._spellings: Spellings | None = None
 
-    def compile(self, outputs: StructuredOutputs) -> GrammarState | LazyGrammar:
+    def compile(
+        self, outputs: StructuredOutputs, wanted: Callable[[], bool] = lambda: True
+    ) -> GrammarState | LazyGrammar:
         """The beginning of a structure. Raises InputError with llguidance's reason for one that cannot be used.
 
         A refusal is kept too, for a while: who asks again does not hold up the others again. Raises UnavailableError
-        when the process that tries grammars does not start.
+        when the process that tries grammars does not start, and AbandonedError soon after it is not `wanted` any more.
         """
         matcher = self._found(outputs)
         if matcher is None:
@@ -93,7 +95,7 @@ class GrammarCompiler:
                 matcher = self._found(outputs)  # somebody else may have asked for the same
                 if matcher is None:
                     try:
-                        matcher = self._compiled(outputs)
+                        matcher = self._compiled(outputs, wanted)
                     except InputError as error:
                         self._keep(self._refused, outputs, (time.monotonic() + REFUSED_SECONDS, str(error)))
                         raise
@@ -147,7 +149,7 @@ class GrammarCompiler:
             while len(where) > KEPT:
                 where.popitem(last=False)
 
-    def _compiled(self, outputs: StructuredOutputs) -> llguidance.LLMatcher:
+    def _compiled(self, outputs: StructuredOutputs, wanted: Callable[[], bool]) -> llguidance.LLMatcher:
         named = f"structured_outputs.{outputs.kind}"
         try:
             grammar = _grammar(outputs)
@@ -158,7 +160,7 @@ class GrammarCompiler:
             self._tokenizer = llguidance.LLTokenizer(tokens, n_vocab=self._vocab_size, eos_token=self._eos_ids)
             self._probe = GrammarProbe(tokens, self._vocab_size, self._eos_ids)
         try:
-            reason = self._probe.error(grammar)
+            reason = self._probe.error(grammar, wanted)
         except NotStartedError as error:
             raise UnavailableError(
                 f"Structures cannot be compiled now: the process that tries them {error}; ask again in a while."

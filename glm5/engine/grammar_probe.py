@@ -1,11 +1,13 @@
 """`GrammarProbe`: a process that compiles each new grammar before the engine does, because it may be lost.
 
 llguidance bounds its own work by fuel, but two ways out were found: a few terms compile for minutes (a large
-`multipleOf`), and a chain of thousands of rules overflows the stack, which ends the process. A compilation runs outside
-Python and cannot be interrupted. So it is tried here, with a limit on time and on half of the usual stack; what passes
-is safe to repeat in the engine.
+`multipleOf`, which none of `LLParserLimits` shortens), and a chain of thousands of rules overflows the stack, which
+ends the process. A compilation runs outside Python and cannot be interrupted. So it is tried here, with a limit on
+time and on half of the usual stack; what passes is safe to repeat in the engine. A trial that nobody waits for any
+more ends with the process, and the next grammar starts another.
 
-The process runs this very file, which imports nothing of the package: it starts in a third of a second.
+The process runs this very file, which imports nothing of the package: it starts in a third of a second, and reads the
+vocabulary of the published models in a second more. That is less than what a useless trial would take from the others.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ import queue
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import llguidance
 
 PROBE_SECONDS = 5.0
-"""For one grammar."""
+"""For one grammar: a hundred tools take 0.2 s, and a busy machine many times that."""
+POLL_SECONDS = 0.1
+"""How often it is asked whether somebody still waits."""
 START_SECONDS = 60.0
 """For the process and its tokenizer, before the first grammar."""
 FIRST_STEPS = 4
@@ -33,6 +39,10 @@ class NotStartedError(Exception):
     """The process did not get as far as its first grammar."""
 
 
+class AbandonedError(Exception):
+    """Nobody waits for the grammar any more."""
+
+
 class GrammarProbe:
     """Tries grammars with one tokenizer. Used by one thread at a time."""
 
@@ -41,8 +51,9 @@ class GrammarProbe:
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str] = queue.Queue()
 
-    def error(self, grammar: str) -> str:
-        """Why a grammar (llguidance's own form) cannot be used; empty when it can. Raises `NotStartedError`."""
+    def error(self, grammar: str, wanted: Callable[[], bool]) -> str:
+        """Why a grammar (llguidance's own form) cannot be used; empty when it can. Raises `NotStartedError`, and
+        `AbandonedError` when it is not `wanted` any more, which is asked all the time."""
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._start()
@@ -50,7 +61,7 @@ class GrammarProbe:
             assert self._process is not None and self._process.stdin is not None
             self._process.stdin.write(json.dumps(grammar) + "\n")
             self._process.stdin.flush()
-            answer = self._answers.get(timeout=PROBE_SECONDS)
+            answer = self._answer(wanted)
         except queue.Empty:
             self.close()
             return f"it did not compile within {PROBE_SECONDS:g} seconds; simplify it"
@@ -61,6 +72,19 @@ class GrammarProbe:
             return "it is nested too deeply to compile; simplify it"
         message: str = json.loads(answer)
         return message
+
+    def _answer(self, wanted: Callable[[], bool]) -> str:
+        """What the process says in time. Raises `queue.Empty` or `AbandonedError`."""
+        until = time.monotonic() + PROBE_SECONDS
+        while True:
+            try:
+                return self._answers.get(timeout=max(0.0, min(POLL_SECONDS, until - time.monotonic())))
+            except queue.Empty:
+                if not wanted():
+                    self.close()
+                    raise AbandonedError from None
+                if time.monotonic() >= until:
+                    raise
 
     def close(self) -> None:
         """Ends the process; the next grammar starts another."""

@@ -136,6 +136,7 @@ class Generation:
         self.params = params
         self.session_id, self.priority, self.messages = session_id, priority, messages
         self._cache_id = session_id if salt is None else _salted(session_id, salt)
+        self.started = False
         self.ended = False
         """Whether the recorder was told."""
         self.id = secrets.token_hex(12)
@@ -164,6 +165,7 @@ class Generation:
                     prompt, self.params, session_id=self._cache_id, priority=self.priority, deadline=left
                 )
                 self._streams.append(stream)
+            self.started = True
         except BaseException:
             self.close()
             raise

@@ -18,6 +18,9 @@ MOST_RESPONSES = 1024
 MOST_BYTES = 64 * 2**20
 
 
+GONE = "it was deleted, it was never stored (store: false), or the server, which keeps the latest, has dropped it"
+
+
 @dataclass(frozen=True)
 class StoredResponse:
     """One response: the object, and the conversation up to its end, without the instructions."""
@@ -46,12 +49,19 @@ class ResponseStore:
                 self.bytes -= self._kept.popitem(last=False)[1].size
 
     def get(self, name: str) -> StoredResponse:
-        """A response by its id, or 404."""
+        """A response by its id. Raises `ApiError` (404)."""
+        found = self._kept.get(name)
+        if found is None:
+            raise ApiError(404, f"There is no response {name!r}: {GONE}. Ask anew with POST /v1/responses.")
+        return found
+
+    def earlier(self, name: str) -> StoredResponse:
+        """The one that a request goes on from. Raises `ApiError` (400, as at OpenAI)."""
         found = self._kept.get(name)
         if found is None:
             raise ApiError(
-                404, f"The response {name!r} is not here: it was never stored, or the server has dropped it since. "
-                "Send the whole conversation as input.", param="previous_response_id", code="response_not_found",
+                400, f"There is no response {name!r} to go on from: {GONE}. Send the whole conversation as input.",
+                param="previous_response_id", code="previous_response_not_found",
             )  # fmt: skip
         return found
 

@@ -35,7 +35,7 @@ def install_responses(app: FastAPI, service: Service) -> None:
     @app.post("/v1/responses", response_model=None)
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         service.check_model(body.model)
-        earlier = store.get(body.previous_response_id).messages if body.previous_response_id is not None else []
+        earlier = store.earlier(body.previous_response_id).messages if body.previous_response_id is not None else []
         most = service.limits.max_messages
         if len(earlier) + (len(body.input) if isinstance(body.input, list) else 1) > most:
             raise ApiError(400, f"At most {most} messages are accepted; send less.")

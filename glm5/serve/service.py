@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -150,12 +151,13 @@ class Service:
         if self.recorder is not None:
             self.recorder.begin(request.headers.get("x-session-id"))
         place = Place(self.gate, lambda: _disconnected(request), arrival + PRIORITY_SECONDS * priority)
+        taking = asyncio.ensure_future(place.take())
         try:
-            await _in_time(place.take(), until)
+            if stream and await self._waits(taking, until):
+                return await self._early(request, prepare, place, taking, until)
+            await _in_time(taking, until)
             reply = await run_sync(prepare)
-            await _in_time(self._compile(reply.generation.params.structured_outputs, place), until)
-            await run_sync(reply.generation.start, until, limiter=self._starters)
-            request.state.generation = reply.generation  # its figures go to the log and the metrics
+            await self._start(reply, request, place, until)
             if stream:
                 return EventStream(
                     self._events(reply), lambda: self._leave(reply, place), reply.pause, self.limits.pause_seconds
@@ -168,25 +170,69 @@ class Service:
             if _values(reply.generation) >= LARGE:
                 return LargeResponse(await run_sync(lambda: encoded(reply.whole())), place.leave)
         except BaseException:
+            taking.cancel()
             place.leave()
             raise
         place.leave()
         return JSONResponse(reply.whole())
+
+    async def _waits(self, taking: asyncio.Future[None], until: float | None) -> bool:
+        """Whether a request still waits for its place when a sign of life is due, and its deadline has not passed."""
+        left = float("inf") if until is None else max(0.0, until - time.monotonic())
+        await asyncio.wait({taking}, timeout=min(self.limits.pause_seconds, left))
+        return not taking.done() and left > self.limits.pause_seconds
+
+    async def _early(
+        self, request: Request, prepare: Callable[[], Reply], place: Place, taking: asyncio.Future[None],
+        until: float | None,
+    ) -> EventStream:  # fmt: skip
+        """A stream that begins before there is a place for its work: its prompt is in order, all else is an event."""
+        reply = await run_sync(prepare)
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                await _in_time(taking, until)
+                await self._start(reply, request, place, until)
+            except GLM5Error as error:
+                yield reply.encode(reply.failure(error_status(error), str(error)))
+                return
+            except Exception:
+                log.exception("a streamed request failed")
+                yield reply.encode(reply.failure(500, FAILED))
+                return
+            async with aclosing(self._events(reply)) as answer:
+                async for event in answer:
+                    yield event
+
+        def leave() -> None:
+            taking.cancel()
+            self._leave(reply, place)
+
+        return EventStream(events(), leave, reply.pause, self.limits.pause_seconds)
+
+    async def _start(self, reply: Reply, request: Request, place: Place, until: float | None) -> None:
+        """Compiles what is to be compiled, and asks the source."""
+        await _in_time(self._compile(reply.generation.params.structured_outputs, place), until)
+        await run_sync(reply.generation.start, until, limiter=self._starters)
+        request.state.generation = reply.generation  # its figures go to the log and the metrics
 
     async def _compile(self, outputs: StructuredOutputs | None, place: Place) -> None:
         """Compiles a grammar before its request starts. One that takes long does not keep others from running."""
         grammars = self._grammars
         if outputs is None or grammars is None or grammars.has(outputs):
             return
-        compiling = asyncio.get_running_loop().run_in_executor(self._compiler, grammars.compile, outputs)
+        left = threading.Event()
+        wanted = lambda: not left.is_set()
+        compiling = asyncio.get_running_loop().run_in_executor(self._compiler, grammars.compile, outputs, wanted)
         try:
             if not await done_while_there(compiling, place.disconnected, PATIENCE_SECONDS):
                 async with place.aside():
                     await done_while_there(compiling, place.disconnected)
                     await compiling  # a refusal waits for no place
             await compiling
-        finally:
-            compiling.cancel()  # of a request that is given up, unless it has begun
+        finally:  # of a request that is given up, begun or not
+            left.set()
+            compiling.cancel()
 
     def prompt(
         self, messages: Sequence[Mapping[str, Any]], session_id: str | None, tools: Sequence[Mapping[str, Any]] | None,
@@ -232,7 +278,7 @@ class Service:
             async for _ in steps:
                 pass
 
-    async def _events(self, reply: Reply) -> AsyncIterator[str]:
+    async def _events(self, reply: Reply) -> AsyncGenerator[str, None]:
         try:
             for body in reply.opening():
                 yield reply.encode(body)
@@ -251,7 +297,7 @@ class Service:
 
     def _ended(self, generation: Generation) -> None:
         """Tells the recorder, once."""
-        if self.recorder is not None and not generation.ended:
+        if self.recorder is not None and generation.started and not generation.ended:
             generation.ended = True
             self.recorder.ended(generation)
 

@@ -18,6 +18,7 @@ from glm5 import parse_assistant
 from glm5.engine import SamplingParams, StructuredOutputs
 from glm5.engine import grammar as grammar_module
 from glm5.engine.grammar import GrammarCompiler
+from glm5.engine.grammar_probe import AbandonedError
 from glm5.engine.token_sampler import TokenSampler
 from glm5.errors import InputError, UnavailableError
 from glm5.model import LatentCache
@@ -158,7 +159,9 @@ def test_min_tokens_does_not_forbid_the_only_end(compiler):
 def test_a_structure_is_compiled_once_and_the_kept_are_bounded(compiler, monkeypatch):
     compiled = []
     original = compiler._compiled
-    monkeypatch.setattr(compiler, "_compiled", lambda outputs: compiled.append(outputs.text) or original(outputs))
+    monkeypatch.setattr(
+        compiler, "_compiled", lambda outputs, wanted: compiled.append(outputs.text) or original(outputs, wanted)
+    )
     monkeypatch.setattr(grammar_module, "KEPT", 3)
     first = compiler.compile(StructuredOutputs(regex="kept-0"))
     first.accept(speaker_tokenizer().encode("k")[0])
@@ -201,6 +204,18 @@ def test_a_compilation_without_end_is_cut_off(monkeypatch):
     compiler.close()
 
 
+def test_a_compilation_that_nobody_waits_for_is_ended():
+    tokenizer = speaker_tokenizer()
+    compiler = GrammarCompiler(tokenizer, speaker_config().vocab_size, tokenizer.eos_ids)
+    compiler.compile(StructuredOutputs(regex="a"))
+    process, endless = compiler._probe._process, StructuredOutputs(json={"type": "integer", "multipleOf": ENDLESS[0]})
+    with pytest.raises(AbandonedError):
+        compiler.compile(endless, lambda: False)
+    assert process.returncode is not None and not compiler.has(endless)  # it is no refusal
+    assert compiler.compile(StructuredOutputs(regex="b")).allowed().sum() == 1
+    compiler.close()
+
+
 @pytest.mark.parametrize(
     ("command", "seconds", "sentence"),
     [(["-c", "import time; time.sleep(60)"], 0.2, "was not ready within 0.2 seconds"),
@@ -225,7 +240,9 @@ def test_a_process_that_does_not_start_is_no_fault_of_the_grammar(monkeypatch, c
 def test_refusals_are_kept_for_a_while_and_bounded(compiler, monkeypatch):
     compiled, now = [], [100.0]
     original = compiler._compiled
-    monkeypatch.setattr(compiler, "_compiled", lambda outputs: compiled.append(outputs.text) or original(outputs))
+    monkeypatch.setattr(
+        compiler, "_compiled", lambda outputs, wanted: compiled.append(outputs.text) or original(outputs, wanted)
+    )
     monkeypatch.setattr(grammar_module, "KEPT", 2)
     monkeypatch.setattr(grammar_module.time, "monotonic", lambda: now[0])
 
@@ -250,10 +267,10 @@ def test_who_asks_for_a_kept_grammar_does_not_wait_for_a_new_one(monkeypatch):
     begun, go_on = threading.Event(), threading.Event()
     compiled = compiler._compiled
 
-    def slowly(outputs):
+    def slowly(outputs, wanted):
         begun.set()
         assert go_on.wait(60)
-        return compiled(outputs)
+        return compiled(outputs, wanted)
 
     monkeypatch.setattr(compiler, "_compiled", slowly)
     with ThreadPoolExecutor(2) as threads:

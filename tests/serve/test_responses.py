@@ -130,11 +130,13 @@ def test_a_stored_response_is_continued_with_its_reasoning():
     assert second.usage.input_tokens == len(prompt)
     assert client.responses.retrieve(first.id).output_text == first.output_text
     client.responses.delete(first.id)
-    with pytest.raises(openai.NotFoundError, match="is not here"):
-        client.responses.retrieve(first.id)
+    for asked in (client.responses.retrieve, client.responses.delete):
+        with pytest.raises(openai.NotFoundError, match=r"it was deleted.*Ask anew with POST"):
+            asked(first.id)
     unstored = client.responses.create(model="tiny", input="12?", store=False)
-    with pytest.raises(openai.NotFoundError, match="is not here"):
+    with pytest.raises(openai.BadRequestError, match="Send the whole conversation") as refused:
         client.responses.create(model="tiny", input="and?", previous_response_id=unstored.id)
+    assert refused.value.code == "previous_response_not_found" and refused.value.param == "previous_response_id"
 
 
 def test_items_of_one_turn_become_one_message():
