@@ -27,6 +27,7 @@ from glm5.model import GLM5
 from glm5.model.checks import check_attention
 from glm5.model.decode import Decoder
 from glm5.model.slots import Slots
+from glm5.ops import gpu
 from glm5.ops.decoding import Stored
 
 FEW_TOKENS = 16
@@ -85,6 +86,8 @@ class Runner:
         self.model, self.cache, self.attention, self.strict = model, cache, attention, strict
         self._in_memory = cache.dtype == torch.float32 and cache.device.type == "cpu"
         """Whether a decoder can read the pools."""
+        self.kernels = None if strict else gpu.kernels(model.config, cache.dtype, cache.device)
+        """Of a GPU. Strict mode keeps the plain path: how a kernel adds depends on how many rows come together."""
         self._latents, self._keys = (
             {layer: Stored.of(pool.rows_XW, pool.scales_XG) for layer, pool in pools.items()} if self._in_memory else {}
             for pools in (cache.latents, cache.keys)
@@ -253,10 +256,10 @@ class Runner:
         """Which runs go through the model together, and what then makes their view of the cache."""
         few = [i for i, run in enumerate(runs) if run.tokens <= FEW_TOKENS]
         if few:
-            yield few, partial(BatchView, self.cache, [runs[i] for i in few])
+            yield few, partial(BatchView, self.cache, [runs[i] for i in few], self.kernels)
         for i, run in enumerate(runs):
             if run.tokens > FEW_TOKENS:
-                yield [i], partial(SequenceView, self.cache, run)
+                yield [i], partial(SequenceView, self.cache, run, self.kernels)
 
     def _checked(self, tokens: int, start: int, block_table: list[int]) -> Run:
         """The rows of a chunk, or an InputError: rows outside the cache would be another sequence's, or nobody's."""

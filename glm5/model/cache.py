@@ -8,7 +8,7 @@ token, so their rows are a cache of their own (`draft_layers`), cut and forked b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,14 +19,21 @@ from glm5.errors import InputError
 from glm5.ops import selection
 from glm5.ops.spans import Spans, plain_spans, segment_spans
 
+Attend = Callable[[int, Tensor, Tensor | None, int, float], Tensor]
+
 
 class Cache(Protocol):
     """What a forward pass needs from a cache. The rows that it writes count only after `commit`."""
 
     length: int
     """Tokens written."""
-    crowded: bool
-    """Whether what `read` gives also holds rows of other sequences: then a pass touches the chosen ones alone."""
+
+    @property
+    def attend(self) -> Attend | None:
+        """Absorbed attention over the chosen rows where they lie, for a cache that knows better than `read`; else None.
+
+        `attend(layer, q_BTHC, selected_BTK, value_width, scale)` gives [B, T, H, value_width].
+        """
 
     def reserve(self, batch: int, tokens: int, segments_BT: Tensor | None, positions_BT: Tensor | None) -> Spans:
         """Makes room for `tokens` more rows and says what each new query may see."""
@@ -68,7 +75,7 @@ def draft_layers(config: ModelConfig) -> range:
 class LatentCache:
     """Preallocated contiguous rows, layer -> [B, capacity, width]."""
 
-    crowded = False
+    attend = None
 
     def __init__(
         self,

@@ -105,15 +105,19 @@ class MLA(nn.Module):
             run.sparse or run.cache is not None or run.collect & {"indexer_kl", "indexer_recall"}
         ):
             self._index(x_BTD, c_q_BTC, run)
-        selected_BTK, crowded = run.selected_BTK, False
+        selected_BTK = run.selected_BTK
+        if run.cache is not None and run.cache.attend is not None:
+            self._record(run, c.index_topk)
+            q_BTHC = self._absorb(q_nope_BTHN, q_rope_BTHR)
+            o_BTHC = run.cache.attend(self.layer, q_BTHC, selected_BTK, c.kv_lora_rank, self.scale)
+            return self.o_proj(self._unabsorb(o_BTHC).flatten(-2))
         if run.cache is not None:
-            crowded = run.cache.crowded
             latents_BSC, selected_BTK = run.cache.read(self.layer, selected_BTK)
         self._record(run, latents_BSC.shape[1])
         self._collect(q_nope_BTHN, q_rope_BTHR, latents_BSC, selected_BTK, run)
 
         tokens, keys = x_BTD.shape[1], latents_BSC.shape[1]
-        if crowded or not self._expanded_is_cheaper(tokens, keys, sparse=selected_BTK is not None):
+        if not self._expanded_is_cheaper(tokens, keys, sparse=selected_BTK is not None):
             q_BTHC = self._absorb(q_nope_BTHN, q_rope_BTHR)
             if selected_BTK is None:
                 o_BTHC = attention.absorbed_attention(q_BTHC, latents_BSC, run.spans, c.kv_lora_rank, self.scale)

@@ -97,6 +97,21 @@ def stable_top_k(values_QS: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.gather(1, order), columns
 
 
+def top_positions(scores_TS: Tensor, k: int) -> Tensor:
+    """Columns [T, K] of the k largest scores of each row, ascending, -1 padded; -inf is never chosen, the lowest column
+    wins a tie. Without a wait for the device: which entries are chosen never decides what is launched.
+    """
+    tokens, keys = scores_TS.shape
+    last_T1 = scores_TS.topk(min(k, keys), dim=1).values[:, -1:]
+    better_TS = scores_TS > last_T1
+    equal_TS = (scores_TS == last_T1) & (scores_TS > float("-inf"))
+    room_T1 = k - better_TS.sum(1, keepdim=True)
+    chosen_TS = better_TS | (equal_TS & (equal_TS.cumsum(1) <= room_T1))
+    place_TS = chosen_TS.cumsum(1).sub_(1).masked_fill_(~chosen_TS, k)  # column k takes what nobody chose
+    columns_TS = torch.arange(keys, device=scores_TS.device).expand(tokens, keys)
+    return columns_TS.new_full((tokens, k + 1), -1).scatter_(1, place_TS, columns_TS)[:, :k]
+
+
 def everything(spans: Spans, k: int) -> Tensor:
     """Positions [B, T, K] of all visible keys, ascending, -1 padded; for contexts of at most k keys."""
     at_BTK = spans.lo_BT[..., None] + torch.arange(k, device=spans.lo_BT.device)
