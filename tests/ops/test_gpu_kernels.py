@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import glm5
 from glm5.ops import gpu, reference, selection
@@ -89,15 +87,14 @@ def kernels_of(preset: str, storage: str, dtype: torch.dtype):
     yield "prompt", scores._prompt, scores.prompt_tiles(*index)
     yield "attend", attention._attend, {**attend, "WHOLE": False}
     yield "attend whole", attention._attend, {**attend, "WHOLE": True}
-    yield (
-        "merge",
-        attention._merge,
-        {name: attend[name] for name in ("HEADS", "VALUES", "VALUE_TILE", "enable_fp_fusion")},
-    )
+    of_merge = "HEADS", "VALUES", "VALUE_TILE", "enable_fp_fusion"
+    yield "merge", attention._merge, {name: attend[name] for name in of_merge}
 
 
-def check_compiled(preset: str, arch: int, storage: str, dtype: torch.dtype) -> None:
+def check_compiled(preset: str, arch: int, storage: str, dtype: torch.dtype, without: str | None = None) -> None:
     for name, kernel, launch in kernels_of(preset, storage, dtype):
+        if name == without:
+            continue
         made = compiled(kernel, arch, storage, dtype, **launch)
         assert f".target sm_{arch}" in made.asm["ptx"] and len(made.asm["cubin"]) > 1000
         assert made.metadata.shared <= SMALLEST_MEMORY, (name, made.metadata.shared)
@@ -112,7 +109,7 @@ def check_compiled(preset: str, arch: int, storage: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_kernels_compile_for_the_shapes_of_glm5(arch: int):
     """The format with most instructions. Nothing is spilled, and the memory is that of the smallest GPU."""
-    check_compiled("glm-5", arch, "fp8", torch.bfloat16)
+    check_compiled("glm-5", arch, "fp8", torch.bfloat16, without="attend whole")  # seconds each
 
 
 @needs_triton
@@ -176,12 +173,13 @@ def test_the_benchmark_says_what_it_needs():
 
 
 # ---- the choice among scores ----------------------------------------------------------------------------------------
-@given(st.lists(st.lists(st.integers(0, 3), min_size=12, max_size=12), min_size=1, max_size=4), st.integers(1, 15))
-def test_top_positions_are_those_of_the_reference(rows: list[list[int]], k: int):
-    """Few values, so most choices are ties; 0 stands for what is hidden."""
-    scores_TS = torch.tensor(rows).float()
-    scores_TS[scores_TS == 0] = float("-inf")
-    every = torch.zeros(1, len(rows), dtype=torch.int64)
-    assert torch.equal(
-        selection.top_positions(scores_TS, k), reference.select(scores_TS[None], every, every + 12, k)[0]
-    )
+@pytest.mark.parametrize("k", [1, 3, 11, 12, 13])
+def test_top_positions_are_those_of_the_reference(k: int):
+    """Few values, so most choices are ties; of some rows all is hidden."""
+    g = torch.Generator().manual_seed(k)
+    scores_TS = torch.randint(0, 4, (300, 12), generator=g).float()
+    scores_TS[torch.rand(300, 12, generator=g) < torch.rand(300, 1, generator=g)] = float("-inf")
+    scores_TS[0] = float("-inf")
+    every = torch.zeros(1, 300, dtype=torch.int64)
+    wanted_TK = reference.select(scores_TS[None], every, every + 12, k)[0]
+    assert torch.equal(selection.top_positions(scores_TS, k), wanted_TK)

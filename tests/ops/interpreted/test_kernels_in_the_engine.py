@@ -30,29 +30,28 @@ class Counted:
         return paged.attend(*given)
 
 
-@pytest.mark.parametrize("attention", ["sparse", "dense"])
-@pytest.mark.parametrize("storage", FORMATS)
-def test_the_engine_computes_the_same_with_them(storage: Storage, attention: str):
+@pytest.mark.parametrize(("attention", "storage"), [("dense", "fp8"), *[("sparse", storage) for storage in FORMATS]])
+def test_the_engine_computes_the_same_with_them(attention: str, storage: Storage):
     """Sequences of different lengths: in chunks of a prompt, in a few tokens at once, one by one; index_topk is 8.
 
     Of narrow formats one layer: what a second one stores would depend on how the first one's last bits round.
     """
     layers = 2 if storage == "fp32" else 1
     model = tiny_model(num_hidden_layers=layers)
-    ids = [[(7 * i + 3 * j) % 97 for j in range(length)] for i, length in enumerate((46, 5, 30))]
+    ids = [[(7 * i + 3 * j) % 97 for j in range(length)] for i, length in enumerate((43, 5, 24))]
     logits, counted = [], Counted()
     for kernels in (None, counted):
         cache = PagedCache(model.config, num_blocks=40, block_size=4, storage=storage)
         runner, rows = Runner(model, cache, attention=attention), scattered(ids, num_blocks=40, block_size=4)
         runner._in_memory = False  # as on a GPU: no decoder of the CPU
         runner.kernels = kernels
-        for tokens in (20, 20, 4, 1, 1):
+        for tokens in (19, 19, 4, 1):
             feed(runner, rows, tokens)
         logits.append([torch.cat(row.logits) for row in rows])
     for plain_TV, fast_TV in zip(*logits, strict=True):
         torch.testing.assert_close(fast_TV, plain_TV, rtol=1e-4, atol=1e-4)
-    assert counted.asked.count("attend") >= 4 * layers  # in every step of few tokens
-    assert (counted.asked.count("select") >= 5 * layers) is (attention == "sparse")
+    assert counted.asked.count("attend") >= 3 * layers  # in every step of few tokens
+    assert (counted.asked.count("select") >= 4 * layers) is (attention == "sparse")
 
 
 def test_strict_mode_keeps_the_plain_path(monkeypatch: pytest.MonkeyPatch):
