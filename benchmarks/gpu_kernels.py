@@ -17,12 +17,12 @@ share of choices that the other side did not make (sums in another order may exc
 
 from __future__ import annotations
 
-import functools
 import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,7 @@ from torch import Tensor
 import glm5
 from benchmarks.measure import Spread, alternate, machine, ratios
 from glm5.engine.paged_cache import PagedCache
-from glm5.engine.pool import Pool, Storage
+from glm5.engine.pool import Storage
 from glm5.engine.views import BatchView, Run, SequenceView
 from glm5.ops import gpu
 
@@ -80,10 +80,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """An operation: with the kernels or without, the bytes that it must read, and how far two outputs are apart."""
+    """An operation with the kernels and without, the bytes that it must read, and how far two outputs are apart."""
 
     name: str
-    call: Callable[[gpu.Kernels | None], Tensor]
+    fast: Callable[[], Tensor]
+    plain: Callable[[], Tensor]
     bytes: int
     differs: Callable[[Tensor, Tensor], float]
 
@@ -125,44 +126,41 @@ def filled_cache(config: glm5.ModelConfig, options: Options, storage: Storage, t
     return cache
 
 
-def read_bytes(pool: Pool, rows: int) -> int:
-    return rows * pool.bytes_per_row
-
-
-def cases(options: Options, storage: Storage, context: int, device: str) -> Iterator[Case]:
+def cases(options: Options, storage: Storage, context: int, device: str, kernels: gpu.Kernels) -> Iterator[Case]:
     """What is measured at one context."""
     c, count, dtype = one_layer(options.shape), options.sequences, getattr(torch, options.dtype)
     cache = filled_cache(c, options, storage, count * (-(-context // PAGE)) * PAGE, device)
     tables = torch.randperm(cache.num_blocks).view(count, -1).tolist()
-    runs = [Run(1, context - 1, table) for table in tables]
     random = lambda *shape: torch.randn(1, *shape, device=device).to(dtype)
+    runs = [Run(1, context - 1, table) for table in tables]
+    fast, plain = BatchView(cache, runs, kernels), BatchView(cache, runs)
     q_1NHI, w_1NH = random(count, c.index_n_heads, c.index_head_dim), random(count, c.index_n_heads).float()
     q_1NHC = random(count, c.num_attention_heads, c.kv_lora_rank + c.qk_rope_head_dim)
-    views = functools.cache(lambda kernels: BatchView(cache, runs, kernels))
-    spans = views(None).reserve(1, count, None, None)
-
-    def select(kernels: gpu.Kernels | None) -> Tensor:
-        chosen_1NK = views(kernels).select(0, q_1NHI, w_1NH, spans, c.index_topk)
-        assert chosen_1NK is not None
-        return chosen_1NK
-
-    chosen_1NK = select(None)
-    attend = lambda kernels: views(kernels).attend(0, q_1NHC, chosen_1NK, c.kv_lora_rank, c.qk_head_dim**-0.5)
-    yield Case("select", select, read_bytes(cache.keys[0], count * context), other_choices)
-    yield Case("attend", attend, read_bytes(cache.latents[0], chosen_1NK.numel()), widest_gap)
+    spans = plain.reserve(1, count, None, None)
+    select = lambda view: some(view.select(0, q_1NHI, w_1NH, spans, c.index_topk))
+    chosen_1NK = select(plain)
+    attend = lambda view: view.attend(0, q_1NHC, chosen_1NK, c.kv_lora_rank, c.qk_head_dim**-0.5)
+    key_bytes, latent_bytes = cache.keys[0].bytes_per_row, cache.latents[0].bytes_per_row
+    yield Case("select", partial(select, fast), partial(select, plain), count * context * key_bytes, other_choices)
+    yield Case("attend", partial(attend, fast), partial(attend, plain), chosen_1NK.numel() * latent_bytes, widest_gap)
     if not options.chunk:
         return
-    run = Run(options.chunk, context - options.chunk, tables[0])
-    q_1THI = random(options.chunk, c.index_n_heads, c.index_head_dim)
-    w_1TH = random(options.chunk, c.index_n_heads).float()
+    chunk = min(options.chunk, context)
+    run = Run(chunk, context - chunk, tables[0])
+    q_1THI, w_1TH = random(chunk, c.index_n_heads, c.index_head_dim), random(chunk, c.index_n_heads).float()
 
     def prompt(kernels: gpu.Kernels | None) -> Tensor:
         view = SequenceView(cache, run, kernels)
-        chosen_1TK = view.select(0, q_1THI, w_1TH, view.reserve(1, options.chunk, None, None), c.index_topk)
-        assert chosen_1TK is not None
-        return chosen_1TK
+        return some(view.select(0, q_1THI, w_1TH, view.reserve(1, chunk, None, None), c.index_topk))
 
-    yield Case("prompt", prompt, read_bytes(cache.keys[0], context), other_choices)
+    yield Case("prompt", partial(prompt, kernels), partial(prompt, None), context * key_bytes, other_choices)
+
+
+def some(chosen: Tensor | None) -> Tensor:
+    """A choice; there is none where a context is no longer than `index_topk`."""
+    if chosen is None:
+        sys.exit("Every context must be longer than the model's index_topk; give longer --contexts.")
+    return chosen
 
 
 def bandwidth(device: str, repeats: int, size: int = 1 << 30) -> float:
@@ -172,7 +170,7 @@ def bandwidth(device: str, repeats: int, size: int = 1 << 30) -> float:
     return 2 * size / alternate({"copy": waited(lambda: b.copy_(a), device)}, repeats)["copy"].median
 
 
-def waited(call: Callable[[], object], device: str) -> Callable[[], None]:
+def waited(call: Callable[[], object], device: str) -> Callable[[], object]:
     """A call that ends when the GPU is done."""
 
     def run() -> None:
@@ -193,10 +191,9 @@ def measure(options: Options, kernels: gpu.Kernels, device: str, bytes_per_secon
     for storage in options.storages:
         for context in options.contexts:
             torch.manual_seed(0)
-            for case in cases(options, storage, context, device):
-                differs = case.differs(case.call(kernels), case.call(None))
-                sides = {"kernels": waited(functools.partial(case.call, kernels), device),
-                         "pytorch": waited(functools.partial(case.call, None), device)}  # fmt: skip
+            for case in cases(options, storage, context, device, kernels):
+                differs = case.differs(case.fast(), case.plain())
+                sides = {"kernels": waited(case.fast, device), "pytorch": waited(case.plain, device)}
                 found = alternate(sides, options.repeats, warmup=3)
                 rate = case.bytes / found["kernels"].median
                 yield Row(
