@@ -10,11 +10,11 @@ A small replica of AReaL's table (arXiv 2505.24298, blog v0.3, table 3). Every a
 - `ddis`: asynchronous with at most `--staleness` versions, GLM-5's direct double-sided importance sampling;
 - `naive`: the same with PPO's clip around the sampler's policy, no correction.
 
-The sampler is always ahead, and gets new weights after `--publish-every` batches: with as many as the bound allows,
-9 for 8, either asynchronous arm learns from ages 0 to 8 in turn, however many groups it drops (published after each batch,
-the arm that drops more is the younger one). The tasks begin where few answers are right, so that a policy has to move
-far: bounds around an old policy cost little where it stays near. Printed are the mean and the largest age, and "held",
-the share of tokens outside the loss's bounds.
+The sampler is always ahead, and gets new weights after `--publish-every` batches: with as many as the bound allows, 9
+for 8, either asynchronous arm learns from ages 0 to 8 in turn, however many groups it drops (published after each
+batch, the arm that drops more is the younger one). The tasks begin where few answers are right, so that a policy has to
+move far: bounds around an old policy cost little where it stays near. Printed are the mean and the largest age, and
+"held", the share of tokens outside the loss's bounds.
 
 The judged number is the mean reward of the finished model, sampled at temperature 1 on the same `--questions` of the
 task. `ddis` reaches `sync` when its mean lies within one standard deviation of sync's seeds, or above; `naive` does
