@@ -3,6 +3,9 @@
 Ray chooses the machine and carries the weights (one object per version, which each machine gets once). Everything else
 is what the engines in processes do: the same worker behind a connection, over TCP here, with a key of its own for each
 engine. An actor whose node dies is started anew wherever there is room.
+
+Ray connects by itself at any call of an unconnected process, also at one of a thread that is late, and then to a
+cluster that nobody asked for. So all calls of an executor are made under its lock, and none after its `close`.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
@@ -84,8 +88,7 @@ class RayMember(ChannelMember):
 
     def update(self, version: int) -> Future[int]:
         """Takes the newest weights, whole ones and adapters, the older first."""
-        asked = [self.actor.update.remote(*snapshot) for snapshot in self.weights_of.snapshots()]
-        return asked[-1].future()
+        return self.weights_of.update(self.actor)
 
 
 class RayExecutor:
@@ -106,19 +109,36 @@ class RayExecutor:
             max_concurrency=2, scheduling_strategy="SPREAD",
         )  # fmt: skip
         self._snapshots: dict[Layout, tuple[int, Layout, Any, int]] = {}
+        """The newest of whole weights and of adapters, in the order of their versions."""
+        self._actors: set[Any] = set()
+        """Those that were not killed, also those that are not up yet."""
+        self._closed = False
+        self._lock = threading.Lock()
+        """Of the above, and of calls to Ray."""
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Under the lock. Raises `FleetError` when there is no Ray to call, or shall be none."""
+        with self._lock:
+            if self._closed or not ray.is_initialized():
+                raise FleetError("the connection to Ray was closed")
+            yield
 
     def launch(self, name: str, events: Events, config: FleetConfig) -> RayMember:
         """See `Executor.launch`. An actor for which no node has room counts as one that does not come up."""
-        actor: Any = self._actor_class.remote(*self._arguments)
+        with self._connected():
+            actor: Any = self._actor_class.remote(*self._arguments)
+            self._actors.add(actor)
+            address: Future[tuple[str, int, bytes]] = actor.address.remote().future()
         try:
-            host, port, key = ray.get(actor.address.remote(), timeout=config.start_seconds)
+            host, port, key = address.result(config.start_seconds)
             connection = connect(host, port, key)
-        except (ray.exceptions.RayError, OSError, EOFError, AuthenticationError) as error:
-            ray.kill(actor)
-            what = (str(error).splitlines() or [""])[0]
+        except (ray.exceptions.RayError, OSError, EOFError, AuthenticationError) as error:  # a timeout is an OSError
+            self._kill(actor)
+            what = (str(error).splitlines() or [f"nothing within {config.start_seconds:g} s"])[0]
             raise FleetError(f"no actor came up ({type(error).__name__}: {what})") from None
         member = RayMember(
-            connection, events, config, weights=tuple, kill=lambda: ray.kill(actor), gone=lambda seconds: False
+            connection, events, config, weights=tuple, kill=lambda: self._kill(actor), gone=lambda seconds: False
         )
         member.actor, member.weights_of = actor, self
         member.wait()
@@ -128,16 +148,37 @@ class RayExecutor:
         """Puts the weights into the object store; the version before is let go."""
         layout = Layout.of(tensors)
         flat = layout.pack(tensors)
-        self._snapshots.pop(layout, None)
-        self._snapshots[layout] = (version, layout, ray.put(flat.numpy()), checksum(flat, version))
+        with self._connected():
+            self._snapshots.pop(layout, None)
+            self._snapshots[layout] = (version, layout, ray.put(flat.numpy()), checksum(flat, version))
 
-    def snapshots(self) -> list[tuple[int, Layout, Any, int]]:
-        """The newest of whole weights and of adapters, in the order of their versions."""
-        return list(self._snapshots.values())
+    def update(self, actor: Any) -> Future[int]:
+        """The actor takes the snapshots."""
+        future: Future[int] = Future()
+        try:
+            with self._connected():
+                asked = [actor.update.remote(*snapshot) for snapshot in self._snapshots.values()]
+                future = asked[-1].future()
+        except FleetError as error:
+            future.set_exception(error)
+        return future
 
     def close(self) -> None:
-        """Lets the weights go."""
-        self._snapshots.clear()
+        """Lets the weights go, and kills the actors that are still coming up."""
+        with self._lock:
+            self._closed = True
+            if ray.is_initialized():
+                for actor in self._actors:
+                    ray.kill(actor)
+            self._actors.clear()
+            self._snapshots.clear()
+
+    def _kill(self, actor: Any) -> None:
+        """Once; without a connection it has ended with it."""
+        with self._lock:
+            if actor in self._actors and ray.is_initialized():
+                ray.kill(actor)
+            self._actors.discard(actor)
 
 
 def connect(host: str, port: int, key: bytes) -> Connection:

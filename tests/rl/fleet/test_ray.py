@@ -3,10 +3,14 @@
 import asyncio
 import os
 import sys
+import threading
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from multiprocessing.connection import Listener
 
 import fleet_engines
 import pytest
+import torch
 from fleet_engines import Letters, play, undisturbed
 from speaker import speaker_model, speaker_tokenizer
 
@@ -118,6 +122,73 @@ def test_a_training_run_loses_a_node_and_no_rollout(cluster, tmp_path, monkeypat
     for line in lines:
         assert line["sampled"] == line["trained"] + line["requeued"] + sum(line["dropped"].values())
         assert line["max_staleness"] <= 2 and not {"env_failure", "aborted"} & set(line["dropped"])
+
+
+class Connection:
+    """Ray as far as an executor calls it: an actor that is up and never ready. Every call connects, as Ray's do."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, listener):
+        self.listener, self.there, self.calls = listener, True, 0
+
+    def is_initialized(self):
+        return self.there
+
+    def called(self, result=None):
+        self.calls, self.there = self.calls + 1, True
+        return result
+
+    def remote(self, *_):
+        return self.called(self)
+
+    def options(self, **_):
+        return self
+
+    @property
+    def address(self):
+        return self
+
+    def future(self):
+        done = Future()
+        done.set_result((*self.listener.address, b"key"))
+        return done
+
+    def put(self, data):
+        return self.called(data)
+
+    def kill(self, actor):
+        self.called()
+
+
+def test_after_the_end_nobody_connects_again(monkeypatch):
+    """An engine still loads when fleet and connection are closed: the thread that waits for it asks Ray nothing."""
+    import glm5.rl.fleet.ray as under_test
+
+    with Listener(("127.0.0.1", 0), authkey=b"key") as listener:
+        cluster = Connection(listener)
+        monkeypatch.setattr(under_test, "ray", cluster)
+        executor = under_test.RayExecutor(fleet_engines.strict_engine)
+        fleet = SupervisedFleet(executor, 1, tokenizer=speaker_tokenizer(), config=CONFIG)
+
+        async def story():
+            starting = asyncio.create_task(fleet.start())
+            theirs = await asyncio.to_thread(listener.accept)
+            await fleet.close()
+            cluster.there, cluster.calls = False, 0  # ray.shutdown(), which ends the actors
+            theirs.close()
+            await starting
+
+        asyncio.run(story())
+        for thread in threading.enumerate():
+            if thread.name.startswith("glm5-seat"):
+                thread.join(30)
+                assert not thread.is_alive()
+        assert not cluster.there and cluster.calls == 0
+        for late in (lambda: executor.snapshot(1, {"w": torch.ones(2)}), lambda: executor.update(cluster).result()):
+            with pytest.raises(FleetError, match="connection to Ray was closed"):
+                late()
+        assert not cluster.there
 
 
 def test_without_a_connection_to_ray_there_is_a_sentence(monkeypatch):
