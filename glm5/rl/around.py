@@ -1,8 +1,9 @@
-"""A source of tokens around another one: what it is stays the other's."""
+"""A source of tokens around another one: what it is stays the other's, also what only some sources have."""
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
 
 from glm5.serve.generation import Source
 from glm5.text import Tokenizer
@@ -30,3 +31,19 @@ class AroundSource(Generic[Inner]):
     def version(self) -> int:
         """Of the source's weights."""
         return self.source.version
+
+    # What a server asks of a source that has it (`glm5.serve`); None where the other one has not.
+    @property
+    def grammars(self) -> Any:
+        """Where structures are compiled before their requests start."""
+        return getattr(self.source, "grammars", None)
+
+    @property
+    def ready(self) -> Callable[[], Awaitable[bool]] | None:
+        """Whether it can answer."""
+        return getattr(self.source, "ready", None)
+
+    @property
+    def stats(self) -> Any:
+        """What it does."""
+        return getattr(self.source, "stats", None)

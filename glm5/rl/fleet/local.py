@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from glm5.engine import Engine, SamplingParams, TokenDelta, TokenStream
+from glm5.engine.grammar import GrammarCompiler
+from glm5.engine.sampling_params import StructuredOutputs
 from glm5.errors import FleetError
 from glm5.rl.fleet.protocol import EngineState, FleetStats
 from glm5.rl.fleet.routing import Router
@@ -43,6 +45,12 @@ class InProcessFleet:
     def max_model_len(self) -> int:
         """Of the engine with the least room."""
         return min(engine.max_model_len for engine in self.engines.values())
+
+    @property
+    def grammars(self) -> Grammars | None:
+        """Those of the engines, any of which may be given a request; None without a tokenizer."""
+        compilers = [engine.grammars for engine in self.engines.values() if engine.grammars is not None]
+        return Grammars(compilers) if len(compilers) == len(self.engines) else None
 
     @property
     def version(self) -> int:
@@ -91,3 +99,19 @@ class InProcessFleet:
                 for name, engine in self.engines.items()
             )
         )  # fmt: skip
+
+
+class Grammars:
+    """The compilers of several engines as one: a structure is known when each of them has it."""
+
+    def __init__(self, compilers: Sequence[GrammarCompiler]) -> None:
+        self.compilers = compilers
+
+    def has(self, outputs: StructuredOutputs) -> bool:
+        """See `GrammarCompiler.has`."""
+        return all(compiler.has(outputs) for compiler in self.compilers)
+
+    def compile(self, outputs: StructuredOutputs) -> None:
+        """See `GrammarCompiler.compile`."""
+        for compiler in self.compilers:
+            compiler.compile(outputs)

@@ -144,6 +144,10 @@ class SupervisedFleet:
         await asyncio.gather(*(in_thread(partial(member.close, kill=False)) for member in members))
         await in_thread(self._executor.close)
 
+    async def ready(self) -> bool:
+        """Whether an engine is there; without one, requests wait."""
+        return any(seat.member is not None for seat in self._seats)
+
     def stats(self) -> FleetStats:
         """What each engine does."""
         with self._changed:

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from rich.console import Console
 from torch import Tensor
 
-from glm5.engine import SamplingParams, TokenDelta
+from glm5.engine import EngineStats, SamplingParams, TokenDelta
 from glm5.envs import Environment
 from glm5.envs.protocol import UniformGroups
 from glm5.errors import ConfigError, GLM5Error, InputError
@@ -183,7 +183,7 @@ class OpenFleet(AroundSource[Fleet]):
         ready: Callable[[str], None] | None,
     ) -> None:  # fmt: skip
         super().__init__(fleet)
-        self.sessions, self.address, self.ready = sessions, address, ready
+        self.sessions, self.address, self._tell = sessions, address, ready
         self._door = WhileOpen(fleet)
         source = OwnDistribution(Metered(self._door, meter), seed)
         for session in sessions.going_on():
@@ -196,12 +196,11 @@ class OpenFleet(AroundSource[Fleet]):
         self._doors = ExitStack()
         self.stream = fleet.stream
         self.publish = fleet.publish
-        self.stats = fleet.stats
 
     async def start(self) -> None:
         """Opens when the engines are ready."""
         await self.source.start()
-        self._doors.enter_context(served(self.app, self.address, self.ready))
+        self._doors.enter_context(served(self.app, self.address, self._tell))
 
     async def close(self) -> None:
         """Takes no more requests, ends those that run, then the server; open sessions stay open on the disk."""
@@ -217,6 +216,11 @@ class WhileOpen(AroundSource[Fleet]):
     def __init__(self, source: Fleet) -> None:
         super().__init__(source)
         self.closed = False
+
+    @property
+    def stats(self) -> Callable[[], EngineStats]:
+        """As a server asks an engine: the sum over those that say; nothing of those that do not."""
+        return lambda: summed(self.source.stats(), self.source.version)
 
     def stream(
         self,
@@ -234,6 +238,13 @@ class WhileOpen(AroundSource[Fleet]):
             if self.closed:
                 raise ApiError(503, "This run is about to end or to stop; ask again when it goes on.") from None
             raise
+
+
+def summed(stats: FleetStats, version: int) -> EngineStats:
+    """What the engines of a fleet do together; `version`: the fleet's."""
+    said = [state.engine for state in stats.engines if state.engine is not None]
+    names = [one.name for one in fields(EngineStats)]
+    return EngineStats(**{name: sum(getattr(engine, name) for engine in said) for name in names} | {"version": version})
 
 
 class NoEngines:
