@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-COLLECTABLE = frozenset({"hidden", "mtp", "router", "selection", "indexer_kl", "indexer_recall"})
+COLLECTABLE = frozenset({"hidden", "states", "mtp", "router", "selection", "indexer_kl", "indexer_recall"})
 """Names that `collect` accepts."""
 
 
@@ -35,14 +35,19 @@ class Replay:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """`logits` always; the other fields when `collect` names them. MTP modules count as layers after the trunk."""
+    """`logits` always; the other fields when `collect` names them. MTP modules count as layers after the trunk.
+
+    With "states" the head is left to the caller, who applies `lm_head` to the states of the tokens that it needs.
+    """
 
     logits: Tensor
-    """[B, T or logits_to_keep, V]."""
+    """[B, T or logits_to_keep, V]; with "states" [B, 0, V]."""
     hidden: Tensor | None = None
     """[B, T, D], the trunk state that multi-token prediction reads (`config.mtp_hidden`)."""
     mtp_logits: tuple[Tensor, ...] = ()
-    """Per draft step j: [B, T, V]; position i predicts token i + 2 + j."""
+    """Per draft step j: [B, T, V]; position i predicts token i + 2 + j. None with "states"."""
+    states: tuple[Tensor, ...] = ()
+    """[B, T, D]: what the head reads, of the trunk and, with "mtp", of every draft step."""
     router: tuple[RouterRecord, ...] = ()
     selection: dict[int, Tensor] = field(default_factory=dict)
     """layer -> positions [B, T, K] that its attention saw, ascending, -1 padded."""

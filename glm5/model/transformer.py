@@ -96,8 +96,8 @@ class GLM5(nn.Module):
         input_ids_BT: int64 [B, T]. positions_BT: rotary positions; by default each token's index in its segment.
         segment_ids_BT: int64; tokens attend within their own contiguous segment; negative ids are padding (its outputs
         mean nothing). cache: earlier tokens; the new ones are appended. attention: "sparse" (top-k of the indexer) or
-        "dense". collect: names of `ModelOutput` fields to fill ("hidden", "mtp", "router", "selection", "indexer_kl",
-        "indexer_recall").
+        "dense". collect: names of `ModelOutput` fields to fill ("hidden", "states", "mtp", "router", "selection",
+        "indexer_kl", "indexer_recall").
         replay: recorded experts and positions to use. Raises InputError for inputs that cannot be run.
         """
         wanted = frozenset(collect)
@@ -112,8 +112,9 @@ class GLM5(nn.Module):
             logits_BTV = self._fast_steps.logits(self, self.config, input_ids_BT, cache, sparse)
             if logits_BTV is not None:
                 return ModelOutput(logits=logits_BTV)
-        if input_ids_BT.shape[1] > CHUNK and whole and not (torch.is_grad_enabled() or wanted or replay):
-            return self._in_chunks(input_ids_BT, positions_BT, segment_ids_BT, cache, sparse, logits_to_keep)
+        unasked = wanted <= {"states"} and not (torch.is_grad_enabled() or replay)
+        if input_ids_BT.shape[1] > CHUNK and whole and unasked:
+            return self._in_chunks(input_ids_BT, positions_BT, segment_ids_BT, cache, sparse, logits_to_keep, wanted)
         return self._run(input_ids_BT, positions_BT, segment_ids_BT, cache, sparse, logits_to_keep, wanted, replay)
 
     def decoder(self, tokens: int) -> Decoder | None:
@@ -137,6 +138,7 @@ class GLM5(nn.Module):
         cache: Cache | None,
         sparse: bool,
         logits_to_keep: int,
+        collect: frozenset[str],
     ) -> ModelOutput:
         """A long prefill, chunk after chunk through the cache: beside it, memory holds one chunk's activations."""
         batch, tokens = ids_BT.shape
@@ -144,19 +146,20 @@ class GLM5(nn.Module):
             weight = self.lm_head.weight
             cache = LatentCache(self.config, batch=batch, capacity=tokens, dtype=weight.dtype, device=weight.device)
         start, first_kept = cache.length, tokens - (logits_to_keep or tokens)
-        logits = []
+        outputs = []
         try:
             for i in range(0, tokens, CHUNK):
                 part = slice(i, min(i + CHUNK, tokens))
                 positions, segments = (None if x is None else x[:, part] for x in (positions_BT, segments_BT))
                 keep = part.stop - max(first_kept, i)
-                out = self._run(ids_BT[:, part], positions, segments, cache, sparse, max(keep, 1))
+                out = self._run(ids_BT[:, part], positions, segments, cache, sparse, max(keep, 1), collect)
                 if keep > 0:
-                    logits.append(out.logits)
+                    outputs.append(out)
         except BaseException:
             cache.truncate(start)  # an interrupted prefill leaves the cache as it was
             raise
-        return ModelOutput(logits=torch.cat(logits, dim=1))
+        states = (torch.cat([out.states[0] for out in outputs], dim=1),) if "states" in collect else ()
+        return ModelOutput(logits=torch.cat([out.logits for out in outputs], dim=1), states=states)
 
     def _run(
         self,
@@ -210,7 +213,8 @@ class GLM5(nn.Module):
         normed_BTD = self.model.norm(h_BTD)
         state_BTD = normed_BTD if self.config.mtp_hidden == "after_norm" else h_BTD
 
-        mtp_logits: list[Tensor] = []
+        headless = "states" in run.collect  # then the head is the caller's to apply
+        drafts: list[Tensor] = []
         if "mtp" in run.collect:
             draft_BTD = state_BTD
             for step in range(self.mtp_steps):
@@ -218,13 +222,15 @@ class GLM5(nn.Module):
                 next_BTD = self.model.embed_tokens(self.rows.part(next_BT))
                 draft_BTD, record = self._module(step).draft(draft_BTD, next_BTD, run)
                 records.append(record)
-                mtp_logits.append(self.lm_head(draft_BTD))
+                drafts.append(draft_BTD if headless else self.lm_head(draft_BTD))
         if run.cache is not None:
             run.cache.commit()
+        nothing_BTV = normed_BTD.new_empty(len(normed_BTD), 0, self.config.vocab_size)
         return ModelOutput(
-            logits=self.lm_head(normed_BTD[:, -logits_to_keep:]),
+            logits=nothing_BTV if headless else self.lm_head(normed_BTD[:, -logits_to_keep:]),
             hidden=state_BTD if "hidden" in run.collect else None,
-            mtp_logits=tuple(mtp_logits),
+            mtp_logits=() if headless else tuple(drafts),
+            states=(normed_BTD, *drafts) if headless else (),
             router=tuple(record for record in records if record is not None),
             selection=run.selection,
             indexer_kl=self.mean_kl(run),

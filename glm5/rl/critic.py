@@ -76,7 +76,7 @@ class Estimates:
 def values_of(head: ValueHead, output: ModelOutput, rows: Rows) -> Tensor:
     """V [N] before each sampled token; the trunk takes no gradient."""
     assert output.hidden is not None
-    return head(output.hidden.detach()[rows.rows_N, rows.columns_N])
+    return head(output.hidden.detach()[rows.sampled.rows_N, rows.sampled.columns_N])
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def estimates(head: ValueHead, model: GLM5, examples: Sequence[Example], passes:
     """Values, advantages and returns under the head as it is."""
     values: PerExample = {}
     for rows in micro_batches(examples, passes):
-        values |= by_example(rows, values_of(head, run(model, rows, passes.attention, {"hidden"}), rows))
+        values |= by_example(rows, values_of(head, run(model, rows, passes.attention, {"hidden", "states"}), rows))
     advantages, returns = {}, {}
     for example in examples:
         key = id(example.trajectory)

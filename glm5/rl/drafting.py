@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from glm5.model import ModelOutput
-from glm5.rl.packing import Example, Rows
+from glm5.model import GLM5, ModelOutput
+from glm5.rl.head import said_of
+from glm5.rl.packing import Example, Passes, Places, Rows
 
 Drafting = Literal["detached", "joint", "frozen"]
 
@@ -26,17 +26,17 @@ def draft_counts(examples: Sequence[Example], steps: int) -> list[int]:
     return [sum(i >= 2 + step for e in examples for i in e.sampled) for step in range(steps)]
 
 
-def draft_loss(output: ModelOutput, rows: Rows, counts: Sequence[int]) -> Tensor:
+def draft_loss(model: GLM5, output: ModelOutput, rows: Rows, counts: Sequence[int], passes: Passes) -> Tensor:
     """This micro-batch's summand of the mean over the draft steps of their cross-entropies over `counts` targets.
 
     The logits of draft step j at a position predict the token 2 + j further on; those of a sampled token's own step
     stand 1 + j before the position that predicts it.
     """
     first_N = torch.tensor([i for e in rows.examples for i in e.sampled])
-    total = output.logits.new_zeros((), dtype=torch.float32)
-    for step, (logits_BTV, count) in enumerate(zip(output.mtp_logits, counts, strict=True)):
+    total, at = output.logits.new_zeros((), dtype=torch.float32), rows.sampled
+    for step, count in enumerate(counts):
         reachable_N = first_N >= 2 + step
-        columns = rows.columns_N[reachable_N] - 1 - step
-        logits_NV = logits_BTV[rows.rows_N[reachable_N], columns].float()
-        total = total + F.cross_entropy(logits_NV, rows.targets_N[reachable_N], reduction="sum") / max(count, 1)
+        places = Places(at.rows_N[reachable_N], at.columns_N[reachable_N] - 1 - step, at.targets_N[reachable_N])
+        said = said_of(model, output, places, passes, ahead=1 + step)
+        total = total - said.logprobs_N.sum() / max(count, 1)
     return total / max(len(counts), 1)

@@ -1,4 +1,4 @@
-"""One model over the rows of a micro-batch: the logits that predict its sampled tokens, and their log-probabilities."""
+"""One model over the rows of a micro-batch, and the log-probabilities of its sampled tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from glm5.engine.sampler import tempered
 from glm5.errors import InputError
 from glm5.model import GLM5, ModelOutput, Replay
+from glm5.rl.head import said_of, without_head
 from glm5.rl.packing import Example, Passes, Rows, micro_batches
 
 PerExample = dict[int, Tensor]
@@ -36,16 +36,6 @@ def _replay(model: GLM5, experts_BTLK: Tensor) -> Replay:
     return Replay(experts=dict(zip(c.sparse_layers, experts_BTLK.unbind(2), strict=True)))
 
 
-def sampled_logits(output: ModelOutput, rows: Rows, temperature: float) -> Tensor:
-    """Float32 [N, V]: what each sampled token was drawn from."""
-    return tempered(output.logits[rows.rows_N, rows.columns_N].float(), temperature)
-
-
-def chosen(log_softmax_NV: Tensor, rows: Rows) -> Tensor:
-    """Of each sampled token [N]."""
-    return log_softmax_NV.gather(-1, rows.targets_N[:, None])[:, 0]
-
-
 @torch.no_grad()
 def fixed_logprobs(model: GLM5, examples: Sequence[Example], passes: Passes, *, replay: bool = False) -> PerExample:
     """Log-probabilities under `model`, without a gradient.
@@ -57,8 +47,9 @@ def fixed_logprobs(model: GLM5, examples: Sequence[Example], passes: Passes, *, 
     for rows in micro_batches(examples, passes):
         if not replay:
             rows = replace(rows, experts_BTLK=None)
-        logits_NV = sampled_logits(run(model, rows, passes.attention), rows, passes.temperature)
-        found |= by_example(rows, chosen(logits_NV.log_softmax(-1), rows))
+        output = run(model, rows, passes.attention, without_head(model, rows, passes, frozenset()))
+        said = said_of(model, output, rows.sampled, passes, temperature=passes.temperature)
+        found |= by_example(rows, said.logprobs_N)
     return found
 
 

@@ -181,7 +181,7 @@ class Learner:
         sums: defaultdict[str, float] = defaultdict(float)
         fresh: list[Tensor] = []
         for rows in micro_batches(examples, self.passes):
-            found = objective(self.model, self.head, rows, config, given, totals, self.passes.temperature)
+            found = objective(self.model, self.head, rows, config, given, totals, self.passes)
             found.policy.backward(retain_graph=found.draft is not None)
             if found.draft is not None:
                 found.draft.backward(inputs=drafters)

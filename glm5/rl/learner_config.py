@@ -64,6 +64,9 @@ class LearnerConfig:
     """At most, of one forward pass."""
     pass_tokens: int = 8192
     """Tokens of one forward pass at most, padding included; memory follows it. A longer row has a pass of its own."""
+    logits_mib: int = 256
+    """MiB of logits that are held at once. A pass that has more of them makes only those of the tokens that are learnt
+    from, so many at a time, and again in its backward pass; the loss takes a few times this memory."""
     row_tokens: int | None = None
     """Pack trajectories into rows of so many tokens; None: one trajectory a row, padded to the longest."""
 
@@ -81,7 +84,7 @@ class LearnerConfig:
     """On the language loss of the learner's `replay` of earlier stages, where it has one."""
 
     def __post_init__(self) -> None:
-        check_counts(self, "fixed_length", "rows", "pass_tokens", "updates")
+        check_counts(self, "fixed_length", "rows", "pass_tokens", "logits_mib", "updates")
         if self.row_tokens is not None:
             check_counts(self, "row_tokens")
         check_numbers(self, "clip_norm", above=0)
@@ -102,5 +105,6 @@ class LearnerConfig:
         """How examples are cut. The loss of the indexers must not see padding, so rows then carry segments."""
         one_a_row = 1 if self.indexer_weight else None
         return Passes(
-            attention=self.attention, rows=self.rows, tokens=self.pass_tokens, row_tokens=self.row_tokens or one_a_row
-        )
+            attention=self.attention, rows=self.rows, tokens=self.pass_tokens, row_tokens=self.row_tokens or one_a_row,
+            logits=self.logits_mib << 18,  # of four bytes each
+        )  # fmt: skip

@@ -19,10 +19,11 @@ from torch import Tensor
 from glm5.model import GLM5, ModelOutput
 from glm5.rl.critic import Estimates, ValueHead, value_loss, values_of
 from glm5.rl.drafting import draft_counts, draft_loss
-from glm5.rl.forward import PerExample, by_example, chosen, gathered, run, sampled_logits
+from glm5.rl.forward import PerExample, by_example, gathered, run
+from glm5.rl.head import said_of, without_head
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.loss import PolicyTokens
-from glm5.rl.packing import Example, Rows
+from glm5.rl.packing import Example, Passes, Rows
 from glm5.rl.reference import estimate
 
 
@@ -73,18 +74,18 @@ def objective(
     config: LearnerConfig,
     given: Given,
     totals: Totals,
-    temperature: float = 1.0,
+    passes: Passes,
 ) -> Objective:
-    """Runs the model once, and sums up. temperature: at which the policy samples."""
+    """Runs the model once, and sums up."""
     drafting = drafts(model, config)
-    collect = {
+    collect = frozenset(
         name for name, wanted in (
             ("mtp", drafting), ("hidden", head is not None), ("indexer_kl", config.indexer_weight > 0),
         ) if wanted
-    }  # fmt: skip
-    output = run(model, rows, config.attention, collect)
-    log_softmax_NV = sampled_logits(output, rows, temperature).log_softmax(-1)
-    logprobs_N = chosen(log_softmax_NV, rows)
+    )  # fmt: skip
+    output = run(model, rows, passes.attention, without_head(model, rows, passes, collect))
+    said = said_of(model, output, rows.sampled, passes, temperature=passes.temperature, entropy=config.entropy > 0)
+    logprobs_N = said.logprobs_N
     tokens = policy_tokens(rows, logprobs_N, given, config)
     result = config.loss(tokens)
     total, found = result.total, {**result.diagnostics, **common_diagnostics(tokens)}
@@ -96,14 +97,14 @@ def objective(
         if config.kl.estimator != "k1":
             total = total + config.kl.coefficient * (kl_N * tokens.weights_N).sum()
     if config.entropy:
-        entropy = -((log_softmax_NV.exp() * log_softmax_NV).sum(-1) * tokens.weights_N).sum()
+        entropy = (said.entropies_N * tokens.weights_N).sum()
         found["entropy"] = entropy.detach()
         total = total - config.entropy * entropy
     if config.indexer_weight:
         kl = torch.stack(list(output.indexer_kl.values())).mean() * _share(rows, totals)
         found["indexer_kl"] = kl.detach()
         total = total + config.indexer_weight * kl
-    draft = draft_loss(output, rows, totals.drafts) if drafting else None
+    draft = draft_loss(model, output, rows, totals.drafts, passes) if drafting else None
     if draft is not None:
         found["mtp"] = draft.detach()
         draft = config.mtp_weight * draft

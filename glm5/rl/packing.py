@@ -41,6 +41,8 @@ class Passes:
     """At most, of one pass: its rows times the longest of them. A row that is longer has a pass of its own."""
     row_tokens: int | None
     """Pack whole trajectories into rows of that many; None: one trajectory a row."""
+    logits: int = 1 << 26
+    """Held at once: of all positions of a pass where these are no more, else of as many sampled tokens (`head.py`)."""
     temperature: float = 1.0
     """At which the policy samples: it is this distribution that is judged, also by a reference or a teacher."""
 
@@ -121,19 +123,23 @@ def _example(t: Trajectory, one: Judged, share: float, version: int) -> Example 
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """A micro-batch: what goes into the model, and where the sampled tokens [N] of its examples come out.
+class Places:
+    """Where tokens [N] come out: the logits of row `rows_N[n]`, column `columns_N[n]` predict token `targets_N[n]`."""
 
-    The logits of row `rows_N[n]` at column `columns_N[n]` predict token n, `targets_N[n]`.
-    """
+    rows_N: Tensor
+    columns_N: Tensor
+    targets_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A micro-batch: what goes into the model, and where the sampled tokens [N] of its examples come out."""
 
     examples: tuple[Example, ...]
     ids_BT: Tensor
     segments_BT: Tensor | None
     """None: one trajectory a row, padded on the right, which causal attention does not see."""
-    rows_N: Tensor
-    columns_N: Tensor
-    targets_N: Tensor
+    sampled: Places
     lengths: tuple[int, ...]
     """Sampled tokens of each example."""
     experts_BTLK: Tensor | None
@@ -206,10 +212,10 @@ def _rows(
         for e, (row, start) in zip(examples, places, strict=True)
         for i in e.sampled
     ]
-    rows_N, columns_N, targets_N = torch.tensor(where).unbind(1)
+    sampled = Places(*torch.tensor(where).unbind(1))
     lengths = tuple(len(e.sampled) for e in examples)
     experts_BTLK = _experts(examples, ids_BT, places)
-    return Rows(tuple(examples), ids_BT, segments_BT, rows_N, columns_N, targets_N, lengths, experts_BTLK)
+    return Rows(tuple(examples), ids_BT, segments_BT, sampled, lengths, experts_BTLK)
 
 
 def _experts(examples: Sequence[Example], ids_BT: Tensor, places: Sequence[tuple[int, int]]) -> Tensor | None:

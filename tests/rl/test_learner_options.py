@@ -94,7 +94,7 @@ def test_each_environment_has_its_teacher(batch):
         own = [e for e in some if e.environment == environment]
         for key, logprobs_N in fixed_logprobs(teacher, own, config.passes).items():
             torch.testing.assert_close(given.teacher[key], logprobs_N)
-    found = objective(learner.model, None, padded(some), config, given, totals_of(learner.model, some))
+    found = objective(learner.model, None, padded(some), config, given, totals_of(learner.model, some), config.passes)
     gap = {key: given.teacher[key] for key in given.teacher}
     student = fixed_logprobs(learner.model, some, config.passes)
     weights = {id(e.trajectory): e.weight for e in some}
@@ -141,8 +141,9 @@ def test_the_draft_loss_is_that_of_training():
     ]
     lessons = tuple(Lesson(rollout_of(Ticket("toy", 0, sample=i), [t], i)) for i, t in enumerate(all_sampled))
     some = examples_from(Batch(0, 0, (Group(lessons),)))
+    passes = LearnerConfig().passes
     for rows in (padded(some), packed([some])):
-        found = draft_loss(run(model, rows, "sparse", {"mtp"}), rows, draft_counts(some, 2))
+        found = draft_loss(model, run(model, rows, "sparse", {"mtp"}), rows, draft_counts(some, 2), passes)
         torch.testing.assert_close(found, expected)
 
 

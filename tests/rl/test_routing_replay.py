@@ -21,8 +21,9 @@ from glm5.envs import EpisodeLimits
 from glm5.errors import ConfigError, InputError
 from glm5.rl.executors import engine_processes
 from glm5.rl.fleet import InProcessFleet
-from glm5.rl.forward import fixed_logprobs, run, sampled_logits
+from glm5.rl.forward import fixed_logprobs, run
 from glm5.rl.gateway.learning import outside
+from glm5.rl.head import said_of
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
@@ -135,7 +136,7 @@ def test_a_trainer_of_other_numerics_routes_as_the_sampler_did(numerics):
                 out = run(trainer, rows, "sparse", {"router"})
             used = torch.stack([record.experts_BTK[0] for record in out.router], dim=1).sort(-1).values.numpy()
             wrong.append((used != ordered(t.experts)).any(-1))
-            logprobs_N = sampled_logits(out, rows, 1.0).log_softmax(-1).gather(-1, rows.targets_N[:, None])[:, 0]
+            logprobs_N = said_of(trainer, out, rows.sampled, LearnerConfig().passes).logprobs_N
             differences.append((logprobs_N - torch.tensor(t.logprobs[len(prompts[0]) :])).abs())
         mismatch[replayed], changed[replayed] = torch.cat(differences).mean(), np.concatenate(wrong).mean()
     assert changed[True] == 0 < changed[False]
@@ -155,7 +156,9 @@ def test_where_both_choose_the_same_replay_changes_no_gradient():
     for experts in (None, output.experts):
         model.zero_grad()
         rows = rows_of(replace(trajectory, experts=experts))
-        sampled_logits(run(model, rows, "sparse"), rows, 1.0).log_softmax(-1)[:, 7].sum().backward()
+        at = rows.sampled
+        logits_NV = run(model, rows, "sparse").logits[at.rows_N, at.columns_N]
+        logits_NV.log_softmax(-1)[:, 7].sum().backward()
         gradients.append([layer.mlp.gate.weight.grad.clone() for layer in model.model.layers[1:]])
     for free, replayed in zip(*gradients, strict=True):
         torch.testing.assert_close(replayed, free, rtol=1e-4, atol=1e-6)
