@@ -110,7 +110,8 @@ def table(options: Options, cases: list[Case]) -> str:
     """Markdown."""
     plain = cases[0]
     lines = [
-        f"{machine()}; {options.tokens:,} tokens, {options.trained:,} of them learnt from; vocabulary {VOCABULARY:,}",
+        *(f"- {name}: {value}" for name, value in machine().items()),
+        f"- {options.tokens:,} tokens, {options.trained:,} of them learnt from; vocabulary {VOCABULARY:,}",
         "",
         "| `learner.logits_mib` | peak of the update, GB | without gradients, GB | CPU seconds | loss, norm |",
         "|---|---|---|---|---|",
@@ -119,7 +120,8 @@ def table(options: Options, cases: list[Case]) -> str:
         name = "all at once" if case is plain else f"{case.mib:,}"
         apart = max(abs(case.loss / plain.loss - 1), abs(case.norm / plain.norm - 1))
         over = (case.peak - case.gradients) / 1e9
-        same = f"{case.loss:.6f}, {case.norm:.6f}" if case is plain else f"within {apart:.0e}"
+        same = "the same" if apart == 0 else f"within {apart:.0e}"
+        same = f"{case.loss:.6f}, {case.norm:.6f}" if case is plain else same
         lines.append(f"| {name} | {case.peak / 1e9:.2f} | {over:.2f} | {case.seconds:.1f} | {same} |")
     return "\n".join(lines)
 
@@ -132,7 +134,7 @@ def main(options: Options) -> None:
     found = table(options, [in_a_process(options, mib) for mib in options.mib])
     print(found)
     if options.out is not None:
-        options.out.write_text(f"# Memory of an RL update\n\n`python -m benchmarks.rl_memory`, {found}\n")
+        options.out.write_text(f"# Memory of an RL update\n\n`python -m benchmarks.rl_memory`\n\n{found}\n")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ from glm5.envs.rewards import reward_of
 from glm5.errors import InputError
 
 REFUSED_ACTION = "VALIDATION_ERROR"
+FULL = "CAPACITY_REACHED"
+"""Of a server all of whose sessions are taken; one is free again some time later."""
 LONGEST_FRAME = 16 << 20
 
 
@@ -153,7 +155,8 @@ class OpenEnvEpisode:
             code, text = reply["data"].get("code"), reply["data"].get("message")
             if kind == "step" and code == REFUSED_ACTION:
                 raise ValueError("; ".join(str(one.get("msg")) for one in reply["data"].get("errors", [])) or text)
-            raise EnvironmentFailure(f"the server of {self._environment.name} says: {text} ({code})", "crash")
+            said = f"the server of {self._environment.name} says: {text} ({code})"
+            raise EnvironmentFailure(said, "unreachable" if code == FULL else "crash")
         if reply.get("type") != "observation" or "observation" not in reply.get("data", {}):
             raise EnvironmentFailure(f"the server of {self._environment.name} gave no observation", "crash")
         found: dict[str, Any] = reply["data"]

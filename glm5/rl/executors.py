@@ -101,6 +101,7 @@ def engine_servers(
     lora = config.learner.lora
     if lora is not None and lora.sync == "adapters":
         raise ConfigError("Servers take whole models; set sync=merged in learner.lora.")
+    limits = limits or FleetConfig(outage_seconds=config.rollout.outage_seconds)
     parent = model_of(config.parent)
     spoken = backend_api("generate" if api == "glm5" else "sglang")
     backends = [Backend(url, parent, spoken, api_key=api_key, transport=transport) for url in urls]

@@ -51,10 +51,12 @@ class Meter:
     def __init__(self) -> None:
         self.sampling, self.learning = BusyTime(), BusyTime()
         self.tokens = 0
+        self.refused = 0
+        """Tries at environments that were away."""
         self.moved_at = time.monotonic()
         """When something was seen to move."""
         self._last = time.perf_counter()
-        self._before = (0.0, 0.0, 0)
+        self._before = (0.0, 0.0, 0, 0)
         self._lock = threading.Lock()
 
     def moved(self) -> None:
@@ -69,9 +71,9 @@ class Meter:
 
     def lap(self) -> dict[str, Any]:
         """Shares and speed since the last lap."""
-        now, values = time.perf_counter(), (self.sampling.seconds, self.learning.seconds, self.tokens)
+        now, values = time.perf_counter(), (self.sampling.seconds, self.learning.seconds, self.tokens, self.refused)
         seconds = max(now - self._last, 1e-9)
-        sampling, learning, tokens = (new - old for new, old in zip(values, self._before, strict=True))
+        sampling, learning, tokens, refused = (new - old for new, old in zip(values, self._before, strict=True))
         self._last, self._before = now, values
         return {
             "seconds": round(seconds, 4),
@@ -80,6 +82,7 @@ class Meter:
             "trainer_idle": round(max(0.0, 1 - learning / seconds), 4),
             "tokens_per_second": round(tokens / seconds, 1),
             "requests": self.sampling.open,
+            "refused": refused,
         }
 
 

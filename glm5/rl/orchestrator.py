@@ -102,14 +102,9 @@ class Orchestrator:
     """One run, from where its session stands to its last step."""
 
     def __init__(
-        self,
-        session: Session,
-        fleet: Fleet,
-        watch: Watch,
-        player: Player | None = None,
-        meter: Meter | None = None,
+        self, session: Session, fleet: Fleet, watch: Watch, player: Player | None = None, meter: Meter | None = None,
         mirror: Mirror | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """player: None plays the session's environments. meter: of the tokens that others ask for."""
         self.session, self.fleet, self.watch, self.player = session, fleet, watch, player or self._episode
         self.mirror = mirror
@@ -209,6 +204,7 @@ class Orchestrator:
             self.source,
             self.config.rollout,
             progress=self._progress,
+            away=self._away,
             resume_from=self.session.unfinished.turns(ticket),
         )
 
@@ -217,6 +213,10 @@ class Orchestrator:
         self.session.write_pieces("progress", [piece])
         if number == first == 0:
             self.session.began(ticket, turn.versions[0])
+
+    def _away(self, reason: str) -> None:
+        self.meter.refused += 1
+        self.watch.failed(reason)
 
     def _cancel(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:

@@ -15,14 +15,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from glm5.engine import ExpertChoices, SamplingParams, TokenDelta
+from glm5.engine import SamplingParams
 from glm5.engine.choices import joined
-from glm5.envs import Environment, EnvironmentFailure, Episode, Message, Reward, Task, Tool
+from glm5.envs import Environment, EnvironmentFailure, Episode, Message, Observation, Reward, Task, Tool
 from glm5.errors import InputError
 from glm5.rl.asking import Asking, reason_of
+from glm5.rl.outage import pauses
 from glm5.rl.records import Outcome, Rollout, Ticket, Turn
+from glm5.rl.streamed import StreamedTurn
 from glm5.rl.tree import EpisodeTree
 from glm5.serve.generation import Source
 from glm5.text import Detokenizer, Tokenizer, parse_assistant
@@ -33,6 +35,8 @@ OPEN = ""
 Progress = Callable[[Ticket, int, int, Turn], None]
 """Told of a turn by its number, and of its tokens from the given one on, which are new: at its first token, now and
 then, and once when it ended. Told from 0 on, a turn and those after it begin anew."""
+Away = Callable[[str], None]
+"""Told why an environment's server could not be asked, each time before it is asked again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +65,15 @@ class RolloutConfig:
     """From reset to score, where the environment sets no limit of its own; past it the outcome is `timeout`."""
     step_seconds: float | None = 120.0
     """The same for each call of the environment (a step with its tools, a score); past it that has failed."""
+    outage_seconds: float = 300.0
+    """For which an environment's server may be away when an episode begins, and a server of engines may be away or
+    refuse requests: it is asked again after growing pauses, and only then has it failed. 0: at once. Less than the
+    run's patience."""
 
     def __post_init__(self) -> None:
         check_counts(self, "seed", least=0)
         check_numbers(self, "temperature", above=0)
+        check_numbers(self, "outage_seconds")
         check_counts(self, "max_tokens", "report_every")
         if self.max_episode_tokens is not None:
             check_counts(self, "max_episode_tokens", least=2)
@@ -80,6 +89,7 @@ async def play(
     config: RolloutConfig,
     *,
     progress: Progress | None = None,
+    away: Away | None = None,
     resume_from: Sequence[Turn] = (),
     timed: bool = True,
 ) -> Rollout:
@@ -92,10 +102,15 @@ async def play(
     """
     if source.tokenizer is None:
         raise InputError("Reinforcement learning needs a tokenizer; give a model directory that holds one.")
+    tokenizer = source.tokenizer
+
+    def player(known: Sequence[Turn]) -> _Player:
+        return _Player(ticket, environment, source, tokenizer, config, progress, away, known, timed)
+
     try:
-        return await _Player(ticket, environment, source, source.tokenizer, config, progress, resume_from, timed).play()
+        return await player(resume_from).play()
     except _AnotherPath:
-        return await _Player(ticket, environment, source, source.tokenizer, config, progress, (), timed).play()
+        return await player(()).play()
 
 
 class _AnotherPath(Exception):
@@ -104,42 +119,6 @@ class _AnotherPath(Exception):
 
 class _Aborted(Exception):
     """The source gave a request up."""
-
-
-class _Answer:
-    """A turn while it is streamed. Each token is looked at once, however often there is a report."""
-
-    def __init__(self, begun: Turn, started: float) -> None:
-        self.prompt_ids, self.started = begun.prompt_ids, started
-        self.ids, self.logprobs, self.versions = list(begun.output_ids), list(begun.logprobs), list(begun.versions)
-        self.experts = [begun.experts]
-        self._told, self._told_experts = len(self.ids), begun.experts
-        """Tokens that were told of; the newest experts that were."""
-
-    def add(self, delta: TokenDelta) -> int:
-        """Gives the tokens that it has now."""
-        self.ids.append(delta.token_id)
-        self.logprobs.append(delta.logprob)
-        self.versions.append(delta.version)
-        self.experts.append(delta.experts)
-        return len(self.ids)
-
-    def news(self, reason: str) -> tuple[int, Turn]:
-        """What was not told of yet, and the token that it begins with."""
-        first, self._told = self._told, len(self.ids)
-        experts = joined(self.experts[len(self.experts) - (self._told - first) :])
-        if experts is not None and self._told_experts is not None:
-            experts = experts.part(self._told_experts.end)
-        self._told_experts = experts or self._told_experts
-        return first, self._part(first, reason, experts)
-
-    def turn(self, reason: str, cached_tokens: int) -> Turn:
-        """All of it."""
-        return replace(self._part(0, reason, joined(self.experts)), cached_tokens=cached_tokens)
-
-    def _part(self, first: int, reason: str, experts: ExpertChoices | None) -> Turn:
-        parts = (tuple(self.ids[first:]), tuple(self.logprobs[first:]), tuple(self.versions[first:]))
-        return Turn(self.prompt_ids, *parts, reason, time.perf_counter() - self.started, experts=experts)
 
 
 class _Player:
@@ -153,16 +132,21 @@ class _Player:
         tokenizer: Tokenizer,
         config: RolloutConfig,
         progress: Progress | None,
+        away: Away | None,
         resume_from: Sequence[Turn],
         timed: bool,
     ) -> None:
+        self.environment, self.away = environment, away
         self.ticket, self.source, self.tokenizer = ticket, source, tokenizer
         self.config, self.progress, self.known, self.timed = config, progress, resume_from, timed
         limits = environment.limits
         self.most_turns = limits.turns
         self.seconds = config.episode_seconds if limits.seconds is None else limits.seconds
-        step_seconds = config.step_seconds if limits.step_seconds is None else limits.step_seconds
-        self.asking = Asking(environment, step_seconds, timed=timed)
+        self.step_seconds = config.step_seconds if limits.step_seconds is None else limits.step_seconds
+        self.asking = Asking(environment, self.step_seconds, timed=timed)
+        self.asking_seconds = 0.0
+        """Of those that were away."""
+        self.task = Task(f"{ticket.environment}/{ticket.task_index}", (), "", "")
         self.messages: list[Message] = []
         self.turns: list[Turn] = []
 
@@ -170,15 +154,14 @@ class _Player:
     async def play(self) -> Rollout:
         """The finished rollout, whatever happens but cancellation and mistakes of the source."""
         started = time.perf_counter()
-        task = Task(f"{self.ticket.environment}/{self.ticket.task_index}", (), "", "")
         reward: Reward | None = None
         outcome: Outcome
         failure = ""
         timer = asyncio.timeout(self.seconds if self.timed else None)
         try:
             async with timer:
-                task, episode, tools = await self.asking.begin(self.config.seed, self.ticket.task_index)
-                truncated = await self._converse(episode, tools)
+                episode, tools, first = await self._begun(timer)
+                truncated = await self._converse(episode, tools, first)
                 reward = await self.asking.score(episode)
                 outcome = "truncated" if truncated else "ok"
         except TimeoutError:
@@ -193,7 +176,7 @@ class _Player:
             await self.asking.close()
         return Rollout(
             ticket=self.ticket,
-            task=task,
+            task=self.task,
             trajectories=EpisodeTree(self.turns).trajectories(),
             outcome=outcome,
             reward=reward,
@@ -201,12 +184,34 @@ class _Player:
             turns=tuple(self.turns),
             failure=failure,
             seconds=time.perf_counter() - started,
-            tool_seconds=self.asking.seconds,
+            tool_seconds=self.asking_seconds + self.asking.seconds,
         )
 
-    async def _converse(self, episode: Episode, tools: list[Tool]) -> bool:
+    async def _begun(self, timer: asyncio.Timeout) -> tuple[Episode, list[Tool], Observation]:
+        """An episode, its tools and first messages. Where its server is away, another one is begun after a pause; the
+        time of the episode counts from the last."""
+        waits = pauses(self.config.outage_seconds if self.timed else 0.0)
+        while True:
+            try:
+                self.task, episode, tools = await self.asking.begin(self.config.seed, self.ticket.task_index)
+                return episode, tools, await self.asking.reset(episode)
+            except EnvironmentFailure as failure:
+                wait = next(waits, None) if failure.kind == "unreachable" else None
+                if wait is None:
+                    raise
+                if self.away is not None:
+                    self.away(f"{self.ticket.environment} is away and asked again, {reason_of(failure)}")
+            timer.reschedule(None)
+            await self.asking.close()
+            self.asking_seconds += self.asking.seconds
+            self.asking = Asking(self.environment, self.step_seconds, timed=self.timed)
+            await asyncio.sleep(wait)
+            if self.seconds is not None:
+                timer.reschedule(asyncio.get_running_loop().time() + self.seconds)
+
+    async def _converse(self, episode: Episode, tools: list[Tool], first: Observation) -> bool:
         """Turn after turn until the environment has enough, or a limit is met (True)."""
-        observation = await self.asking.reset(episode)
+        observation = first
         self.messages += observation.messages
         prompt = self._rendered(tools, len(self.messages), answer=True)
         if self._room(prompt) < 1:
@@ -247,7 +252,7 @@ class _Player:
 
     async def _streamed(self, number: int, begun: Turn, started: float) -> Turn:
         """The rest of a turn. The random numbers hang on the position alone, so it goes on as if never interrupted."""
-        answer, finish_reason = _Answer(begun, started), OPEN
+        answer, finish_reason = StreamedTurn(begun, started), OPEN
         params = SamplingParams(
             temperature=self.config.temperature,
             tempered_logprobs=self.config.temperature != 1.0,

@@ -29,6 +29,7 @@ OPERATIONAL = frozenset(
         "keep_checkpoints",
         "keep_logprobs",
         "on_spike",
+        "outage_seconds",
         "parallel",
         "patience",
         "report_every",

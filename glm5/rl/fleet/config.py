@@ -25,7 +25,12 @@ class FleetConfig:
     max_moves: int = 3
     """Times that a request goes on elsewhere: what kills every engine must not kill all of them."""
 
+    outage_seconds: float = 0.0
+    """How long an engine may fail, or a request find none that takes it, at least before either is given up by the
+    counts above: for servers that somebody else starts anew, which are away for longer than a few tries take."""
+
     def __post_init__(self) -> None:
         check_numbers(self, "start_seconds", "silence_seconds", "stuck_seconds", "update_seconds", above=0)
         check_numbers(self, "restart_window", above=0)
+        check_numbers(self, "outage_seconds")
         check_counts(self, "max_restarts", "max_moves", least=0)

@@ -14,6 +14,7 @@ from glm5.engine.request import Mailbox
 from glm5.engine.stream import MailboxReader
 
 if TYPE_CHECKING:
+    from glm5.rl.fleet.config import FleetConfig
     from glm5.rl.fleet.member import Member
 
 PROGRESS = 64
@@ -67,6 +68,8 @@ class Job:
     """The engine that it runs on."""
     moves: int = 0
     """Engines that died under it in a row, each before it had got on."""
+    moved_at: float = 0.0
+    """When the first of these died."""
     begun_with: int = 0
     """Tokens that it had when its engine began it."""
     cached_tokens: int = 0
@@ -88,7 +91,12 @@ class Job:
         self.member = None
         if blamed:
             self.moves = 1 if gained >= PROGRESS else self.moves + 1
+            self.moved_at = time.monotonic() if self.moves == 1 else self.moved_at
         return gained == 0
+
+    def hopeless(self, config: FleetConfig) -> bool:
+        """Whether too many engines died under it, over too long a time."""
+        return self.moves > config.max_moves and time.monotonic() - self.moved_at >= config.outage_seconds
 
     def take(self, delivery: Delivery) -> None:
         """Adds tokens."""

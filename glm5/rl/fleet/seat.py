@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from glm5.rl.fleet.config import FleetConfig
 from glm5.rl.fleet.member import Member
 from glm5.rl.fleet.protocol import EngineState
+from glm5.rl.outage import jittered
 
 FIRST_DELAY, DOUBLINGS = 0.05, 7
-"""Seconds before an engine is started again, and how often they double with each failure after the first."""
+"""Seconds before an engine is started again at most, and how often they double with each failure after the first."""
 
 
 @dataclass(eq=False)
@@ -36,11 +37,12 @@ class Seat:
     def failed(self, reason: str, now: float, config: FleetConfig, *, final: bool) -> float | None:
         """Counts a failure; the seconds until the next try, or None when the seat is given up (at once if `final`)."""
         self.failures.append(now)
-        while now - self.failures[0] > config.restart_window:
+        while now - self.failures[0] > max(config.restart_window, 2 * config.outage_seconds):
             self.failures.popleft()
-        if final or len(self.failures) > config.max_restarts:
+        lasting = now - self.failures[0] >= config.outage_seconds
+        if final or (len(self.failures) > config.max_restarts and lasting):
             tried = "" if final else f" ({len(self.failures)} times)"
             self.given_up = f"engine {self.name} failed{tried}: {reason}"
             return None
         self.restarts += 1
-        return float(FIRST_DELAY * 2 ** min(len(self.failures) - 1, DOUBLINGS))
+        return jittered(FIRST_DELAY * 2 ** min(len(self.failures) - 1, DOUBLINGS))

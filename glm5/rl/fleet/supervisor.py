@@ -6,7 +6,7 @@ tokens that they have (`Engine.stream(said=)`), so their readers see nothing of 
 
 Limits keep a fault from going round. An engine that fails more than `max_restarts` times within `restart_window` gives
 its seat up, and when no seat is left every stream ends with an error. A request that may have killed its engine is
-tried again alone (`suspects.py`); after `max_moves` it ends with an error.
+tried again alone (`suspects.py`); after `max_moves` it ends with an error. Neither before `outage_seconds`.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class SupervisedFleet:
             self._moved += len(orphans)
             free = self._suspects.judge(orphans)
             for job in orphans:
-                if job.moves > self.config.max_moves:
+                if job.hopeless(self.config):
                     self._finish(job, FleetError(f"{job.moves} engines died under one request ({reason}); look at it."))
                 elif job in free:
                     self._place(job)
