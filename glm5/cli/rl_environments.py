@@ -5,6 +5,7 @@
     calculator        lookup        facts            the last two ask about a world: --world DIR (of `glm5 data world`)
     openenv:http://127.0.0.1:8001      an environment server
     gymnasium:FrozenLake-v1:is_slippery=false,actions=left+down+right+up,turns=20
+    verifiers:my-taskset:level=3       an installed taskset of verifiers, with its settings
 
 Python callers pass objects instead; an environment of your own needs no name (docs/environments.md).
 """
@@ -32,6 +33,7 @@ from glm5.envs import (
     facts_environment,
     gymnasium_environment,
     lookup_environment,
+    named_taskset,
 )
 from glm5.errors import InputError, did_you_mean
 
@@ -51,7 +53,7 @@ class Named:
 def named_environment(text: str, world: Path | None = None, *, split: Split = "train") -> Named:
     """The environment of a name; raises InputError that says what is wrong with it.
 
-    split: of the tasks, where the kind has one (lookup and openenv have none).
+    split: of the tasks, where the kind has one (lookup, openenv and verifiers have none).
     """
     spec, _, weight = text.rpartition("@") if _is_weight(text.rpartition("@")[2]) and "@" in text else (text, "", "1")
     kind, _, rest = spec.partition(":")
@@ -103,6 +105,11 @@ def _gymnasium(rest: str, world: Path | None, split: Split) -> Environment:
     return gymnasium_environment(name, chosen, actions=actions, turns=turns)
 
 
+def _verifiers(rest: str, world: Path | None, split: Split) -> Environment:
+    name, _, given = rest.partition(":")
+    return named_taskset(name, settings(given))
+
+
 def _world(kind: str, world: Path | None) -> World:
     if world is None:
         raise InputError(f"{kind} asks about a world: give --world DIR, a directory of `glm5 data world`.")
@@ -118,4 +125,5 @@ KINDS: dict[str, Callable[[str, Path | None, Split], Environment]] = {
     "lookup": lambda rest, world, split: lookup_environment(_world("lookup", world), **settings(rest)),
     "facts": _facts,
     "openenv": lambda rest, world, split: OpenEnv(f"openenv/{rest}", rest),
+    "verifiers": _verifiers,
 }

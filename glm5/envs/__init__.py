@@ -25,7 +25,7 @@ from glm5.envs.reasoning import ReasoningGym
 from glm5.envs.rewards import RewardFunction, right_number, right_text
 from glm5.envs.single_turn import SingleTurn
 from glm5.envs.sums import Sums
-from glm5.envs.tasksets import TasksetEnvironment, taskset_environment
+from glm5.envs.tasksets import TasksetEnvironment, named_taskset, taskset_environment
 from glm5.envs.tool_environment import ToolEnvironment
 from glm5.envs.tool_tasks import Calculations, Lookups, calculator, calculator_environment, lookup_environment
 from glm5.envs.toolbox import Toolbox
@@ -36,6 +36,6 @@ __all__ = [
     "EpisodeLimits", "FactRewards", "Facts", "FailureKind", "GymEnvironment", "Latency", "Lookups", "Message",
     "Observation", "OpenEnv", "Questions", "ReasoningGym", "Retried", "Reward", "RewardFunction", "SingleTurn", "Sums",
     "Task", "TasksetEnvironment", "Tool", "ToolEnvironment", "Toolbox", "UniformGroups", "calculator",
-    "calculator_environment", "facts_environment", "gymnasium_environment", "lookup_environment", "right_number",
-    "right_text", "single_questions", "taskset_environment",
+    "calculator_environment", "facts_environment", "gymnasium_environment", "lookup_environment", "named_taskset",
+    "right_number", "right_text", "single_questions", "taskset_environment",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Tasksets of `verifiers` v1 (MIT), when that package is installed: their prompts, scored by their own rewards.
 
     environment = taskset_environment(MyTaskset(MyTasksetConfig()))
+    environment = named_taskset("my-taskset", {"setting": 3})       # one that is installed: --env verifiers:my-taskset
 
 Takes tasks that are a prompt and are judged by the conversation alone: rewards and metrics that need no runtime. What
 starts tool servers, containers or a harness of its own is refused by name; such a taskset runs unchanged in its own
@@ -12,6 +13,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -35,6 +37,30 @@ MOST_TASKS = 100_000
 def taskset_environment(taskset: Any, *, limits: EpisodeLimits | None = None) -> TasksetEnvironment:
     """The environment of a `verifiers.v1.Taskset`. Raises `InputError` when it needs more than a conversation."""
     return TasksetEnvironment(taskset, limits or EpisodeLimits())
+
+
+def named_taskset(name: str, settings: Mapping[str, Any]) -> TasksetEnvironment:
+    """The environment of an installed taskset by its id, with settings of its config.
+
+    Raises `InputError` without verifiers or such a taskset, for settings that it has not, and as `taskset_environment`.
+    """
+    try:
+        from verifiers import v1
+    except ImportError:
+        raise InputError("Tasksets of verifiers need that package: pip install verifiers.") from None
+    if not name:
+        raise InputError("Which taskset? Write verifiers:ID, the name of its package.")
+    try:
+        config = v1.taskset_config_type(name).model_validate({**settings, "id": name})
+        taskset = v1.load_taskset(config)
+    except ImportError as error:
+        reason = error.__cause__ or error
+        raise InputError(
+            f"The taskset {name!r} of verifiers cannot be imported ({reason}); install its package."
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"The taskset {name!r} of verifiers cannot be made: {' '.join(str(error).split())}") from None
+    return taskset_environment(taskset)
 
 
 @dataclass(frozen=True)

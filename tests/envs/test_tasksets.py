@@ -4,6 +4,7 @@ The package needs 70 others, so it is no dependency of the tests. `pip install v
 adapter against the real one; `Recorded` is the part of verifiers 0.4.0 that the adapter uses.
 """
 
+import importlib
 import importlib.util
 import sys
 import types
@@ -11,6 +12,7 @@ import types
 import pytest
 from episodes import assert_pure, play, said
 
+from glm5.cli.rl_environments import named_environment
 from glm5.envs import Environment, EnvironmentFailure, taskset_environment
 from glm5.errors import InputError
 
@@ -27,6 +29,8 @@ class Recorded:
             model_config = ConfigDict(extra="allow")
 
         class TasksetConfig(BaseModel):
+            model_config = ConfigDict(extra="forbid")
+            id: str = ""
             task: Loose = Loose()
 
         class TaskData(BaseModel):
@@ -92,8 +96,8 @@ class Recorded:
                 self.config = config
 
             @classmethod
-            def __class_getitem__(cls, _):
-                return cls
+            def __class_getitem__(cls, arguments):
+                return type(cls.__name__, (cls,), {"__orig_config__": arguments[1]})
 
             @classmethod
             def toolsets(cls, config):
@@ -103,6 +107,10 @@ class Recorded:
                 for idx, task in enumerate(self.load()):
                     task.data = task.data.model_copy(update={"idx": idx})
                     yield task
+
+        def exported(name):
+            module = importlib.import_module(name.replace("-", "_"))
+            return next(getattr(module, one) for one in module.__all__)
 
         def reward(weight=1.0):
             def mark(function):
@@ -122,6 +130,10 @@ class Recorded:
         assert TypeAdapter(Loose).validate_python({"role": "user"}).role == "user"
         monkeypatch.setitem(sys.modules, "verifiers", types.ModuleType("verifiers"))
         monkeypatch.setitem(sys.modules, "verifiers.v1", types.ModuleType("verifiers.v1"))
+        vars(sys.modules["verifiers.v1"]).update(
+            taskset_config_type=lambda name: exported(name).__orig_config__,
+            load_taskset=lambda config: exported(config.id)(config),
+        )
         for name, found in modules.items():
             module = types.ModuleType(f"verifiers.v1.{name}")
             vars(module).update(vars(found) if found else {})
@@ -155,13 +167,16 @@ def addition(vf, **members):
     for name, member in members.items():
         setattr(Addition, name, member)
 
-    class Additions(vf.Taskset[Addition, vf.TasksetConfig]):
+    class Config(vf.TasksetConfig):
+        count: int = 10
+
+    class Additions(vf.Taskset[Addition, Config]):
         def load(self):
-            for i in range(10):
+            for i in range(self.config.count):
                 data = Data(name="easy", prompt=f"What is {i} + {i}?", system_prompt="Only the number.", answer=2 * i)
                 yield Addition(data)
 
-    return Additions(vf.TasksetConfig())
+    return Additions(Config())
 
 
 def test_their_prompts_are_scored_by_their_rewards(vf):
@@ -204,3 +219,35 @@ def test_what_takes_more_than_a_conversation_is_refused(vf):
     ]:
         with pytest.raises(InputError, match=f"Additions needs {words}; run it in its own harness"):
             taskset_environment(addition(vf, **members))
+
+
+# ---- by name --------------------------------------------------------------------------------------------------------
+def test_an_installed_taskset_by_its_name(vf, monkeypatch):
+    package = types.ModuleType("my_additions")
+    package.Additions, package.__all__ = type(addition(vf)), ["Additions"]
+    monkeypatch.setitem(sys.modules, "my_additions", package)
+    # A module made here has no file to be found by; an installed one has.
+    package.__spec__ = importlib.machinery.ModuleSpec("my_additions", None)
+    named = named_environment("verifiers:my-additions:count=3@2")
+    assert named.weight == 2 and named.short == "verifiers:my-additions:count=3"
+    assert len({named.environment.task(0, i).messages[1]["content"] for i in range(9)}) == 3
+    assert "my-additions" in named.environment.name and '"count":3' in named.environment.name
+    task = named.environment.task(0, 0)
+    number = int(task.messages[1]["content"].split()[2])
+    assert play(named.environment, task, said(str(2 * number)))[1].value == 2.5
+
+    for text, words in [
+        ("verifiers:", "Which taskset"),
+        ("verifiers:no-such-taskset", "'no-such-taskset' of verifiers cannot be imported .*no_such_taskset.* install"),
+        ("verifiers:my-additions:size=3", "'my-additions' of verifiers cannot be made: .*size"),
+        ("verifiers:my-additions:count=many", "cannot be made: .*count"),
+        ("verifiers:my-additions:count=0", "Additions loads no task"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            named_environment(text)
+
+
+def test_without_the_package_there_is_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "verifiers", None)
+    with pytest.raises(InputError, match="need that package: pip install verifiers"):
+        named_environment("verifiers:gsm8k")
