@@ -50,6 +50,19 @@ class Aids:
         }
 
 
+def check_vocabularies(model: GLM5, aids: Aids) -> None:
+    """Raises ConfigError for a teacher or reference that has no logit for some of the policy's tokens. More do no harm:
+    a published vocabulary is often padded."""
+    tokens = model.config.vocab_size
+    others = [(f"The teacher of {name}", teacher) for name, teacher in aids.teachers.items()]
+    for what, other in [*others, *([("The reference", aids.reference)] if aids.reference is not None else [])]:
+        if other.config.vocab_size < tokens:
+            raise ConfigError(
+                f"{what} has {other.config.vocab_size} tokens and the policy {tokens}, so it cannot judge all of them; "
+                "take a model with the policy's tokenizer."
+            )
+
+
 def open_aids(
     config: AidsConfig, tokenizer: Tokenizer, *, attention: Literal["sparse", "dense"], given: Aids | None = None
 ) -> Aids:

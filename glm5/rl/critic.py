@@ -38,7 +38,7 @@ class Critic:
     clip: float = 0.2
     """A value moves at most this far from its old one before its loss stops pulling; infinity: no bound."""
     whiten: bool = True
-    """Bring the advantages of a batch's tokens to mean 0 and deviation 1."""
+    """Bring the advantages of a batch's tokens to mean 0 and deviation 1, repeats counted."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "lr", above=0)
@@ -91,7 +91,7 @@ def estimates(head: ValueHead, model: GLM5, examples: Sequence[Example], passes:
         advantages[key] = generalised(values[key], example.reward, config.gamma, config.lam)
         returns[key] = advantages[key] + values[key]
     if config.whiten:
-        every_N = torch.cat(list(advantages.values()))
+        every_N = torch.cat([advantages[id(e.trajectory)].repeat(e.repeats) for e in examples])
         mean, scale = every_N.mean(), every_N.std(correction=0) + 1e-8
         advantages = {key: (some - mean) / scale for key, some in advantages.items()}
     return Estimates(values, advantages, returns)

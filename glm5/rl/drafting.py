@@ -1,9 +1,10 @@
 """MTP during RL: the draft modules go on learning what the policy says, or speculation gets worse as the policy moves.
 
 The modules learn the sampled tokens themselves by cross-entropy, whatever their advantage: they shall guess what the
-policy will say, not what it should have said. "detached" (default): only the modules' own weights take that gradient,
-so the policy is trained as if they were not there. "joint": as in pre-training (GLM-5 report, appendix A), the trunk,
-the embedding and the head learn from it too, which pulls the policy towards all it sampled. "frozen": neither.
+policy will say, not what it should have said; at the policy's temperature, at which engines sample drafts too.
+"detached" (default): only the modules' own weights take that gradient, so the policy is trained as if they were not
+there. "joint": as in pre-training (GLM-5 report, appendix A), the trunk, the embedding and the head learn from it too,
+which pulls the policy towards all it sampled. "frozen": neither.
 """
 
 from __future__ import annotations

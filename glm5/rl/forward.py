@@ -48,7 +48,7 @@ def fixed_logprobs(model: GLM5, examples: Sequence[Example], passes: Passes, *, 
         if not replay:
             rows = replace(rows, experts_BTLK=None)
         output = run(model, rows, passes.attention, without_head(model, rows, passes, frozenset()))
-        said = said_of(model, output, rows.sampled, passes, temperature=passes.temperature)
+        said = said_of(model, output, rows.sampled, passes)
         found |= by_example(rows, said.logprobs_N)
     return found
 

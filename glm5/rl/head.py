@@ -37,16 +37,15 @@ def without_head(model: GLM5, rows: Rows, passes: Passes, collect: frozenset[str
 
 
 def said_of(
-    model: GLM5, output: ModelOutput, at: Places, passes: Passes, *, ahead: int = 0, temperature: float = 1.0,
-    entropy: bool = False,
+    model: GLM5, output: ModelOutput, at: Places, passes: Passes, *, ahead: int = 0, entropy: bool = False
 ) -> Said:  # fmt: skip
     """What the trunk (ahead = 0) or draft step `ahead - 1` says of the tokens at these places; differentiable."""
     if not output.states:
         logits_BTV = (output.logits, *output.mtp_logits)[ahead]
-        return Said(*_judged(logits_BTV[at.rows_N, at.columns_N], at.targets_N, temperature, entropy))
+        return Said(*_judged(logits_BTV[at.rows_N, at.columns_N], at.targets_N, passes.temperature, entropy))
 
     def piece(state_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        return _judged(model.lm_head(state_ND), targets_N, temperature, entropy)
+        return _judged(model.lm_head(state_ND), targets_N, passes.temperature, entropy)
 
     size = max(passes.logits // model.config.vocab_size, 1)
     pieces = [

@@ -25,7 +25,7 @@ from glm5.errors import ConfigError, InputError, RunError
 from glm5.model import GLM5
 from glm5.optim import build_optimizers, clip_gradients, rate_at, set_rate
 from glm5.rl.adapters import adapt, adapter_tensors, merged_model, merged_weights, without_adapters
-from glm5.rl.aids import Aids
+from glm5.rl.aids import Aids, check_vocabularies
 from glm5.rl.critic import ValueHead, estimates
 from glm5.rl.distillation import teacher_logprobs
 from glm5.rl.forward import PerExample, fixed_logprobs
@@ -63,6 +63,7 @@ class Learner:
             raise ConfigError(
                 f"A {config.schedule.shape} schedule needs the number of steps; give the learner `steps`."
             )
+        check_vocabularies(model, self.aids)
         self.steps, self.publish_every = steps or 1, publish_every
         self.passes = replace(config.passes, temperature=temperature)
         self.reference = self.aids.reference

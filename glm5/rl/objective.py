@@ -84,7 +84,7 @@ def objective(
         ) if wanted
     )  # fmt: skip
     output = run(model, rows, passes.attention, without_head(model, rows, passes, collect))
-    said = said_of(model, output, rows.sampled, passes, temperature=passes.temperature, entropy=config.entropy > 0)
+    said = said_of(model, output, rows.sampled, passes, entropy=config.entropy > 0)
     logprobs_N = said.logprobs_N
     tokens = policy_tokens(rows, logprobs_N, given, config)
     result = config.loss(tokens)

@@ -63,6 +63,8 @@ class Example:
     """Indices of the tokens that count."""
     ages: tuple[int, ...]
     """Of these tokens: versions between the weights that sampled them and those before the step."""
+    repeats: int = 1
+    """Rollouts that its own stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,9 @@ def _example(t: Trajectory, one: Judged, share: float, version: int) -> Example 
         )
     rollout = one.lesson.rollout
     assert rollout.reward is not None
-    return Example(t, one.advantage, share, rollout.reward.value, rollout.ticket.environment, sampled, ages)
+    return Example(
+        t, one.advantage, share, rollout.reward.value, rollout.ticket.environment, sampled, ages, one.lesson.weight
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """The critic: its advantages, its loss, and that the policy does not notice it."""
 
+import dataclasses
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.losses import PPO
 from glm5.rl.objective import objective, totals_of
 from glm5.rl.packing import padded
+from glm5.rl.records import Batch, Group, Lesson
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +58,21 @@ def test_a_clipped_value_does_not_run_away():
     loss.backward()
     assert loss.item() == pytest.approx((0.8**2 + 2.8**2) / 2)
     assert values_N.grad.tolist() == [0.0, 0.0]  # both have moved towards their returns by more than the clip
+
+
+def test_a_repeat_weighs_in_the_whitening_too():
+    """As it does in every baseline: a lesson of weight 3 is three rollouts."""
+    first, *others = engine_batch().groups[0].lessons
+    [trajectory] = first.rollout.trajectories
+    copies = [
+        Lesson(dataclasses.replace(first.rollout, trajectories=(dataclasses.replace(trajectory),))) for _ in range(3)
+    ]
+    found = []
+    for lessons in ((Lesson(first.rollout, 3), *others), (*copies, *others)):
+        some = examples_from(Batch(0, 0, (Group(lessons),)), advantages="gae")
+        given = estimates(ValueHead(32), speaker_model(), some, LearnerConfig().passes, Critic())
+        found.append([given.advantages[id(e.trajectory)] for e in some])
+    repeated, written_out = found
+    for one, other in zip(repeated, written_out[2:], strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.cat(written_out).mean().abs() < 1e-5 < 1e-2 < torch.cat(repeated).mean().abs()

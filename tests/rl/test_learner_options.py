@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from learning import at_version, copies, drafting_model, engine_batch, examples_from, moved, reward_of, rollout_of
-from speaker import speaker_model
+from speaker import VOCABULARY, speaker_model
+from tiny import tiny_model
 
 from glm5.data import IGNORED
 from glm5.data import Batch as TextBatch
-from glm5.errors import InputError
+from glm5.errors import ConfigError, InputError
 from glm5.rl.adapters import LoRA
 from glm5.rl.aids import Aids
 from glm5.rl.aids_config import EVERY
@@ -111,6 +112,20 @@ def test_each_environment_has_its_teacher(batch):
     one = Learner(speaker_model(), config, aids=Aids(teachers={EVERY: speaker_model(1), "facts": speaker_model(2)}))
     for key, logprobs_N in one._given(some, several=False).teacher.items():
         assert torch.equal(logprobs_N, given.teacher[key])
+
+
+def test_teachers_and_references_of_fewer_tokens_are_refused():
+    """Of as many or more they can judge every token; of fewer, some would have no logit."""
+    small = tiny_model(0, vocab_size=VOCABULARY - 1)
+    larger = tiny_model(0, vocab_size=VOCABULARY + 8, max_position_embeddings=512)
+    for aids, what in (
+        (Aids(teachers={"sums": speaker_model(), "facts": small}), "The teacher of facts"),
+        (Aids(reference=small), "The reference"),
+    ):
+        with pytest.raises(ConfigError, match=f"{what} has {VOCABULARY - 1} tokens and the policy {VOCABULARY}"):
+            Learner(speaker_model(), LearnerConfig(kl=KL()), aids=aids)
+    values = Learner(speaker_model(), LearnerConfig(), aids=Aids(teachers={EVERY: larger})).step(engine_batch())
+    assert math.isfinite(values["teacher_kl"])
 
 
 # ---- MTP and indexers ---------------------------------------------------------------------------------------------

@@ -47,12 +47,14 @@ def test_engines_report_the_distribution_that_they_sample(drafts):
     engine.close()
 
 
-def test_learning_at_a_temperature_is_learning_with_a_scaled_head():
-    """Logits divided by T are those of a model whose last matrix is divided by T."""
-    options = {"kl": KL(coefficient=0.1), "entropy": 0.05, "mtp": "frozen"}
-    examples = examples_from(engine_batch())
-    tempered = Learner(speaker_model(), LearnerConfig(**options), temperature=HALF)
-    scaled_model = speaker_model()
+@pytest.mark.parametrize("mtp", ["frozen", "detached", "joint"])
+def test_learning_at_a_temperature_is_learning_with_a_scaled_head(mtp):
+    """Logits divided by T are those of a model whose last matrix is divided by T; those of drafts, which are sampled
+    at the same temperature, too."""
+    options = {"kl": KL(coefficient=0.1), "entropy": 0.05, "mtp": mtp}
+    examples = examples_from(engine_batch(model=drafting_model()))
+    tempered = Learner(drafting_model(), LearnerConfig(**options), temperature=HALF)
+    scaled_model = drafting_model()
     with torch.no_grad():
         scaled_model.lm_head.weight /= HALF
     scaled = Learner(scaled_model, LearnerConfig(**options))
