@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import re
 from collections.abc import Callable
 
 LITERALS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
@@ -30,6 +31,8 @@ FUNCTIONS = frozenset(
     {"Abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "cos", "cosh", "cot", "csc", "exp", "ln", "log", "sec",
      "sin", "sinh", "sqrt", "tan", "tanh"}
 )  # fmt: skip
+_VAST_EXPONENT = re.compile(r"[\d.]e[+-]?[\d_]{4,}", re.IGNORECASE)
+"""Of a number that Python reads as 0 or infinity, and sympy and `Fraction` with all its digits."""
 _PLAIN = (
     ast.Expression,
     ast.Name,
@@ -60,6 +63,8 @@ def may_be_shown(answer: str, task: str) -> bool:
         return False
     if task in LITERALS:
         return all(isinstance(node, _PLAIN) for node in ast.walk(tree))
+    if _VAST_EXPONENT.search(answer):
+        return False
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - FUNCTIONS
     try:
         return len(names) <= NAMES and all(map(_is_letter, names)) and _size(tree.body) is not None

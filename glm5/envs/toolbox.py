@@ -54,16 +54,17 @@ class Toolbox:
         try:
             checked = self._arguments[name].model_validate(json.loads(given) if isinstance(given, str) else given)
             arguments = {field: getattr(checked, field) for field in type(checked).model_fields}
-        except json.JSONDecodeError:
-            return _error("the arguments are no JSON")
         except ValidationError as error:
             return _error("; ".join(_said(one) for one in error.errors()))
+        except (ValueError, RecursionError):  # also a number of thousands of digits, and lists in lists without end
+            return _error("the arguments are no JSON")
         function = self._functions[name]
         try:
             if inspect.iscoroutinefunction(function):
                 result = await function(**arguments)
             else:
                 result = await in_own_thread(function, **arguments)
+            text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
         except EnvironmentFailure:
             raise
         except ConnectionError as error:
@@ -72,7 +73,7 @@ class Toolbox:
             raise EnvironmentFailure(f"the tool {name} ran out of memory", "crash") from error
         except (Exception, SystemExit) as error:
             return _error(str(error) or type(error).__name__)
-        return self._cut(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str))
+        return self._cut(text)
 
     def _cut(self, text: str) -> str:
         more = len(text) - self._longest

@@ -72,10 +72,22 @@ def test_arguments_are_checked_and_converted():
         (("find", '{"place": {}, "kind": "lake"}'), "place.title"),
         (("find", '{"place": {"title": "A"}, "kind": "lake", "colour": 1}'), "colour: Extra inputs"),
         (("find", "{"), "no JSON"),
+        (("find", '{"most": ' + "1" * 5000 + "}"), "no JSON"),
+        (("find", '{"most": ' + "[" * 100_000 + "]" * 100_000 + "}"), "no JSON"),
         (("find", "[1]"), "valid dictionary"),
         (("fnid", "{}"), "there is no tool fnid. Did you mean 'find'?"),
     ]:
         assert words in json.loads(answers([find], call)[0])["error"]
+
+
+def test_a_result_that_cannot_be_written_is_a_message():
+    """What the model asked for made it so: nobody may leave an episode by a large number."""
+
+    def power(exponent: int) -> int:
+        return 10**exponent
+
+    found = answers([power], ("power", '{"exponent": 2}'), ("power", '{"exponent": 5000}'))
+    assert found[0] == "100" and "4300 digits" in json.loads(found[1])["error"]
 
 
 def test_an_exception_is_a_message_and_the_infrastructure_is_a_failure():
