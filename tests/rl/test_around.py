@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import copy
+from inspect import signature
 from pathlib import Path
 
 import httpx
@@ -11,9 +12,11 @@ from speaker import speaker_model, speaker_tokenizer
 
 import glm5.serve
 from glm5.engine import Engine
+from glm5.engine.grammar import GrammarCompiler
 from glm5.engine.sampling_params import StructuredOutputs
 from glm5.rl.around import AroundSource
 from glm5.rl.fleet import InProcessFleet
+from glm5.rl.fleet.local import Grammars
 from glm5.rl.gateway import Sessions
 from glm5.rl.gateway.learning import Address, OpenFleet, WhileOpen
 from glm5.rl.gateway.sampling import OwnDistribution
@@ -50,6 +53,12 @@ def test_everything_that_a_server_reads_is_handed_on():
 
 def client_of(app):
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
+
+
+def test_the_compilers_of_several_engines_are_asked_as_one_is():
+    for name in ("has", "compile"):
+        one, several = (list(signature(getattr(kind, name)).parameters) for kind in (GrammarCompiler, Grammars))
+        assert one == several
 
 
 class Behind:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -111,7 +111,7 @@ class Grammars:
         """See `GrammarCompiler.has`."""
         return all(compiler.has(outputs) for compiler in self.compilers)
 
-    def compile(self, outputs: StructuredOutputs) -> None:
+    def compile(self, outputs: StructuredOutputs, wanted: Callable[[], bool] = lambda: True) -> None:
         """See `GrammarCompiler.compile`."""
         for compiler in self.compilers:
-            compiler.compile(outputs)
+            compiler.compile(outputs, wanted)
