@@ -52,11 +52,11 @@ from glm5.text import parse_assistant
 
 EVALUATION_SEED = 5_000_001
 TASKS = {
-    "chain_sum": GymTask("chain_sum", ONE_DIGIT, warm_steps=15),
-    "basic_arithmetic": GymTask("basic_arithmetic", ONE_DIGIT, warm_steps=12),
+    "count_bits": GymTask("count_bits", {"min_n": 1, "max_n": 64}, warm_steps=15),
+    "products": GymTask("products", ONE_DIGIT, warm_steps=7),
     "prime_factorization": GymTask("prime_factorization", {"min_value": 2, "max_value": 50}, warm_steps=15),
 }
-"""Warmed up so far that a right answer is rare."""
+"""Few questions, which a policy can come to answer rightly, and so little warm-up that a right answer is rare."""
 ARMS: dict[str, tuple[Mode, AnyLoss]] = {
     "sync": ("sync", IcePop()),
     "ddis": ("async", DDIS(epsilon_low=0.8, epsilon_high=4.0)),
