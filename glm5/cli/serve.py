@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -179,6 +180,10 @@ def _serve(options: ServeOptions, limits: Limits, source: Source, defaults: Samp
             file=sys.stderr,
             flush=True,
         )
+    # A full collection of what the start has made would hold every request for a tenth of a second and more
+    # (`python -m benchmarks.serve_pauses`); none of it is garbage while the server runs.
+    gc.collect()
+    gc.freeze()
     serve(
         app,
         options.host,
