@@ -102,11 +102,12 @@ class CountTokensRequest(RequestBody):
     """What makes a prompt."""
 
     unread: ClassVar[frozenset[str]] = frozenset(
-        {"cache_control", "diagnostics", "inference_geo", "metadata", "service_tier", "speed", "user_profile_id",
-         "workspace_id"}
+        {"billing_policy", "cache_control", "diagnostics", "fallback_credit_token", "inference_geo", "metadata",
+         "service_tier", "speed", "user_profile_id", "workspace_id"}
     )  # fmt: skip
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "container": (), "mcp_servers": ([],), "context_management": ({}, {"edits": []}, {
+        "compaction": (), "container": (), "fallbacks": ([],), "mcp_servers": ([],),
+        "context_management": ({}, {"edits": []}, {
             "edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
     }  # fmt: skip
     """Earlier thinking is always kept as it was sent, which is what the one accepted edit asks for."""
@@ -118,6 +119,8 @@ class CountTokensRequest(RequestBody):
     tool_choice: ToolChoice = Field(default_factory=lambda: ToolChoice(type="auto"))
     thinking: Thinking = Field(default_factory=lambda: Thinking(type="disabled"))
     output_config: OutputConfig = Field(default_factory=OutputConfig)
+    thread: dict[str, Any] | None = None
+    """A conversation that the server holds: refused, in the way after which the package sends the whole of it."""
 
     @model_validator(mode="after")
     def _choice_has_tools(self) -> CountTokensRequest:

@@ -70,9 +70,12 @@ def install_models(app: FastAPI, service: Service) -> None:
 
     def model(name: str) -> dict[str, Any]:
         """As OpenAI's clients read it, and Anthropic's."""
-        return {"id": name, "object": "model", "created": service.created, "owned_by": "glm5",
-                "max_model_len": service.source.max_model_len, "weight_version": service.source.version,
-                "type": "model", "display_name": name, "created_at": created_at}  # fmt: skip
+        room = service.source.max_model_len
+        return {
+            "id": name, "object": "model", "created": service.created, "owned_by": "glm5", "max_model_len": room,
+            "weight_version": service.source.version, "type": "model", "display_name": name, "created_at": created_at,
+            "max_input_tokens": room, "max_tokens": room,
+        }  # fmt: skip
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -34,11 +34,16 @@ TOO_LATE = "The request's deadline passed before its work began; allow more time
 class ApiError(GLM5Error):
     """A request that is answered with an error: an HTTP status, a sentence, and the field that is at fault."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """details: what Anthropic's clients act on."""
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.details = details
 
 
 def error_status(error: GLM5Error) -> int:
@@ -56,10 +61,13 @@ def error_body(status: int, message: str, *, param: str | None = None, code: str
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def anthropic_error_body(status: int, message: str, request_id: str | None = None) -> dict[str, Any]:
+def anthropic_error_body(
+    status: int, message: str, request_id: str | None = None, details: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The JSON body of an error, for Anthropic's clients."""
     kind = ANTHROPIC_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    body: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": message}}
+    more = {} if details is None else {"details": details}
+    body: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": message, **more}}
     return body if request_id is None else {**body, "request_id": request_id}
 
 
@@ -70,11 +78,12 @@ def error_response(
     *,
     param: str | None = None,
     code: str | None = None,
+    details: Mapping[str, Any] | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """An error in the shape of the protocol that the path belongs to."""
     if scope["path"].startswith("/v1/messages"):
-        body = anthropic_error_body(status, message, scope.get("state", {}).get("request_id"))
+        body = anthropic_error_body(status, message, scope.get("state", {}).get("request_id"), details)
     else:
         body = error_body(status, message, param=param, code=code)
     return JSONResponse(body, status, headers)
@@ -86,8 +95,9 @@ def install_error_handlers(app: FastAPI) -> None:
     async def api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
         return error_response(
-            request.scope, error.status, str(error), param=error.param, code=error.code, headers=_retry(error.status)
-        )
+            request.scope, error.status, str(error), param=error.param, code=error.code, details=error.details,
+            headers=_retry(error.status),
+        )  # fmt: skip
 
     async def user_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, GLM5Error)

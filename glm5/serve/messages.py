@@ -52,6 +52,11 @@ def _check(body: CountTokensRequest, service: Service) -> None:
     service.check_model(body.model)
     if len(body.messages) > service.limits.max_messages:
         raise ApiError(400, f"At most {service.limits.max_messages} messages are accepted; send fewer.")
+    if body.thread is not None:
+        unsupported = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        raise ApiError(
+            400, "This server holds no conversations; leave thread out and send all messages.", details=unsupported
+        )
 
 
 class Asked:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 
 from glm5.engine import SamplingParams, TokenDelta
 from glm5.serve.errors import ApiError
@@ -32,14 +33,18 @@ def install_responses(app: FastAPI, service: Service) -> None:
     """Adds the endpoint and what reads its store."""
     store = ResponseStore()
 
-    @app.post("/v1/responses", response_model=None)
-    async def responses(body: ResponsesRequest, request: Request) -> Response:
+    def earlier_messages(body: ResponsesRequest) -> list[dict[str, Any]]:
+        """Those that the body goes on from; with its own there are not too many."""
         service.check_model(body.model)
         earlier = store.earlier(body.previous_response_id).messages if body.previous_response_id is not None else []
         most = service.limits.max_messages
         if len(earlier) + (len(body.input) if isinstance(body.input, list) else 1) > most:
             raise ApiError(400, f"At most {most} messages are accepted; send less.")
-        session = request.headers.get("x-session-id")
+        return earlier
+
+    @app.post("/v1/responses", response_model=None)
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        earlier, session = earlier_messages(body), request.headers.get("x-session-id")
         return await service.answer(
             request,
             lambda: ResponseReply(body, service, store, earlier, session),
@@ -47,8 +52,16 @@ def install_responses(app: FastAPI, service: Service) -> None:
             priority=body.priority,
         )
 
+    @app.post("/v1/responses/input_tokens")
+    async def input_tokens(body: ResponsesRequest, request: Request) -> dict[str, Any]:
+        earlier, session = earlier_messages(body), request.headers.get("x-session-id")
+        reply = await run_in_threadpool(ResponseReply, body, service, store, earlier, session)
+        return {"object": "response.input_tokens", "input_tokens": reply.generation.prompt_tokens}
+
     @app.get("/v1/responses/{name}")
-    async def stored(name: str) -> dict[str, Any]:
+    async def stored(name: str, stream: bool = False) -> dict[str, Any]:
+        if stream:
+            raise ApiError(400, "A stored response is given whole; leave stream out.", param="stream")
         return store.get(name).body
 
     @app.delete("/v1/responses/{name}")

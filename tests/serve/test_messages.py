@@ -283,3 +283,36 @@ def test_no_value_of_any_field_breaks_the_server(fields):
 def test_no_conversation_breaks_the_server(messages, stream):
     post("/v1/messages", {"model": "tiny", "messages": messages, "max_tokens": 2, "stream": stream})
     post("/v1/messages/count_tokens", {"model": "tiny", "messages": messages})
+
+
+class TurnsModel(ScriptedModel):
+    """Calls `add`, and answers when its result is there."""
+
+    def forward(self, ids_1T, *, attention):
+        tokenizer, ids = speaker_tokenizer(), ids_1T[0].tolist()
+        text = "It is 42." if tokenizer.token_to_id("<tool_response>") in ids else CALL
+        self.script = [*tokenizer.encode(text), tokenizer.token_to_id("<|user|>")]
+        return super().forward(ids_1T, attention=attention)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_tool_runner_of_the_package_goes_without_a_thread(stream):
+    """It asks for a conversation that the server holds, is refused in the way that it knows, and sends everything."""
+    called = []
+
+    @anthropic.beta_tool
+    def add(a: int, note: str) -> str:
+        """Adds."""
+        called.append((a, note))
+        return "42"
+
+    sdk = sdk_of(model=TurnsModel("", 4096))
+    fields = {"model": "tiny", "max_tokens": 200, "messages": USER, "tools": [add], "stream": stream}
+    turns = [turn.get_final_message() if stream else turn for turn in sdk.beta.messages.tool_runner(**fields)]
+    assert called == [(12, "é")] and [turn.stop_reason for turn in turns] == ["tool_use", "end_turn"]
+    assert turns[1].content[0].text == "It is 42."
+
+
+def test_a_thread_is_refused_with_what_to_do():
+    with pytest.raises(anthropic.BadRequestError, match="send all messages"):
+        sdk_of("ok").beta.messages.create(model="tiny", max_tokens=8, messages=USER, thread={"type": "create"})

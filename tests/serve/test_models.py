@@ -29,6 +29,7 @@ def test_both_packages_list_the_model_under_all_its_names():
     assert ours.models.retrieve("org/other").id == "org/other"
     model = theirs.models.retrieve("small")
     assert (model.type, model.display_name) == ("model", "small")
+    assert model.max_input_tokens == model.max_tokens == ours.models.retrieve("small").max_model_len == 512
     assert int(model.created_at.timestamp()) == ours.models.retrieve("small").created
     for name in names:  # the reply says which model it is
         answer = ours.chat.completions.create(model=name, messages=USER)

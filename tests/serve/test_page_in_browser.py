@@ -138,6 +138,25 @@ def test_a_reload_in_the_middle_keeps_what_came(reader, fake):
     reader.driver.refresh()
     reader.until(lambda: reader.last().count("word") == 5)
     assert not reader.one("#stop").is_displayed()
+    assert "stopped" in reader.one(".figures").text and not reader.one(".answer .error").is_displayed()
+
+
+def test_settings_are_changed_while_an_answer_comes(reader, fake):
+    """Escape closes the sheet and not the answer; what was changed holds for the next question."""
+    fake.answers["Go"] = ("", "word " * 40, [])
+    fake.hold_after = 5
+    reader.say("Go")
+    reader.until(lambda: reader.last().count("word") == 5)
+    reader.one("#open-settings").click()
+    reader.one("#temperature").send_keys("0.3", Keys.ESCAPE)
+    reader.until(lambda: not reader.one("#temperature").is_displayed())
+    assert reader.one("#stop").is_displayed()
+    fake.hold_after = None
+    reader.answered("word")
+    assert reader.last().count("word") == 40 and "temperature" not in fake.asked[0]
+    reader.say("more")
+    reader.answered("You said: more")
+    assert fake.asked[1]["temperature"] == 0.3 and len(fake.asked[1]["messages"]) == 3
 
 
 def test_tool_calls_are_shown_and_their_results_sent(reader, fake):

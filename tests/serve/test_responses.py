@@ -128,9 +128,15 @@ def test_a_stored_response_is_continued_with_its_reasoning():
     function = {key: value for key, value in TOOL.items() if key != "type"}
     prompt = speaker_tokenizer().apply_chat_template(chat, tools=[{"type": "function", "function": function}])
     assert second.usage.input_tokens == len(prompt)
+    counted = client.responses.input_tokens.count(
+        model="tiny", input=[result], tools=[TOOL], previous_response_id=first.id
+    )
+    assert counted.input_tokens == len(prompt)
     assert client.responses.retrieve(first.id).output_text == first.output_text
+    with pytest.raises(openai.BadRequestError, match="given whole"):
+        client.responses.retrieve(first.id, stream=True)
     client.responses.delete(first.id)
-    for asked in (client.responses.retrieve, client.responses.delete):
+    for asked in (client.responses.retrieve, client.responses.delete):  # it is gone
         with pytest.raises(openai.NotFoundError, match=r"it was deleted.*Ask anew with POST"):
             asked(first.id)
     unstored = client.responses.create(model="tiny", input="12?", store=False)

@@ -18,6 +18,7 @@ export class Answer {
 
   /** Ends the answer where it is; what was said stays. */
   stop() {
+    this.message.info.finish = "stopped"; // at once: a page that is left has no later
     this.controller.abort();
   }
 
@@ -29,9 +30,10 @@ export class Answer {
       for await (const chunk of streamChat(body, key, this.controller.signal)) this.take(chunk);
       message.info.finish ??= "stop";
     } catch (error) {
-      if (error.name === "AbortError") message.info.finish = "stopped";
-      else {
-        message.error = error instanceof ApiError ? error.message : "The answer could not be read.";
+      if (!this.controller.signal.aborted) {
+        const cut = error instanceof TypeError; // as a reader says that the network is gone
+        const said = cut ? "The connection ended before the answer did." : "The answer could not be read.";
+        message.error = error instanceof ApiError ? error.message : said;
         return error;
       }
     } finally {

@@ -58,7 +58,10 @@ class Page {
     addEventListener("storage", (event) => {
       if (store.isConversationKey(event.key)) this.sidebar.show(this.conversation);
     });
-    addEventListener("pagehide", () => this.running.forEach(({ conversation }) => store.saveConversation(conversation)));
+    addEventListener("pagehide", () => this.running.forEach(({ answer, conversation }) => {
+      answer.stop();
+      store.saveConversation(conversation);
+    }));
     addEventListener("keydown", (event) => {
       if (event.key === "Escape" && !event.defaultPrevented && !this.settings.sheet.open) this.composer.stop();
       if (event.key.toLowerCase() === "o" && event.shiftKey && (event.ctrlKey || event.metaKey)) {
