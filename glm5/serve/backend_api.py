@@ -66,6 +66,8 @@ def settings(params: SamplingParams) -> dict[str, Any]:
         never = {token: -MAX_BIAS for (token,) in params.bad_sequences}
         given["logit_bias"] = {**(params.logit_bias or {}), **never}
     if params.structured_outputs is not None:
+        if params.structured_outputs.begins_at is not None:
+            raise InputError("structured_outputs.begins_at is not passed on to a backend; leave it out.")
         wanted = asdict(params.structured_outputs)
         given["structured_outputs"] = {name: value for name, value in wanted.items() if value is not None}
     return given

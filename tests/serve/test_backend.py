@@ -13,7 +13,7 @@ from speaker import ScriptedModel, speaker_model, speaker_tokenizer
 from starlette.concurrency import run_in_threadpool
 
 import glm5
-from glm5.engine import Engine, SamplingParams
+from glm5.engine import Engine, SamplingParams, StructuredOutputs
 from glm5.errors import InputError
 from glm5.serve import create_app
 from glm5.serve.backend import Backend
@@ -302,3 +302,9 @@ def test_what_may_not_be_sampled_is_a_bias_to_a_backend():
     with pytest.raises(InputError, match="bad_words of more than one token"):
         backend_api("generate").body([1], SamplingParams(bad_sequences=[[7, 8]]), 0)
     assert "bad_sequences" not in backend_api("generate").body([1], SamplingParams(), 0)["sampling_params"]
+
+
+def test_a_grammar_that_begins_in_the_middle_is_not_passed_on():
+    lazy = StructuredOutputs(grammar='start: <tool_call> "f"', begins_at="<tool_call>")
+    with pytest.raises(InputError, match="begins_at is not passed on"):
+        backend_api("sglang").body([1], SamplingParams(structured_outputs=lazy), 0)

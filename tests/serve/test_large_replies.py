@@ -9,7 +9,7 @@ from asgi_client import Call, scope_of
 from chat_client import USER
 from fastapi.responses import JSONResponse
 from held_source import HeldSource, client_in, posted, until
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm5.engine import SamplingParams
@@ -25,6 +25,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(values, st.integers(0, 600))
 def test_a_large_reply_has_the_same_bytes(value, count):
     body = {"value": value, "many": [value] * count, "none": []}
