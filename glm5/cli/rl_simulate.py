@@ -6,15 +6,19 @@ glm5 rl --simulate --like runs/rl --bounds 1 2 4 8         # lengths, latencies 
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
 
+from glm5.errors import InputError
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.simulation import (
     AssumedWorkload,
@@ -24,9 +28,13 @@ from glm5.rl.simulation import (
     SimulationConfig,
     comparison,
     records_of,
+    settings_of,
+    shortness,
+    spread_of,
     sweep,
     write_page,
 )
+from glm5.rl.tasks import TaskSource
 from glm5.train import RunDirectory
 
 
@@ -37,7 +45,8 @@ class SimulateOptions:
     simulate: bool = True
     """Predict a run instead of making one."""
     like: Path | None = None
-    """Take lengths, latencies, success and speeds from this run instead of the assumptions below."""
+    """Take lengths, latencies, success, speeds and the scheduler's settings from this run; what is given all the same
+    is tried instead."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     bounds: tuple[int, ...] = (1, 2, 4, 8)
     """Staleness bounds of the asynchronous runs."""
@@ -58,6 +67,9 @@ class SimulateOptions:
     """Speed of trainer and engines while both work: 1 on devices of their own, 0.5 when they share one."""
     batches: int = 50
     """Learning steps that are simulated; the first five are not counted."""
+    draws: int = 5
+    """Times that everything is simulated again with other random numbers, and from a record of --like that is drawn
+    anew, for the standard deviation of the steps per hour; 0: not."""
     seed: int = 0
     """Of lengths, latencies and rewards."""
     out: Path | None = None
@@ -68,8 +80,44 @@ class SimulateOptions:
 
 def run(arguments: Sequence[str]) -> int:
     """Simulates and prints the comparison."""
-    options = tyro.cli(SimulateOptions, prog="glm5 rl", args=list(arguments))
-    config = SimulationConfig(
+    parse = functools.partial(tyro.cli, SimulateOptions, prog="glm5 rl", args=list(arguments))
+    options, records = parse(), None
+    config = settings(options)
+    if options.like is not None:
+        scheduler, sources = settings_of(options.like)
+        options = parse(default=replace(SimulateOptions(), scheduler=scheduler))
+        records = list(records_of(options.like))
+        measured = Measured.from_records(records)
+        config = settings(options).as_measured(measured, sources=_of_all(sources, measured))
+    grid = {"max_staleness": options.bounds, "max_running": options.concurrency}
+    found = sweep(config, **grid)
+    spreads = spread_of(config, records, draws=options.draws, **grid) if options.draws > 1 else []
+    warning = None if records is None else shortness(records)
+    made = None if options.like is None else what_happened(options.like)
+    if options.out is not None:
+        write_page(found, options.out, spreads)
+    if options.json:
+        simulations = [it.to_dict() | {"steps_per_hour_spread": s} for it, s in zip_longest(found, spreads)]
+        print(json.dumps({"simulations": simulations, "run": made, "warning": warning}))
+        return 0
+    print(comparison(found, spreads))
+    if made is not None:
+        print(
+            f"\n{options.like} itself: {made['mode']}, {made['steps_per_hour']:.0f} steps/h, trainer idle "
+            f"{made['trainer_idle']:.0%}, sampler idle {made['sampler_idle']:.0%}, staleness {made['staleness']:.2f}"
+        )
+    if warning is not None:
+        print(f"Warning: {warning}", file=sys.stderr)
+    if options.out is not None:
+        Console().print(f"page: {options.out}", soft_wrap=True)
+    return 0
+
+
+def settings(options: SimulateOptions) -> SimulationConfig:
+    """What is assumed, where nothing was measured. Raises InputError for a bound that is none."""
+    if min(options.bounds, default=0) < 0:
+        raise InputError(f"--bounds has {min(options.bounds)}; a staleness bound is 0 or more versions.")
+    return SimulationConfig(
         scheduler=options.scheduler,
         workloads={
             "tasks": AssumedWorkload(tokens=options.tokens, turns=options.turns, tool_seconds=options.tool_seconds)
@@ -82,25 +130,12 @@ def run(arguments: Sequence[str]) -> int:
         warmup=min(5, options.batches - 1),
         seed=options.seed,
     )
-    made: dict[str, Any] | None = None
-    if options.like is not None:
-        config = config.as_measured(Measured.from_records(records_of(options.like)))
-        made = what_happened(options.like)
-    found = sweep(config, max_staleness=options.bounds, max_running=options.concurrency)
-    if options.out is not None:
-        write_page(found, options.out)
-    if options.json:
-        print(json.dumps({"simulations": [it.to_dict() for it in found], "run": made}))
-        return 0
-    print(comparison(found))
-    if made is not None:
-        print(
-            f"\n{options.like} itself: {made['mode']}, {made['steps_per_hour']:.0f} steps/h, trainer idle "
-            f"{made['trainer_idle']:.0%}, sampler idle {made['sampler_idle']:.0%}, staleness {made['staleness']:.2f}"
-        )
-    if options.out is not None:
-        Console().print(f"page: {options.out}", soft_wrap=True)
-    return 0
+
+
+def _of_all(sources: Sequence[TaskSource], measured: Measured) -> tuple[TaskSource, ...]:
+    """One for each environment of which something is known, an older run's own rules being unknown."""
+    known = {source.environment: source for source in sources}
+    return tuple(known.get(name) or TaskSource(environment=name) for name in measured.workloads)
 
 
 def what_happened(path: Path) -> dict[str, Any]:

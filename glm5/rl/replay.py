@@ -79,7 +79,8 @@ def replay_step(config: RLRunConfig, run_directory: Path, step: int, *, aids: Ai
         if batch.step == step:
             recorded = next((line for line in run.read("metrics") if line["step"] == step), {})
             return ReplayedStep(batch, values, recorded)
-    raise RunError(f"{run.path / JOURNAL} holds no batch of step {step}; give a step that the run has begun.")
+    begun = max((batch.step for batch in batches_of(run.path / JOURNAL)), default=-1) + 1
+    raise RunError(f"{run.path / JOURNAL} holds no batch of step {step}, but those of {begun} steps, counted from 0.")
 
 
 def check_same(config: RLRunConfig, run: RunDirectory) -> None:

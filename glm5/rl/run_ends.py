@@ -18,7 +18,7 @@ from glm5.rl.aids import Aids, open_aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.held_out import held_out_rewards
 from glm5.rl.report import REPORT, RETENTION, write_rl_report
-from glm5.rl.session import Session
+from glm5.rl.session import Session, task_stream
 from glm5.rl.tasks import TaskSource
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory
@@ -41,6 +41,7 @@ def start_run(
     names = [environment.name for environment in environments]
     config.aids.check_environments(names)
     config.check_groups(taught=bool(config.aids.teachers or (aids and aids.teachers)))
+    task_stream(environments, sources, config.rollout.seed)  # what it refuses leaves no directory behind
     constant = config.learner.schedule.shape == "constant"
     if resume and (run_directory / "run.json").exists():
         _check_steps(config, RunDirectory.open(run_directory), constant=constant)

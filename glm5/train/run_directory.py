@@ -110,8 +110,11 @@ class RunDirectory:
             if change is not None:
                 raise RunChanged(path, change)
             sessions, name = old.description["sessions"], old.description.get("id", name)
-        for place in ("checkpoints", "samples"):
-            (path / place).mkdir(parents=True, exist_ok=True)
+        try:
+            for place in ("checkpoints", "samples"):
+                (path / place).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{path} cannot be made a run directory ({error.strerror}); choose another one.") from None
         if not sessions or sessions[-1] != session:
             sessions = [*sessions, session]
         write_json(path / "run.json", {"kind": "run", "id": name, **plan, "sessions": sessions})

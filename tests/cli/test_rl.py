@@ -11,6 +11,7 @@ from glm5.cli.rl_environments import named_environment, settings
 from glm5.cli.rl_flags import loss, written
 from glm5.errors import InputError
 from glm5.rl.losses import DDIS, IcePop
+from glm5.rl.simulation import settings_of
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +84,38 @@ def test_engines_in_processes_and_a_simulation_of_the_run(parent, tmp_path, caps
     run = tmp_path / "run"
     assert main(flags(parent, run, "--executor", "processes", "--engines", "2")) == 0
     capsys.readouterr()
+    assert main(["rl", "--simulate", "--like", str(run), "--bounds", "2", "--batches", "8"]) == 0
+    heard = capsys.readouterr()
+    assert "rollouts are too short a record to predict from" in heard.err and " ± " in heard.out
     assert main(["rl", "--simulate", "--like", str(run), "--bounds", "2", "--batches", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["warning"] and all(it["steps_per_hour_spread"] > 0 for it in found["simulations"])
+    scheduler, sources = settings_of(run)
+    assert (scheduler.groups_per_batch, scheduler.group_size) == (2, 2), "the run's own, not the defaults"
+    assert [source.weight for source in sources] == [2.0, 1.0]
     assert [it["mode"] for it in found["simulations"]] == ["sync", "one-step-off", "async"]
     assert all(it["steps_per_hour"] > 0 for it in found["simulations"]) and found["run"]["steps_per_hour"] > 0
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
-    [(["--engines", "2"], "--executor processes"), (["--deterministic", "--executor", "processes"], "one process")],
+    [
+        (["--engines", "2"], "--executor processes"),
+        (["--deterministic", "--executor", "processes"], "one process"),
+        (["--env", "sums"], "each of its environments once"),
+    ],
 )
-def test_settings_that_do_not_go_together_are_refused(parent, tmp_path, capsys, more, says):
+def test_what_is_refused_leaves_no_directory_behind(parent, tmp_path, capsys, more, says):
     assert main(flags(parent, tmp_path / "none", *more)) == 1
-    assert says in capsys.readouterr().err
+    assert says in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_a_place_that_takes_no_run_is_refused(parent, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(flags(parent, tmp_path / "file")) == 1
+    assert "file cannot be made a run directory (Not a directory)" in capsys.readouterr().err
+
+
+def test_a_bound_below_0_is_refused(capsys):
+    assert main(["rl", "--simulate", "--bounds", "4", "-1"]) == 1
+    assert "--bounds has -1" in capsys.readouterr().err

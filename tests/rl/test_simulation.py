@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from random import Random
 
@@ -20,10 +21,13 @@ from glm5.rl.simulation import (
     SimulationConfig,
     comparison,
     rollout_record,
+    shortness,
     simulate,
+    spread_of,
     sweep,
     write_page,
 )
+from glm5.rl.simulation.spread import redrawn
 from glm5.rl.tasks import TaskSource
 
 
@@ -120,6 +124,7 @@ def test_a_simulation_is_a_function_of_its_settings(tmp_path):
     assert values["staleness"] == {str(age): n for age, n in sorted(first.staleness.items())}
     table = comparison([first, other]).splitlines()
     assert len(table) == 3 and len({len(line) for line in table}) == 1
+    assert f"{first.steps_per_hour:.0f} ± 7" in comparison([first, other], [7.0, 8.0])
     write_page(sweep(one, max_staleness=(1, 4)), tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count("<svg") == 5  # one of all, and one of each of the four
 
@@ -150,6 +155,59 @@ def test_what_was_measured_is_predicted():
                              train_seconds_per_token=0.001, publish_seconds=1.0))  # fmt: skip
     assert predicted.steps_per_hour == pytest.approx(known.steps_per_hour, rel=0.15)
     assert predicted.wasted == pytest.approx(known.wasted, abs=0.1)
+
+
+def records_like(workload, groups, *, name="e", samples=4):
+    """Of a run in which that was played, with a learning step for every four groups."""
+    places = [(group, n) for group in range(groups) for n in range(samples)]
+    plays = [(group, workload.play(Random(group), Random(f"{group}/{n}"), n)) for group, n in places]
+    rollouts = [
+        {"kind": "rollout", "environment": name, "group": f"{name}/{group}", "turn_tokens": list(play.tokens),
+         "tool_seconds": 0.0, "outcome": play.outcome, "reward": play.reward} for group, play in plays
+    ]  # fmt: skip
+    steps = [{"kind": "train", "seconds": 3.0 + n % 3, "tokens": 100} for n in range(max(1, groups // 4))]
+    return [*rollouts, *steps, {"kind": "engine", "running": 8, "tokens_per_second": 80.0}]
+
+
+def test_a_record_drawn_anew_has_whole_groups_of_the_same_environments():
+    records = [*records_like(AssumedWorkload(), 6), *records_like(AssumedWorkload(), 3, name="f", samples=2)]
+    again = redrawn(records, Random(1))
+    assert Counter(r["kind"] for r in again) == Counter(r["kind"] for r in records)
+    groups = {}
+    for record in again:
+        if record["kind"] == "rollout":
+            groups.setdefault((record["environment"], record["group"]), []).append(tuple(record["turn_tokens"]))
+    assert Counter(name for name, _ in groups) == {"e": 6, "f": 3}
+    assert {len(plays) for (name, _), plays in groups.items() if name == "e"} == {4}
+    there = {}
+    for record in records:
+        if record["kind"] == "rollout":
+            there.setdefault(record["group"], []).append(tuple(record["turn_tokens"]))
+    assert all(plays in there.values() for plays in groups.values())
+    assert len({tuple(plays) for plays in groups.values()}) < 9, "some are drawn twice"
+
+
+def test_the_spread_is_none_without_chance_and_shrinks_with_the_record():
+    same = [*records_like(AssumedWorkload(tokens=fixed(100)), 8)]
+    for record in same:
+        record.update({"seconds": 4.0} if record["kind"] == "train" else {})
+        record.update({"reward": float(len(record["group"]))} if record["kind"] == "rollout" else {})
+    keep = TaskSource(environment="e", uniform_groups="keep")
+    still = config("async", batches=12, warmup=2).as_measured(Measured.from_records(same), sources=(keep,))
+    assert max(spread_of(still, same, draws=3, max_staleness=(4,))) == pytest.approx(0, abs=1e-9)
+    spreads = []
+    for groups in (4, 128):
+        records = records_like(AssumedWorkload(tokens=LongTail(100, 900)), groups)
+        measured = config("async", batches=24, warmup=4).as_measured(Measured.from_records(records), sources=(keep,))
+        spread = spread_of(measured, records, draws=12, max_staleness=(4,))[-1]
+        spreads.append(spread / simulate(measured).steps_per_hour)
+    assert 0 < 2 * spreads[1] < spreads[0]
+
+
+def test_a_short_record_is_warned_of():
+    assert shortness(records_like(AssumedWorkload(), 32)) is None
+    assert "8 steps and 124 rollouts" in shortness(records_like(AssumedWorkload(), 32)[4:])
+    assert "7 steps and 248 rollouts" in shortness(records_like(AssumedWorkload(), 31, samples=8))
 
 
 def test_the_record_of_a_rollout():

@@ -12,8 +12,9 @@ Left out: prompts (part of the engine's measured speed), the engine's cache and 
 
 from glm5.rl.simulation.config import Simulation, SimulationConfig
 from glm5.rl.simulation.machine import simulate, sweep
-from glm5.rl.simulation.observe import records_of
+from glm5.rl.simulation.observe import records_of, settings_of
 from glm5.rl.simulation.report import comparison, write_page
+from glm5.rl.simulation.spread import shortness, spread_of
 from glm5.rl.simulation.workload import (
     AssumedWorkload,
     EngineSpeed,
@@ -25,5 +26,6 @@ from glm5.rl.simulation.workload import (
 
 __all__ = [
     "AssumedWorkload", "EngineSpeed", "LongTail", "Measured", "MeasuredWorkload", "Simulation", "SimulationConfig",
-    "comparison", "records_of", "rollout_record", "simulate", "sweep", "write_page",
+    "comparison", "records_of", "rollout_record", "settings_of", "shortness", "simulate", "spread_of", "sweep",
+    "write_page",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Reads from a run directory what the simulator needs to know of the run (`Measured.from_records`)."""
+"""Reads from a run directory what the simulator needs to know of the run: its settings and its record."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from glm5.envs.protocol import UniformGroups
+from glm5.rl.admission import SchedulerConfig
+from glm5.rl.config import recorded_config
 from glm5.rl.event_log import events_of
 from glm5.rl.events import BatchMade, Finished
 from glm5.rl.journal import read_journal
 from glm5.rl.records import Rollout
 from glm5.rl.session import JOURNAL
 from glm5.rl.simulation.workload import rollout_record
+from glm5.rl.tasks import TaskSource
 from glm5.train import RunDirectory
 
 
@@ -38,6 +42,22 @@ def records_of(run_directory: Path) -> Iterator[dict[str, Any]]:
                     yield {"kind": "train", "seconds": lap["learning_seconds"], "tokens": tokens}
                     yield from _engine(lap, window)
                 window = []
+
+
+def settings_of(run_directory: Path) -> tuple[SchedulerConfig, tuple[TaskSource, ...]]:
+    """The scheduler of a run, and how its environments take part, but for curricula: a record does not hold these.
+
+    Raises RunError for a run of another kind.
+    """
+    run = RunDirectory.open(run_directory)
+    sources = []
+    for name, text in run.description["inputs"].items():
+        if name.startswith("tasks of "):
+            said = text.split(", ")
+            keep: UniformGroups = "keep" if "uniform_groups=keep" in said else "drop"
+            weight = next((float(word.removeprefix("weight=")) for word in said if word.startswith("weight=")), 1.0)
+            sources.append(TaskSource(environment=name.removeprefix("tasks of "), weight=weight, uniform_groups=keep))
+    return recorded_config(run).scheduler, tuple(sources)
 
 
 def _engine(lap: dict[str, Any], window: list[Rollout]) -> Iterator[dict[str, Any]]:

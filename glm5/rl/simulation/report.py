@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from glm5.files import replacing
@@ -12,14 +13,15 @@ from glm5.train.charts import line_chart
 from glm5.train.report import STYLE
 
 
-def comparison(simulations: Sequence[Simulation]) -> str:
-    """A table with a line for each."""
+def comparison(simulations: Sequence[Simulation], spreads: Sequence[float] = ()) -> str:
+    """A table with a line for each. spreads: of the steps per hour (`spread_of`), where they are known."""
     head = ("mode", "bound", "running", "steps/h", "rollouts/s", "tokens/s", "trainer idle", "sampler idle",
             "sampler use", "wasted", "staleness")  # fmt: skip
     rows = [head]
-    for it in simulations:
+    for it, spread in zip_longest(simulations, spreads):
         rows.append((
-            it.mode, str(it.max_staleness), str(it.max_running), f"{it.steps_per_hour:.0f}",
+            it.mode, str(it.max_staleness), str(it.max_running),
+            f"{it.steps_per_hour:.0f}" + ("" if spread is None else f" ± {spread:.0f}"),
             f"{it.rollouts_per_second:.2f}", f"{it.tokens_per_second:.0f}", f"{it.trainer_idle:.0%}",
             f"{it.sampler_idle:.0%}", f"{it.sampler_use:.0%}", f"{it.wasted:.0%}",
             f"{it.mean_staleness:.2f}, at most {max(it.staleness, default=0)}"))  # fmt: skip
@@ -27,7 +29,7 @@ def comparison(simulations: Sequence[Simulation]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def write_page(simulations: Sequence[Simulation], path: Path) -> None:
+def write_page(simulations: Sequence[Simulation], path: Path, spreads: Sequence[float] = ()) -> None:
     """One HTML file: the table, throughput against the bound, and what was under way in each simulation."""
     ahead = [it for it in simulations if it.mode == "async"]
     limits = sorted({it.max_running for it in ahead})
@@ -35,7 +37,7 @@ def write_page(simulations: Sequence[Simulation], path: Path) -> None:
               if it.max_running == limit]) for limit in limits[:4]]  # fmt: skip
     parts = [
         "<h1>Simulated reinforcement learning</h1>",
-        f"<pre>{html.escape(comparison(simulations))}</pre>",
+        f"<pre>{html.escape(comparison(simulations, spreads))}</pre>",
         "<h2>Rollouts learnt from per second, by the staleness bound</h2>",
         line_chart(speed, label="rollouts per second by bound", caption="async mode; versions"),
     ]

@@ -1,0 +1,75 @@
+"""How far a prediction may be off: it is made again with other random numbers, from a record that is drawn anew.
+
+The bootstrap (Efron 1979): a record of as many groups and learning steps, drawn with replacement from the one that
+there is, stands for another run of the same length. What a short record has never seen, such as the longest answers
+of a long tail, no drawing brings back: hence `LEAST_ROLLOUTS`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+from glm5.rl.simulation.config import SimulationConfig
+from glm5.rl.simulation.machine import sweep
+from glm5.rl.simulation.workload import Measured
+
+LEAST_ROLLOUTS = 128
+"""Of a record that is long enough: with fewer, one prediction in ten is off by a quarter and more, with as many by a
+sixth (`python -m benchmarks.rl_short_records`; lengths with a median of 200 tokens and a 99th percentile of 2,000)."""
+LEAST_STEPS = 8
+"""The first five are the beginning, with empty queues and cold caches; a few must follow them."""
+
+
+def spread_of(
+    config: SimulationConfig,
+    records: Sequence[Mapping[str, Any]] | None,
+    *,
+    draws: int,
+    max_staleness: Sequence[int] = (),
+    max_running: Sequence[int] = (),
+) -> list[float]:
+    """Standard deviation of the steps per hour of each simulation of such a `sweep`, over so many draws (at least 2).
+
+    records: those that `config` is measured by; None: lengths and speeds are assumed, and only chance is drawn anew.
+    """
+    found = []
+    for draw in range(draws):
+        again = replace(config, seed=config.seed + 1 + draw)
+        if records is not None:
+            again = again.as_measured(Measured.from_records(redrawn(records, Random(again.seed))))
+        found.append([it.steps_per_hour for it in sweep(again, max_staleness=max_staleness, max_running=max_running)])
+    return [statistics.stdev(rates) for rates in zip(*found, strict=True)]
+
+
+def redrawn(records: Sequence[Mapping[str, Any]], chance: Random) -> list[Mapping[str, Any]]:
+    """As many of each kind, with replacement; rollouts in whole groups of the same environment: they hang together."""
+    units: defaultdict[tuple[str, ...], dict[Any, list[Mapping[str, Any]]]] = defaultdict(dict)
+    for number, record in enumerate(records):
+        rollout = record["kind"] == "rollout"
+        place = (record["kind"], record["environment"]) if rollout else (record["kind"],)
+        units[place].setdefault(record["group"] if rollout else number, []).append(record)
+    found: list[Mapping[str, Any]] = []
+    for by_name in units.values():
+        there = list(by_name.values())
+        for number in range(len(there)):
+            drawn = chance.choice(there)
+            found += [{**record, "group": f"{number}"} if "group" in record else record for record in drawn]
+    return found
+
+
+def shortness(records: Sequence[Mapping[str, Any]]) -> str | None:
+    """A sentence for a record that is too short to predict from."""
+    steps = sum(record["kind"] == "train" for record in records)
+    rollouts = sum(record["kind"] == "rollout" and record["outcome"] != "aborted" for record in records)
+    if rollouts >= LEAST_ROLLOUTS and steps >= LEAST_STEPS:
+        return None
+    return (
+        f"{steps} steps and {rollouts} rollouts are too short a record to predict from: the first five steps are not "
+        f"like the rest, and with fewer than {LEAST_ROLLOUTS} rollouts one prediction in ten is off by a quarter and "
+        f"more. Let the run make {LEAST_STEPS} steps and {LEAST_ROLLOUTS} rollouts first."
+    )
