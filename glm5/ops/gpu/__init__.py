@@ -1,8 +1,8 @@
-"""Kernels for CUDA GPUs, in Triton: what a decoding step reads of a paged cache, read where it lies. Chosen here only.
+"""Kernels for CUDA GPUs, in Triton: what the engine reads of a paged cache, read where it lies. Chosen here only.
 
 `scores.py` scores indexer keys, `attention.py` attends to selected latents; both read a pool's rows in its own format
 (`rows.py`). They were compared with `reference` in Triton's interpreter and compiled ahead of time for sm_80, sm_90 and
-sm_100 (`tests/ops/gpu`); no GPU ran them. Where they are not taken, PyTorch's operators do the same.
+sm_100 (`tests/ops/test_gpu_kernels.py`); no GPU ran them. Where they are not taken, PyTorch's operators do the same.
 """
 
 from __future__ import annotations

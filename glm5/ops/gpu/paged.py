@@ -5,6 +5,8 @@ Neither waits for the GPU: choices stay there, and how much is launched follows 
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -31,9 +33,10 @@ def select(q_THI: Tensor, w_TH: Tensor, keys: StoredRows, places: Places, k: int
     many = len(places.tables_RB) == 1 and len(q_THI) > FEW_QUERIES
     score, step = prompt_scores if many else scores, max(1, SCORES // places.longest)
     chosen = []
-    for first in range(0, len(q_THI), step):
-        part = slice(first, first + step)
-        chosen.append(selection.top_positions(score(q_THI[part], w_TH[part], keys, places.part(part)), k))
+    with on(q_THI.device):
+        for first in range(0, len(q_THI), step):
+            part = slice(first, first + step)
+            chosen.append(selection.top_positions(score(q_THI[part], w_TH[part], keys, places.part(part)), k))
     return torch.cat(chosen)
 
 
@@ -43,4 +46,10 @@ def attend(q_THC: Tensor, latents: StoredRows, selected_TK: Tensor, value_width:
     programs = 1
     if q_THC.device.type == "cuda":
         programs = PROGRAMS * torch.cuda.get_device_properties(q_THC.device).multi_processor_count
-    return attend_in_parts(q_THC, latents, selected_TK, value_width, scale, programs=programs)
+    with on(q_THC.device):
+        return attend_in_parts(q_THC, latents, selected_TK, value_width, scale, programs=programs)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton starts kernels on the current GPU, whatever GPU the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -86,3 +86,9 @@ def test_queries_in_bf16_give_bf16(storage: Storage):
     got_THV = paged.attend(q_THC, stored(pool), selected_TK, 64, 80**-0.5)
     assert got_THV.dtype == torch.bfloat16
     torch.testing.assert_close(got_THV.float(), truth(q_THC, pool, selected_TK, 64, 80**-0.5), rtol=2**-7, atol=1e-3)
+
+
+def test_kernels_start_where_the_tensors_are():
+    with paged.on(torch.device("cpu")):
+        pass
+    assert paged.on(torch.device("cuda", 1)).idx == 1

@@ -101,7 +101,8 @@ def test_a_key_that_is_no_number_is_never_chosen(storage: Storage):
     rows_XI = normal(32, 8, seed=15)
     bad = [4, 17]
     rows_XI[places.tables_RB[0, [0, 1]] * 16 + torch.tensor([4, 1])] = float("nan")
-    q_THI, w_TH = normal(2, 16, 8, seed=16), normal(2, 16, seed=17)
+    # All positive: infinities in its place would be the largest of all.
+    q_THI, w_TH = normal(2, 16, 8, seed=16).abs(), normal(2, 16, seed=17).abs()
     chosen_TK = paged.select(q_THI, w_TH, stored(filled(rows_XI, storage)), places, 29)
     assert [at for at in range(30) if at not in bad] == chosen_TK[0, :28].tolist() and int(chosen_TK[0, 28]) == -1
 
