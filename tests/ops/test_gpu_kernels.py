@@ -101,8 +101,8 @@ def check_compiled(preset: str, arch: int, storage: str, dtype: torch.dtype, wit
         assert "tf32" not in made.asm["ptx"], name  # fp32 stays fp32
         on_tensor_cores = re.search(r"\b(mma|wgmma|tcgen05)\b", made.asm["ptx"]) is not None
         assert on_tensor_cores is (dtype == torch.bfloat16 and name != "merge"), name
-        if (preset, storage, dtype) not in SPILLS:
-            assert spilled(made.asm["cubin"]) == 0, name
+        stack = spilled(made.asm["cubin"])
+        assert stack == 0 or (preset, storage, dtype) in SPILLS, (name, stack)
 
 
 @needs_triton
