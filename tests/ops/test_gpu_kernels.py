@@ -23,8 +23,8 @@ needs_triton = pytest.mark.skipif(
 CONFIGS = {"glm-5": glm5.ModelConfig.from_preset("glm-5"), "nano": glm5.ModelConfig.from_preset("nano")}
 SMALLEST_MEMORY = 99 << 10
 """Bytes of shared memory that a program may take on sm_86, sm_89 and sm_120; sm_80, sm_90 and sm_100 give more."""
-SPILLS = [("glm-5", storage, torch.float32) for storage in ("bf16", "fp8")]
-"""GLM-5's width in fp32 over a narrower cache does not fit into registers: slow, and of little use."""
+SPILLS = "glm-5", torch.float32
+"""GLM-5's width in fp32 does not fit into the registers of every GPU: slower, and of little use."""
 
 
 @needs_triton
@@ -102,7 +102,7 @@ def check_compiled(preset: str, arch: int, storage: str, dtype: torch.dtype, wit
         on_tensor_cores = re.search(r"\b(mma|wgmma|tcgen05)\b", made.asm["ptx"]) is not None
         assert on_tensor_cores is (dtype == torch.bfloat16 and name != "merge"), name
         stack = spilled(made.asm["cubin"])
-        assert stack == 0 or (preset, storage, dtype) in SPILLS, (name, stack)
+        assert stack == 0 or (preset, dtype) == SPILLS, (name, stack)
 
 
 @needs_triton
