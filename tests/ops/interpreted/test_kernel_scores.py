@@ -98,11 +98,11 @@ def test_a_long_prompt_chooses_as_its_tokens_would_alone(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("storage", FORMATS)
 def test_a_key_that_is_no_number_is_never_chosen(storage: Storage):
     places = scattered(1, 2, 16, [0, 0], [0, 0], [30, 30])
-    rows_XI = normal(32, 8, seed=15)
+    rows_XI = normal(32, 16, seed=15)
     bad = [4, 17]
     rows_XI[places.tables_RB[0, [0, 1]] * 16 + torch.tensor([4, 1])] = float("nan")
-    # All positive: infinities in its place would be the largest of all.
-    q_THI, w_TH = normal(2, 16, 8, seed=16).abs(), normal(2, 16, seed=17).abs()
+    # All positive and no padded column: infinities in its place would be the largest of all.
+    q_THI, w_TH = normal(2, 16, 16, seed=16).abs(), normal(2, 16, seed=17).abs()
     chosen_TK = paged.select(q_THI, w_TH, stored(filled(rows_XI, storage)), places, 29)
     assert [at for at in range(30) if at not in bad] == chosen_TK[0, :28].tolist() and int(chosen_TK[0, 28]) == -1
 
