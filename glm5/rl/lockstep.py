@@ -32,7 +32,7 @@ from glm5.rl.event_log import Piece
 from glm5.rl.executors import engine_settings
 from glm5.rl.orchestrator import aborted
 from glm5.rl.records import Rollout, Ticket, Turn
-from glm5.rl.run_ends import finish_run, open_session, reopened, start_run
+from glm5.rl.run_ends import finish_run, how_to_go_on, open_session, reopened, start_run
 from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
@@ -78,7 +78,7 @@ def train_in_lockstep(
         except KeyboardInterrupt:
             raise RunInterrupted(
                 f"Stopped in step {session.version} of {config.steps} of rl; all is in {run.path}. "
-                f"`glm5 rl --resume --out {run.path}` goes on."
+                + how_to_go_on(config, run)
             ) from None
         finish_run(session, tokenizer)
     return run

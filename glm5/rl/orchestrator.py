@@ -28,7 +28,7 @@ from glm5.rl.executors import MakeFleet, one_engine
 from glm5.rl.fleet import Fleet, FleetStats
 from glm5.rl.meter import Meter, Metered
 from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
-from glm5.rl.run_ends import finish_run, open_session, reopened, start_run
+from glm5.rl.run_ends import finish_run, how_to_go_on, open_session, reopened, start_run
 from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
@@ -282,7 +282,7 @@ class Orchestrator:
         self.session.checkpoint()
         raise RunInterrupted(
             f"Stopped after step {self.session.version} of {self.config.steps} of rl; all is saved in "
-            f"{self.session.run.path}. `glm5 rl --resume --out {self.session.run.path}` goes on."
+            f"{self.session.run.path}. {how_to_go_on(self.config, self.session.run)}"
         )
 
     def _check_patience(self) -> None:

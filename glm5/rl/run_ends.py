@@ -118,6 +118,13 @@ def reopened(run: RunDirectory, config: RLRunConfig, console: Console | None = N
     return not run.finished
 
 
+def how_to_go_on(config: RLRunConfig, run: RunDirectory) -> str:
+    """A sentence for a run that was stopped. One that was begun in Python, by a recipe perhaps, is resumed there."""
+    if config.command is None:
+        return "Run the same command with --resume to go on."
+    return f"`glm5 rl --resume --out {run.path}` goes on."
+
+
 def open_session(
     config: RLRunConfig,
     environments: Sequence[Environment],
