@@ -124,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"glm5 {verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        exec("")  # CPython ends by the signal when the last text that was executed was interrupted, as in an import
         print(f"\nglm5 {verb}: stopped.", file=sys.stderr)
         return 130
 

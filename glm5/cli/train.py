@@ -27,12 +27,14 @@ from rich.console import Console
 from glm5.cli.threads import use_threads
 from glm5.cli.train_flags import REGISTRY
 from glm5.cli.train_proof import print_replay, print_verdict
+from glm5.cli.train_record import in_flags
 from glm5.errors import RunError
 from glm5.parallel import ParallelPlan
-from glm5.parallel.mesh import processes, world_rank
-from glm5.train import RunDirectory
+from glm5.parallel.mesh import processes, world_rank, world_size
+from glm5.train import RunDirectory, RunInterrupted
 from glm5.train.export import export_checkpoint
 from glm5.train.job import perform
+from glm5.train.recorded import RunChanged
 from glm5.train.replay import replay_step
 from glm5.train.stages import CONFIGS, config_of, job_of, shortened, with_plan
 from glm5.train.verify_resume import verify_resume
@@ -105,11 +107,22 @@ def run(arguments: Sequence[str]) -> int:
         )  # fmt: skip
         return print_verdict(verdict, console, as_json=options.json)
     with processes():
-        job = job_of(with_plan(config, options.parallel))
-        done = perform(job, options.out, resume=options.resume, console=console)
+        done = perform_stage(config, options, console)
         if world_rank() == 0:
             summarise(done, console, as_json=options.json)
     return 0
+
+
+def perform_stage(config: Any, options: RunOptions, console: Console) -> RunDirectory:
+    """The run, or the rest of it; what stops it speaks of the command line."""
+    try:
+        return perform(job_of(with_plan(config, options.parallel)), options.out, resume=options.resume, console=console)
+    except RunChanged as error:
+        raise in_flags(error, config) from None
+    except RunInterrupted as error:
+        if world_size() > 1:  # torchrun and the plan must be said again
+            raise
+        raise RunInterrupted(error.saved, f"`glm5 train --resume --out {options.out}` goes on.") from None
 
 
 def export(arguments: Sequence[str]) -> int:

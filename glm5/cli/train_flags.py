@@ -83,11 +83,18 @@ def _rule(
     REGISTRY.primitive_rule(rule)
 
 
-def _write_data(value: Any) -> list[str]:
+def write_data(value: Any) -> list[str]:
+    """The words of `data`."""
     return [str(value)] if isinstance(value, Path) else [f"{s.path}:{s.weight}" for s in value]
 
 
-def _write_warmup(value: Any) -> list[str]:
+def write_phases(value: Any) -> list[str]:
+    """The words of `phase`."""
+    return [f"{p.length}:{p.rows}:{p.steps}" for p in value]
+
+
+def write_warmup(value: Any) -> list[str]:
+    """The word of `warmup`."""
     if value is None:
         return ["None"]
     return [":".join(str(n) for n in (value.start, value.steps, value.multiple) if n is not None)]
@@ -99,12 +106,12 @@ def _is_phases(kind: Any) -> bool:
 
 
 _rule(lambda kind: kind is ModelConfig, "PRESET|DIR", lambda words: model(words[0]), lambda value: ["given"])
-_rule(lambda kind: kind == Data, "PATH[:WEIGHT]", data, _write_data, many=True)
+_rule(lambda kind: kind == Data, "PATH[:WEIGHT]", data, write_data, many=True)
 _rule(
     _is_phases,
     "LENGTH:ROWS:STEPS",
     lambda words: tuple(map(phase, words)),
-    lambda value: [f"{p.length}:{p.rows}:{p.steps}" for p in value],
+    write_phases,
     many=True,
 )
-_rule(lambda kind: kind == BatchWarmup | None, "START:STEPS[:MULTIPLE]", lambda words: warmup(words[0]), _write_warmup)
+_rule(lambda kind: kind == BatchWarmup | None, "START:STEPS[:MULTIPLE]", lambda words: warmup(words[0]), write_warmup)

@@ -32,7 +32,7 @@ from glm5.rl.event_log import Piece
 from glm5.rl.executors import engine_settings
 from glm5.rl.orchestrator import aborted
 from glm5.rl.records import Rollout, Ticket, Turn
-from glm5.rl.run_ends import finish_run, how_to_go_on, open_session, reopened, start_run
+from glm5.rl.run_ends import finish_run, how_to_go_on, open_session, reopened, started_run
 from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
@@ -62,10 +62,10 @@ def train_in_lockstep(
     if config.scheduler.mode != "async" or config.scheduler.publish_every != 1:
         raise ConfigError("The deterministic mode is asynchronous and publishes every batch; change the scheduler's.")
     tokenizer = Tokenizer.from_pretrained(model_of(config.parent))
-    run = start_run(
+    started = started_run(
         config, environments, run_directory, sources=sources, aids=aids, deterministic=True, resume=resume
     )  # fmt: skip
-    with run.exclusive(), disk_errors(run):
+    with started as run, disk_errors(run):
         if not reopened(run, config, console):
             return run
         session = open_session(
@@ -77,8 +77,8 @@ def train_in_lockstep(
                 asyncio.run(Lockstep(session, tokenizer, show, write).run())
         except KeyboardInterrupt:
             raise RunInterrupted(
-                f"Stopped in step {session.version} of {config.steps} of rl; all is in {run.path}. "
-                + how_to_go_on(config, run)
+                f"Stopped in step {session.version} of {config.steps} of rl; all is in {run.path}.",
+                how_to_go_on(config, run),
             ) from None
         finish_run(session, tokenizer)
     return run

@@ -28,7 +28,7 @@ from glm5.rl.executors import MakeFleet, one_engine
 from glm5.rl.fleet import Fleet, FleetStats
 from glm5.rl.meter import Meter, Metered
 from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
-from glm5.rl.run_ends import finish_run, how_to_go_on, open_session, reopened, start_run
+from glm5.rl.run_ends import finish_run, how_to_go_on, open_session, reopened, started_run
 from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
@@ -79,8 +79,8 @@ def train_rl(
     tokenizer = Tokenizer.from_pretrained(model_of(config.parent))
     if publish_to is not None and not resume:
         check_unused(publish_to)
-    run = start_run(config, environments, run_directory, sources=sources, aids=aids, resume=resume)
-    with run.exclusive(), disk_errors(run):
+    started = started_run(config, environments, run_directory, sources=sources, aids=aids, resume=resume)
+    with started as run, disk_errors(run):
         if publish_to is not None:
             claim(publish_to, run)
         if not reopened(run, config, console):
@@ -282,7 +282,8 @@ class Orchestrator:
         self.session.checkpoint()
         raise RunInterrupted(
             f"Stopped after step {self.session.version} of {self.config.steps} of rl; all is saved in "
-            f"{self.session.run.path}. {how_to_go_on(self.config, self.session.run)}"
+            f"{self.session.run.path}.",
+            how_to_go_on(self.config, self.session.run),
         )
 
     def _check_patience(self) -> None:

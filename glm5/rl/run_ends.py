@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -22,12 +23,13 @@ from glm5.rl.session import Session, task_stream
 from glm5.rl.tasks import TaskSource
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory
-from glm5.train.run_directory import directory_sha256, model_of
+from glm5.train.run_directory import directory_sha256, exclusive, model_of
 
 log = logging.getLogger("glm5.rl")
 
 
-def start_run(
+@contextlib.contextmanager
+def started_run(
     config: RLRunConfig,
     environments: Sequence[Environment],
     run_directory: Path,
@@ -36,29 +38,34 @@ def start_run(
     aids: Aids | None = None,
     deterministic: bool = False,
     resume: bool,
-) -> RunDirectory:
-    """The run's directory. What a resumed run may change: `OPERATIONAL` settings and, at a constant rate, `steps`."""
+) -> Iterator[RunDirectory]:
+    """The run's directory, from which other processes are kept out inside the block.
+
+    What a resumed run may change: `OPERATIONAL` settings and, at a constant rate, `steps`.
+    """
     names = [environment.name for environment in environments]
     config.aids.check_environments(names)
     config.check_groups(taught=bool(config.aids.teachers or (aids and aids.teachers)))
     task_stream(environments, sources, config.rollout.seed)  # what it refuses leaves no directory behind
     constant = config.learner.schedule.shape == "constant"
-    if resume and (run_directory / "run.json").exists():
-        _check_steps(config, RunDirectory.open(run_directory), constant=constant)
-    return RunDirectory.start(
-        run_directory,
-        stage="rl",
-        config=config,
-        inputs={
-            "environments": ", ".join(names),
-            **_if_known(run_directory, drawn(environments, sources)),
-            **_if_known(run_directory, {"clock": "deterministic" if deterministic else "real"}),
-            **config.aids.inputs(),
-        },
-        parent=directory_sha256(model_of(config.parent)),
-        resume=resume,
-        may_change=frozenset({"steps"} if constant else ()),
-    )
+    inputs = {"environments": ", ".join(names), **config.aids.inputs()}
+    parent = directory_sha256(model_of(config.parent))
+    with exclusive(run_directory):
+        if resume and (run_directory / "run.json").exists():
+            _check_steps(config, RunDirectory.open(run_directory), constant=constant)
+        yield RunDirectory.start(
+            run_directory,
+            stage="rl",
+            config=config,
+            inputs={
+                **inputs,
+                **_if_known(run_directory, drawn(environments, sources)),
+                **_if_known(run_directory, {"clock": "deterministic" if deterministic else "real"}),
+            },
+            parent=parent,
+            resume=resume,
+            may_change=frozenset({"steps"} if constant else ()),
+        )
 
 
 def drawn(environments: Sequence[Environment], sources: Sequence[TaskSource] | None) -> dict[str, str]:

@@ -36,7 +36,7 @@ from glm5.train.evaluate import Evaluation, evaluate_bits_per_byte
 from glm5.train.indexer_recall import measure_indexer_recall
 from glm5.train.loop import LoopConfig, Stage, train
 from glm5.train.report import write_report
-from glm5.train.run_directory import RunDirectory, directory_sha256, model_of
+from glm5.train.run_directory import RunDirectory, directory_sha256, exclusive, model_of
 from glm5.train.sample import sample_text
 
 Data = Path | tuple[Share, ...]
@@ -114,11 +114,17 @@ class Job:
 def perform(job: Job, run_directory: Path, *, resume: bool = False, console: Console | None = None) -> RunDirectory:
     """Does the job; gives the finished run. With `resume`, goes on where it stopped."""
     job.config.loop.parallel.check_world(world_size())
-    run = RunDirectory.start(
-        run_directory, stage=job.stage.name, config=job.config, inputs=job.inputs, parent=job.parent, resume=resume
-    )
-    if run.finished:
-        return run
+    with exclusive(run_directory):
+        run = RunDirectory.start(
+            run_directory, stage=job.stage.name, config=job.config, inputs=job.inputs, parent=job.parent, resume=resume
+        )
+        if not run.finished:
+            _perform(job, run, console)
+    return run
+
+
+def _perform(job: Job, run: RunDirectory, console: Console | None) -> None:
+    """All that is left to do."""
     model = job.make_model().eval()
     lines = job.before(model)
     with disk_errors(run):
@@ -133,7 +139,6 @@ def perform(job: Job, run_directory: Path, *, resume: bool = False, console: Con
             save_model(model, run.model_directory, job.tokenizer, state=weights)
 
         on_first(finish)
-    return run
 
 
 def evaluate(job: Job, model: GLM5, weights: dict[str, torch.Tensor], lines: dict[str, float]) -> dict[str, Any] | None:

@@ -153,6 +153,8 @@ class Computed:
 def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, console: Console | None = None) -> None:
     """Trains `model` in place from the run's newest checkpoint (or from what it holds) to the last step.
 
+    Whoever began the run keeps other processes out of it (`exclusive`), from before its `run.json` is written.
+
     Ctrl-C finishes the step, saves and raises RunInterrupted. A loss that is not finite, or a spike, raises RunError
     before the weights take the step, or is left out if the configuration says so.
     """
@@ -166,7 +168,6 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
     first_process = mesh.rank == 0
     with (
         progress_bar(stage.name, first, config.steps, console if first_process else Console(quiet=True)) as show,
-        run.exclusive(),
         interrupts() as stopped,
         watchers(config.watch if first_process else (), run.path, first) as write,
         run.saved,
@@ -209,8 +210,7 @@ def train(stage: Stage, model: GLM5, run: RunDirectory, config: LoopConfig, *, c
                 )  # fmt: skip
             if stop and not last:
                 raise RunInterrupted(
-                    f"Stopped after step {step + 1} of {config.steps} of {stage.name}; all is saved in {run.path}. "
-                    "Run the same command with --resume to go on."
+                    f"Stopped after step {step + 1} of {config.steps} of {stage.name}; all is saved in {run.path}."
                 )
 
 

@@ -14,7 +14,14 @@ from glm5.errors import RunError
 
 
 class RunInterrupted(RunError):
-    """The user stopped a run; it is saved and can go on."""
+    """The user stopped a run; it is saved and can go on.
+
+    saved: a sentence on where it stands. how: one on how it goes on.
+    """
+
+    def __init__(self, saved: str, how: str = "Run the same command with --resume to go on.") -> None:
+        super().__init__(f"{saved} {how}")
+        self.saved = saved
 
 
 @contextlib.contextmanager

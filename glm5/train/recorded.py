@@ -32,7 +32,9 @@ OPERATIONAL = frozenset(
         "outage_seconds",
         "parallel",
         "patience",
+        "prompts",
         "report_every",
+        "retention",
         "save_in_background",
         "spike_factor",
         "step_seconds",
@@ -61,6 +63,10 @@ class RunChanged(RunError):
     def __init__(self, path: Path, difference: Difference) -> None:
         super().__init__(f"{path} was started with another {difference}; leave it unchanged, or start a new run.")
         self.path, self.difference = path, difference
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What the first of many processes says, all raise."""
+        return RunChanged, (self.path, self.difference)
 
 
 def plain(value: Any) -> Any:

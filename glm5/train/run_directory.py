@@ -19,7 +19,7 @@ import platform
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -73,7 +73,8 @@ class RunDirectory:
 
         config: the stage's dataclass. inputs: name -> SHA-256 of what the run reads. parent: SHA-256 of the model
         that it starts from. Raises RunError when the directory is taken, or when a resumed run was started
-        differently; `OPERATIONAL` settings and those of `may_change` may differ, each session notes its own.
+        differently; `OPERATIONAL` settings and those of `may_change` may differ, each session notes its own. Whoever
+        trains calls this inside `exclusive(path)`: the settings of a run that another process trains stay as they are.
         """
         on_first(lambda: cls._note(path, stage, config, inputs, parent, resume, OPERATIONAL | may_change))
         return cls.open(path)
@@ -110,11 +111,8 @@ class RunDirectory:
             if change is not None:
                 raise RunChanged(path, change)
             sessions, name = old.description["sessions"], old.description.get("id", name)
-        try:
-            for place in ("checkpoints", "samples"):
-                (path / place).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{path} cannot be made a run directory ({error.strerror}); choose another one.") from None
+        for place in ("checkpoints", "samples"):
+            make_directory(path / place, path)
         if not sessions or sessions[-1] != session:
             sessions = [*sessions, session]
         write_json(path / "run.json", {"kind": "run", "id": name, **plan, "sessions": sessions})
@@ -123,21 +121,6 @@ class RunDirectory:
     def id(self) -> str:
         """The run's name wherever its directory is moved."""
         return str(self.description["id"])
-
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Keeps other processes out while this one trains; a killed one lets go. Raises RunError when one is in."""
-        if os.name != "posix" or world_rank() > 0:
-            yield
-            return
-        import fcntl
-
-        with open(self.path / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"{self.path} is being trained by another process; wait for it, or stop it.") from None
-            yield
 
     # ---- metrics ------------------------------------------------------------------------------------------------
     def append(self, file: str, values: dict[str, Any]) -> None:
@@ -228,6 +211,51 @@ class RunDirectory:
         name = f"model-{len(self.read('metrics'))}"
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         self.model_directory.rename(next(self.path / name for name in names if not (self.path / name).exists()))
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Keeps other processes out of a run directory, new or not, while this one trains; a killed one lets go.
+
+    Raises RunError when another one is in, on all processes of this run.
+    """
+    lock = on_first(lambda: _locked(path))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _locked(path: Path) -> IO[str] | None:
+    """The lock of a run directory; None on systems without such."""
+    make_directory(path, path)
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    try:
+        lock = open(path / ".lock", "w")  # noqa: SIM115 (the caller closes it)
+    except OSError as error:
+        raise _unusable(path, error) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise RunError(f"{path} is being trained by another process; wait for it, or stop it.") from None
+    return lock
+
+
+def make_directory(path: Path, run: Path) -> None:
+    """Makes a place of the directory `run`, where it is not there. Raises RunError where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(run, error) from None
+
+
+def _unusable(run: Path, error: OSError) -> RunError:
+    return RunError(f"{run} cannot be made a run directory ({error.strerror}); choose another one.")
 
 
 def step_of(checkpoint: Path) -> int:

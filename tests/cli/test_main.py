@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -69,6 +70,21 @@ def test_ctrl_c_ends_with_a_sentence(monkeypatch, capsys):
     monkeypatch.setitem(VERBS, "plan", interrupted)
     assert main(["plan"]) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_a_module_is_imported_ends_with_the_same_status(tmp_path):
+    """Dataclasses and named tuples execute text, whose interruption CPython answers with the signal."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\nfrom glm5.cli import main\n\n"
+        "def plan(arguments):\n    exec('import signal; signal.raise_signal(signal.SIGINT)')\n\n"
+        "main.VERBS['plan'] = plan\nsys.exit(main.main(['plan']))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ended = subprocess.run(
+        [sys.executable, "-m", "interrupted"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert ended.stderr.strip() == "glm5 plan: stopped." and ended.returncode == 130
 
 
 def test_help_does_not_load_pytorch():

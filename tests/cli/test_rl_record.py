@@ -23,6 +23,7 @@ from glm5.rl.losses import DDIS, IcePop
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.reference import KL
 from glm5.train import RunDirectory
+from glm5.train.run_directory import exclusive
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,8 @@ def test_what_is_said_again_may_be_the_same_or_what_may_change(made, parents, ca
         ["--parent", str(parents / "parent"), "--learner.loss", "icepop:beta=3.0"],
         ["--env", "gym:spell_backward@2.0", "--env", "sums@1"],
         ["--checkpoint-every", "3", "--patience", "60", "--held-out.every", "5"],
+        ["--rollout.outage-seconds", "9", "--rollout.step-seconds", "9", "--rollout.episode-seconds", "9"],
+        ["--aids.retention.every", "5", "--aids.retention.documents", "3"],
     ):
         assert main(["rl", "--resume", "--out", str(made), "--json", *flags]) == 0
     capsys.readouterr()
@@ -95,6 +98,21 @@ def test_a_difference_is_refused_by_the_name_of_its_flag(made, parents, capsys, 
     said = capsys.readouterr().err
     assert all(words in said for words in [*says, str(made), "leave the flag out", "another --out"]), said
     assert (made / "run.json").read_bytes() == before
+
+
+def test_what_another_process_trains_is_not_touched(made, parents, capsys):
+    before = (made / "run.json").read_bytes()
+    with exclusive(made):
+        for steps in ("1", "99"):
+            assert main(["rl", "--resume", "--out", str(made), "--patience", "61", "--steps", steps]) == 1
+            assert "is being trained by another process" in capsys.readouterr().err
+        assert (made / "run.json").read_bytes() == before
+    new = made.with_name("new")
+    for how in ([], ["--deterministic"]):
+        with exclusive(new):
+            assert begin(parents, new, *how) == 1
+            assert "is being trained by another process" in capsys.readouterr().err
+            assert [file.name for file in new.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

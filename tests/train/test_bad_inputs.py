@@ -3,7 +3,9 @@
 import dataclasses
 import errno
 import json
+import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,9 @@ from glm5.train import (
 )
 from glm5.train.guards import SPIKE_WINDOW, skipped_in_a_row, unhealthy
 from glm5.train.job import perform
+from glm5.train.pretrain import random_model
+from glm5.train.recorded import Difference, RunChanged
+from glm5.train.run_directory import exclusive
 from glm5.train.verify_resume import Kill, Verdict, verify_resume
 
 LOOP = LoopConfig(steps=2)
@@ -206,10 +211,35 @@ def test_a_moved_tree_is_the_same_run(tiny, tmp_path):
 def test_two_processes_do_not_train_one_run(tiny, tmp_path):
     config = pretrain_config(tiny)
     pretrain(dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=1)), tmp_path / "run")
-    run = RunDirectory.open(tmp_path / "run")
-    with run.exclusive():
-        with pytest.raises(RunError, match="is being trained by another process"), run.exclusive():
-            pass
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    changed = dataclasses.replace(config, loop=dataclasses.replace(config.loop, steps=1, checkpoint_every=7))
+    with exclusive(tmp_path / "run"):
+        with pytest.raises(RunError, match="is being trained by another process"):
+            pretrain(changed, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    assert pretrain(changed, tmp_path / "run", resume=True).finished
+    assert (tmp_path / "run" / "run.json").read_bytes() != before
+
+
+def test_a_run_is_locked_before_its_first_step(tiny, tmp_path, monkeypatch):
+    """The model is made, and judged, before the loop begins."""
+    config, tried = pretrain_config(tiny, steps=1), []
+
+    def make(config):
+        with pytest.raises(RunError, match="is being trained by another process"):
+            pretrain(config, tmp_path / "run", resume=True)
+        tried.append(config)
+        return random_model(config)
+
+    monkeypatch.setitem(pretrain.__globals__, "random_model", make)
+    pretrain(config, tmp_path / "run")
+    assert tried
+
+
+def test_a_refusal_is_the_same_on_all_processes():
+    error = RunChanged(Path("run"), Difference("config.rows", 1, 2))
+    heard = pickle.loads(pickle.dumps(error))
+    assert (str(heard), heard.path, heard.difference) == (str(error), error.path, error.difference)
 
 
 @pytest.mark.parametrize("settings", [

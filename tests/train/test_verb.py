@@ -3,18 +3,22 @@
 Beside the other tests of training, because it needs their tiny model and corpus.
 """
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from small_runs import StopAt
+from small_runs import StopAt, pretrain_config
 
 from glm5.cli.main import main
 from glm5.cli.train_flags import data, phase, share, warmup
+from glm5.cli.train_record import in_flags
 from glm5.data import BatchWarmup, Share
-from glm5.train import Phase, RunDirectory
+from glm5.train import Phase, RunDirectory, pretrain
 from glm5.train.midtrain import Phases
+from glm5.train.recorded import RunChanged
 from glm5.train.verify_resume import Verdict, state_sha256
 
 
@@ -57,9 +61,9 @@ def test_resume_and_replay_need_no_flags(flags, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         StopAt(patch, 2, Phases)
         assert main(["train", *flags]) == 1
-    assert "--resume to go on" in capsys.readouterr().err
     out = str(tmp_path / "run")
-    assert main(["train", "--out", out, "--resume"]) == 0
+    assert f"all is saved in {out}. `glm5 train --resume --out {out}` goes on." in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", out]) == 0
     capsys.readouterr()
     assert main(["train", "--out", out, "--replay-step", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -121,5 +125,52 @@ def test_refusals(flags, tmp_path, capsys):
     assert "say what to do" in capsys.readouterr().err
     assert main(["train", "--out", str(tmp_path / "run"), "--replay-step", "4"]) == 1
     assert "has the steps 0 to 3; step 4 is none of them" in capsys.readouterr().err
-    assert main(["train", *flags, "--mtp-steps", "2", "--resume"]) == 1
-    assert "another config.mtp_steps (1, now 2)" in capsys.readouterr().err
+
+
+def test_a_difference_is_refused_by_the_name_of_its_flag(flags, tiny, straight, tmp_path, capsys):
+    root, out, parent = tiny[0], tmp_path / "run", tmp_path / "parent"
+    shutil.copytree(straight.model_directory, parent)
+    flags = [*flags, "--parent", str(parent)]
+    assert main(["train", *flags]) == 0
+    before = (out / "run.json").read_bytes()
+    first, other = root / "train", root / "heldout"
+    for more, says in (
+        (["--mtp-steps", "2"], f"--mtp-steps is 2, but {out} was started with 1; "),
+        (["--loop.optimizer.betas", "0.8", "0.9"], "--loop.optimizer.betas is 0.8 0.9, but "),
+        (["--phases", "32:2:2", "48:1:2"], f"--phases is 32:2:2 48:1:2, but {out} was started with 32:2:2 48:2:2; "),
+        (["--train-data", f"{first}:1", f"{other}:1"],
+         f" is {first}:1.0 {other}:1.0, but {out} was started with {first}:3.0"),
+        (["--train-data", str(first)], f"--train-data is {first}, but {out} was started with {first}:3.0 {other}:"),
+        (["--parent", str(straight.path), "--loop.steps", "3", "--phases", "32:2:1", "48:2:2"],
+         f"--loop.steps is 3, but {out} was started with 4 and has made 4 already; "),
+        (["--heldout-data", str(first)], f"--heldout-data is {first} (its hash begins with "),
+    ):  # fmt: skip
+        assert main(["train", *flags, *more, "--resume"]) == 1
+        said = capsys.readouterr().err
+        assert says in said, said
+        assert f"`glm5 train --resume --out {out}` goes on as it was, or start a new run in another --out." in said
+    sft = ["--parent", str(parent), "--train-data", str(root / "chat"), "--out", str(out), "--resume"]
+    assert main(["train", "sft", *sft]) == 1
+    assert f"{out} is a run of midtrain, not of sft; start this one in another --out." in capsys.readouterr().err
+    (parent / "more.txt").write_text("more")
+    for arguments in (flags, ["--out", str(out)]):
+        assert main(["train", *arguments, "--resume"]) == 1
+        assert f"--parent: what {parent} holds has changed since {out} was started" in capsys.readouterr().err
+    assert (out / "run.json").read_bytes() == before
+    (parent / "more.txt").unlink()
+    assert main(["train", *flags, "--prompts", "river", "--loop.checkpoint-every", "3", "--resume"]) == 0
+
+
+def test_a_setting_of_several_parts_is_one_flag(tiny, straight):
+    config = pretrain_config(tiny)
+    other = dataclasses.replace(config.model, rms_norm_eps=0.5)
+    for changed, says in (
+        (
+            dataclasses.replace(config, warmup=BatchWarmup(start=1, steps=2)),
+            "--warmup is 1:2, but {} was started with None",
+        ),
+        (dataclasses.replace(config, model=other), "--model is a model with a rms_norm_eps of 0.5, but {}"),
+    ):
+        with pytest.raises(RunChanged) as refused:
+            pretrain(changed, straight.path, resume=True)
+        assert str(in_flags(refused.value, changed)).startswith(says.format(straight.path))

@@ -147,8 +147,7 @@ def train_policy(
                 run.save_checkpoint(step + 1, model, optimizers, keep=config.keep_checkpoints)
             if stop and not last:
                 raise RunInterrupted(
-                    f"Stopped after step {step + 1} of {config.steps} of rl; all is saved in {run.path}. "
-                    "Run the same command with --resume to go on."
+                    f"Stopped after step {step + 1} of {config.steps} of rl; all is saved in {run.path}."
                 )
     write_rl_report(run.path)
     save_model(model.eval(), run.model_directory, tokenizer)
