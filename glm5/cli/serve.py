@@ -184,13 +184,16 @@ def _serve(options: ServeOptions, limits: Limits, source: Source, defaults: Samp
     # (`python -m benchmarks.serve_pauses`); none of it is garbage while the server runs.
     gc.collect()
     gc.freeze()
-    serve(
-        app,
-        options.host,
-        options.port,
-        ready=lambda url: print(f"Serving {', '.join(options.names)} at {url}/v1", flush=True),
-        drain_seconds=options.drain,
-    )
+    try:
+        serve(
+            app,
+            options.host,
+            options.port,
+            ready=lambda url: print(f"Serving {', '.join(options.names)} at {url}/v1", flush=True),
+            drain_seconds=options.drain,
+        )
+    finally:
+        gc.unfreeze()  # else libraries find at the exit what they take for leaks, and say so on stderr
     if lost:
         raise ParallelError(lost[0])
     return 0
