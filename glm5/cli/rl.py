@@ -51,8 +51,8 @@ class RLOptions:
     """What to do, beside the settings of the run."""
 
     env: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """An environment: sums, arithmetic, gym:TASK, calculator, lookup, facts, openenv:URL, gymnasium:ID; @2 for twice
-    the share. May be given several times."""
+    """An environment: sums, arithmetic, gym:TASK, calculator, lookup, facts, openenv:URL, gymnasium:ID, verifiers:ID;
+    @2 for twice the share. May be given several times."""
     held_out_env: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """An environment, named as for --env, of which held-out tasks are measured on the way (--held-out.every) and never
     learnt from. May be given several times."""
