@@ -113,7 +113,7 @@ def test_what_is_refused_leaves_no_directory_behind(parent, tmp_path, capsys, mo
 def test_a_place_that_takes_no_run_is_refused(parent, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(flags(parent, tmp_path / "file")) == 1
-    assert "file cannot be made a run directory (Not a directory)" in capsys.readouterr().err
+    assert "file cannot be made a run directory (File exists)" in capsys.readouterr().err
 
 
 def test_a_bound_below_0_is_refused(capsys):
