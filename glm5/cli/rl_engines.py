@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import tyro
 
@@ -45,6 +46,12 @@ class EngineOptions:
             raise InputError(f"--ray {self.ray} needs --executor ray.")
         if bool(self.server) != (self.executor == "servers"):
             raise InputError("Servers that sample are named by --executor servers and --server URL together.")
+        for url in self.server:
+            if urlsplit(url).username is not None or urlsplit(url).password is not None:
+                raise InputError(
+                    "A --server has a user or password in its address, which the run's record would show; leave it out "
+                    f"and give the servers' key by the environment variable {SERVER_KEY}."
+                )
         if self.executor == "servers" and self.publish_to is None:
             raise InputError("Say with --publish-to DIR where the servers find new weights.")
         if self.publish_to is not None and not resume:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from glm5.data.corpus import Split
 from glm5.data.world import World
@@ -38,6 +39,8 @@ from glm5.envs import (
 from glm5.errors import InputError, did_you_mean
 
 Settings = Mapping[str, Any]
+SECRET = frozenset({"key", "apikey", "token", "secret", "password"})
+"""Last words of the names of settings that are secrets: the run's record shows what the command line says."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Named:
 def named_environment(text: str, world: Path | None = None, *, split: Split = "train") -> Named:
     """The environment of a name; raises InputError that says what is wrong with it.
 
-    split: of the tasks, where the kind has one (lookup, openenv and verifiers have none).
+    split: of the tasks, where the kind has one (lookup and openenv have none; held out, verifiers needs its own).
     """
     spec, _, weight = text.rpartition("@") if _is_weight(text.rpartition("@")[2]) and "@" in text else (text, "", "1")
     kind, _, rest = spec.partition(":")
@@ -107,7 +110,28 @@ def _gymnasium(rest: str, world: Path | None, split: Split) -> Environment:
 
 def _verifiers(rest: str, world: Path | None, split: Split) -> Environment:
     name, _, given = rest.partition(":")
-    return named_taskset(name, settings(given))
+    chosen = settings(given)
+    for setting in chosen:
+        if setting.replace("-", "_").lower().rpartition("_")[2] in SECRET:
+            raise InputError(
+                f"The setting {setting} of verifiers:{name} looks like a secret, which the run's record would show; let "
+                "the taskset read it from an environment variable, or make the taskset in Python (train_rl)."
+            )
+    if split == "heldout" and "split" not in chosen:
+        raise InputError(
+            f"verifiers:{name} would measure the tasks that it is learnt from: say which of its splits is held out "
+            f"(verifiers:{name}:split=test, if it has that setting), or pass other tasks in Python, train_rl(held_out=)."
+        )
+    return named_taskset(name, chosen)
+
+
+def _openenv(rest: str, world: Path | None, split: Split) -> Environment:
+    if "@" in rest.partition("://")[2].partition("/")[0]:
+        raise InputError(
+            "An openenv: address has a user or password in it, which the run's record would show; leave it out and let "
+            "a proxy on this machine add it, or pass OpenEnv(name, url) in Python with a name that does not have it."
+        )
+    return OpenEnv(f"openenv/{rest}", rest)
 
 
 def _world(kind: str, world: Path | None) -> World:
@@ -124,6 +148,6 @@ KINDS: dict[str, Callable[[str, Path | None, Split], Environment]] = {
     "calculator": lambda rest, world, split: calculator_environment(**{"split": split, **settings(rest)}),
     "lookup": lambda rest, world, split: lookup_environment(_world("lookup", world), **settings(rest)),
     "facts": _facts,
-    "openenv": lambda rest, world, split: OpenEnv(f"openenv/{rest}", rest),
+    "openenv": _openenv,
     "verifiers": _verifiers,
 }

@@ -48,6 +48,7 @@ def test_an_environment_is_named_with_its_settings_and_its_share():
         ("arithmetic:biggest=3", "biggest"),
         ("facts", "--world"),
         ("openenv:nowhere", "address"),
+        ("openenv:http://u:hush@h:1", "user or password"),
     ],
 )
 def test_a_bad_name_is_refused_in_a_sentence(text, says):
@@ -101,6 +102,7 @@ def test_engines_in_processes_and_a_simulation_of_the_run(parent, tmp_path, caps
     ("more", "says"),
     [
         (["--engines", "2"], "--executor processes"),
+        (["--executor", "servers", "--publish-to", "w", "--server", "http://u:hush@h"], "GLM5_BACKEND_API_KEY"),
         (["--deterministic", "--executor", "processes"], "one process"),
         (["--env", "sums"], "each of its environments once"),
     ],

@@ -242,9 +242,15 @@ def test_an_installed_taskset_by_its_name(vf, monkeypatch):
         ("verifiers:my-additions:size=3", "'my-additions' of verifiers cannot be made: .*size"),
         ("verifiers:my-additions:count=many", "cannot be made: .*count"),
         ("verifiers:my-additions:count=0", "Additions loads no task"),
+        ("verifiers:my-additions:api_key=hush", "setting api_key .* secret"),
+        ("verifiers:my-additions:count=3,token=hush", "setting token .* secret"),
     ]:
         with pytest.raises(InputError, match=words):
             named_environment(text)
+    with pytest.raises(InputError, match="my-additions would measure .* split=test"):
+        named_environment("verifiers:my-additions:count=3", split="heldout")
+    with pytest.raises(InputError, match="cannot be made: .*split"):  # of those that have one it is a setting
+        named_environment("verifiers:my-additions:split=test", split="heldout")
 
 
 def test_without_the_package_there_is_a_sentence(monkeypatch):
