@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from glm5.data.corpus import Split
 from glm5.data.world import World
@@ -114,13 +113,13 @@ def _verifiers(rest: str, world: Path | None, split: Split) -> Environment:
     for setting in chosen:
         if setting.replace("-", "_").lower().rpartition("_")[2] in SECRET:
             raise InputError(
-                f"The setting {setting} of verifiers:{name} looks like a secret, which the run's record would show; let "
+                f"The setting {setting} of verifiers:{name} looks like a secret, which run.json would show; let "
                 "the taskset read it from an environment variable, or make the taskset in Python (train_rl)."
             )
     if split == "heldout" and "split" not in chosen:
         raise InputError(
-            f"verifiers:{name} would measure the tasks that it is learnt from: say which of its splits is held out "
-            f"(verifiers:{name}:split=test, if it has that setting), or pass other tasks in Python, train_rl(held_out=)."
+            f"verifiers:{name} would measure the tasks that it is learnt from: say which split is held out "
+            f"(verifiers:{name}:split=test, if it has that setting), or pass tasks in Python, train_rl(held_out=)."
         )
     return named_taskset(name, chosen)
 

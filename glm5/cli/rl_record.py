@@ -23,6 +23,7 @@ from glm5.cli.rl_flags import REGISTRY, teacher_words, written, written_optional
 from glm5.errors import InputError, RunError
 from glm5.rl.aids_config import Teacher
 from glm5.rl.config import RLRunConfig, recorded_config
+from glm5.rl.weights.mirror import claimed
 from glm5.train import RunDirectory
 from glm5.train.recorded import RunChanged, plain
 
@@ -127,6 +128,13 @@ def parse(kind: type[AnyFlags], options: type[Any], arguments: Sequence[str], re
     if given.engines.executor != before.engines.executor:  # the others are of the executor that was
         before = _with(kind, before, engines=EngineOptions(publish_to=before.engines.publish_to))
         given = _parsed(kind, arguments, before)
+    where = given.engines.publish_to
+    said = any(argument.replace("_", "-").startswith("--publish-to") for argument in arguments)
+    if given.run.resume and where is not None and not said and not claimed(where, record.directory):
+        raise RunError(
+            f"{record.directory.path} publishes to {where}, where no weights of it are, seen from here; "
+            "say with --publish-to where they are, or where they shall be."
+        )
     return given
 
 
@@ -153,8 +161,14 @@ def _with(kind: Callable[..., AnyFlags], flags: AnyFlags, **changed: Any) -> Any
 
 def noted(flags: Flags) -> dict[str, Any]:
     """What the run's record shall say of the command line."""
-    run = {name: value for name, value in plain(flags.run).items() if name not in NOW}
-    return {"run": run, "engines": plain(flags.engines)}
+    run = {name: value for name, value in plain(_resolved(flags.run)).items() if name not in NOW}
+    return {"run": run, "engines": plain(_resolved(flags.engines))}
+
+
+def _resolved(options: Any) -> Any:
+    """The same paths from whatever directory the run is resumed."""
+    paths = {name: getattr(options, name, None) for name in ("world", "from_records", "publish_to")}
+    return replace(options, **{name: path.resolve() for name, path in paths.items() if path is not None})
 
 
 def check_parent(given: RLRunConfig, record: Record | None) -> None:

@@ -190,13 +190,17 @@ def test_every_setting_comes_back_from_the_record():
     flags = Flags(config=config, run=RLOptions(out=Path("run"), env=("sums",), world=Path("w")), engines=engines)
     values = json.loads(json.dumps(plain(replace(config, command=noted(flags)))))
     record = Record(described(values), recorded_config(described(values)))
-    back = parse(Flags, RLOptions, ["--resume"], record)
-    assert back.run == replace(flags.run, resume=True) and back.engines == engines
+    there = Path("w").resolve()  # wherever it is resumed from
+    with pytest.raises(RunError, match=r"no weights of it are, .* --publish-to"):
+        parse(Flags, RLOptions, ["--resume"], record)
+    back = parse(Flags, RLOptions, ["--resume", "--publish-to", str(there)], record)
+    assert back.run == replace(flags.run, resume=True, world=there)
+    assert back.engines == replace(engines, publish_to=there)
     assert replace(back.config, command=None) == config
     other = "--env a --env b --executor processes --engines 2 --aids.teacher q s"
     given = parse(Flags, RLOptions, other.split(), record)
-    assert given.run.env == ("a", "b") and given.run.world == Path("w")
-    assert given.engines == EngineOptions(executor="processes", engines=2, publish_to=Path("w"))
+    assert given.run.env == ("a", "b") and given.run.world == there
+    assert given.engines == EngineOptions(executor="processes", engines=2, publish_to=there)
     assert given.config.aids.teachers == (Teacher(path=Path("q"), environments=("s",)),)
     del values["learner"]["loss"]["class"]  # as an older version wrote it
     assert recorded_config(described(values)).learner.loss == DDIS(epsilon_low=0.2, epsilon_high=0.28)

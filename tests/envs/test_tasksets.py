@@ -247,9 +247,9 @@ def test_an_installed_taskset_by_its_name(vf, monkeypatch):
     ]:
         with pytest.raises(InputError, match=words):
             named_environment(text)
-    with pytest.raises(InputError, match="my-additions would measure .* split=test"):
+    with pytest.raises(InputError, match=r"my-additions would measure .*split=test"):
         named_environment("verifiers:my-additions:count=3", split="heldout")
-    with pytest.raises(InputError, match="cannot be made: .*split"):  # of those that have one it is a setting
+    with pytest.raises(InputError, match=r"cannot be made: .*split"):  # of those that have one it is a setting
         named_environment("verifiers:my-additions:split=test", split="heldout")
 
 

@@ -33,11 +33,16 @@ def check_unused(path: Path) -> None:
 
 def claim(path: Path, run: RunDirectory) -> None:
     """Notes whose versions a directory holds. Raises `WeightsError` for one with versions that are not this run's."""
-    owner = path / OWNER
-    if not owner.exists() or json.loads(owner.read_text()).get("id") != run.id:
+    if not claimed(path, run):
         check_unused(path)
         path.mkdir(parents=True, exist_ok=True)
-        write_json(owner, {"kind": "weights", "id": run.id})
+        write_json(path / OWNER, {"kind": "weights", "id": run.id})
+
+
+def claimed(path: Path, run: RunDirectory) -> bool:
+    """Whether a directory is noted as holding this run's versions."""
+    owner = path / OWNER
+    return owner.exists() and json.loads(owner.read_text()).get("id") == run.id
 
 
 class Mirror:
