@@ -67,8 +67,8 @@ class RolloutConfig:
     """The same for each call of the environment (a step with its tools, a score); past it that has failed."""
     outage_seconds: float = 300.0
     """For which an environment's server may be away when an episode begins, and a server of engines may be away or
-    refuse requests: it is asked again after growing pauses, and only then has it failed. 0: at once. Less than the
-    run's patience."""
+    refuse requests: it is asked again after growing pauses, and only then has it failed. 0: at once. The run's
+    patience bounds it too."""
 
     def __post_init__(self) -> None:
         check_counts(self, "seed", least=0)

@@ -47,6 +47,8 @@ ASK_SECONDS = 0.25
 """Between two questions for a server's health or version."""
 BUSY_SECONDS = 1.0
 """Before a server that answered 429 is asked again."""
+START_SECONDS = 10.0
+"""For which a server is at least asked whether it is there, before that counts as a failure."""
 
 
 class WeightDelivery(Protocol):
@@ -135,9 +137,13 @@ class ServerMember:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when the server answers; raises `FleetError` when it does not within the time to start."""
+        """Returns when the server answers; raises `FleetError` when it does not within the time of one try.
+
+        All tries of a seat together take about the outage that is borne: we wait for no weights to be loaded here.
+        """
+        share = self._config.outage_seconds / (self._config.max_restarts + 1)
         try:
-            self._run(self._answers()).result(self._config.start_seconds)
+            self._run(self._answers()).result(min(self._config.start_seconds, max(share, START_SECONDS)))
         except TimeoutError:
             self.close(kill=True)
             raise FleetError(f"the server at {self._backend.url} does not answer; start it") from None

@@ -310,7 +310,7 @@ class SupervisedFleet:
                 if all(seat.given_up for seat in self._seats):
                     raise FleetError(f"No engine is left: {self._seats[-1].given_up}")
                 asked = [(s, s.member, s.member.update(version)) for s in self._seats if s.member is not None]
-            until, refused = time.monotonic() + self.config.update_seconds, ""
+            until = time.monotonic() + self.config.update_seconds
             for seat, member, future in asked:
                 try:
                     has = future.result(max(until - time.monotonic(), 0.0))
@@ -321,8 +321,8 @@ class SupervisedFleet:
                     with self._changed:
                         seat.version = has if seat.member is member else seat.version
             with self._changed:
-                if asked and all(seat.member is not member for seat, member, _ in asked):
-                    raise FleetError(f"No engine took weights version {version}: {refused}")
+                if all(seat.given_up for seat in self._seats):  # any other takes it when it is seated
+                    raise FleetError(f"No engine took weights version {version}: {self._seats[-1].given_up}")
                 self._version = max(self._version, version)
 
     # ---- the watch ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 
 import fleet_engines
 import httpx
@@ -17,7 +18,7 @@ from speaker import speaker_config, speaker_model, speaker_tokenizer
 import glm5
 from glm5.engine import StructuredOutputs
 from glm5.errors import FleetError, InputError, WeightsError
-from glm5.rl.fleet import FleetConfig, SupervisedFleet
+from glm5.rl.fleet import FleetConfig, SupervisedFleet, external
 from glm5.rl.fleet.external import Polled, Reloaded, ServerExecutor
 from glm5.rl.weights import DirectoryPublisher
 from glm5.rl.weights.directory import versions
@@ -37,9 +38,9 @@ def directory(tmp_path_factory):
 
 
 @asynccontextmanager
-async def running(backends, delivery):
+async def running(backends, delivery, config=CONFIG):
     fleet = SupervisedFleet(
-        ServerExecutor(backends, delivery), len(backends), tokenizer=backends[0].tokenizer, config=CONFIG
+        ServerExecutor(backends, delivery), len(backends), tokenizer=backends[0].tokenizer, config=config
     )
     try:
         await fleet.start()
@@ -129,6 +130,46 @@ def test_sglang_is_interrupted_for_new_weights_and_every_token_has_its_version(d
             reload = next(body for path, body in seen if path == "/update_weights_from_disk")
             loaded = glm5.load_model(reload["model_path"]).state_dict()
             assert all(tensor.equal(loaded[name]) for name, tensor in speaker_model(seed=1).state_dict().items())
+
+    asyncio.run(story())
+
+
+def test_a_server_that_is_away_during_a_publication_has_the_weights_when_it_is_back(directory, tmp_path):
+    calm, refusals = sglang_like([]), [503] * 3
+
+    async def restarting(request):
+        if request.url.path == "/update_weights_from_disk" and refusals:
+            return httpx.Response(refusals.pop(), text="loading")
+        return await calm.handle_async_request(request)
+
+    backend = Backend("http://s", directory, backend_api("sglang"), transport=httpx.MockTransport(restarting))
+    delivery = Reloaded(tmp_path, speaker_config(), speaker_tokenizer())
+
+    async def story():
+        async with running([backend], delivery, replace(CONFIG, outage_seconds=60.0)) as fleet:
+            await fleet.publish(3, speaker_model(seed=1).state_dict())
+            stream = fleet.stream(PROMPTS[0], params_of(0, max_tokens=2), session_id="a")
+            assert [delta.version async for delta in stream] == [3, 3] and not refusals
+        refusals.extend([503] * 3)
+        async with running([backend], delivery) as fleet:  # no outage is borne
+            with pytest.raises(FleetError, match=r"No engine took weights version 4: .*loading"):
+                await fleet.publish(4, speaker_model(seed=1).state_dict())
+
+    asyncio.run(story())
+
+
+def test_a_server_that_is_not_there_at_the_start_is_given_up_after_the_outage(directory, monkeypatch):
+    def away(_):
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(external, "START_SECONDS", 0.05)
+    backend = Backend("http://t", directory, backend_api("sglang"), transport=httpx.MockTransport(away))
+    patient = FleetConfig(start_seconds=3600.0, max_restarts=2, outage_seconds=0.6)
+
+    async def story():
+        with pytest.raises(FleetError, match=r"failed \(\d times\): the server at http://t does not answer"):
+            async with running([backend], None, patient):
+                raise AssertionError
 
     asyncio.run(story())
 
