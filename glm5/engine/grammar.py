@@ -42,7 +42,7 @@ from typing import Any, TypeVar
 
 import llguidance
 
-from glm5.engine.grammar_probe import LIMITS, GrammarProbe, NotStartedError
+from glm5.engine.grammar_probe import LIMITS, AbandonedError, GrammarProbe, NotStartedError
 from glm5.engine.grammar_state import GrammarState, one_line
 from glm5.engine.lazy_grammar import LazyGrammar, Spellings, named_tags
 from glm5.engine.sampling_params import StructuredOutputs
@@ -94,6 +94,8 @@ class GrammarCompiler:
             with self._compiling:
                 matcher = self._found(outputs)  # somebody else may have asked for the same
                 if matcher is None:
+                    if not wanted():
+                        raise AbandonedError
                     try:
                         matcher = self._compiled(outputs, wanted)
                     except InputError as error:
@@ -108,13 +110,13 @@ class GrammarCompiler:
         """Free text in which the grammar begins at a token. Raises InputError if it is none."""
         tags = named_tags(grammar, self._backend)
         begin = self._backend.token_to_id(begins_at)
-        if begin is None or begins_at not in tags:
+        fresh = lambda: GrammarState(matcher.deep_copy(), self._vocab_size)
+        if begin is None or begins_at not in tags or not fresh().allowed()[begin]:
             raise InputError(
                 f"structured_outputs.begins_at is {begins_at!r}; name the added token that begins the grammar."
             )
         with self._lock:
             self._spellings = self._spellings or Spellings(self._backend)
-        fresh = lambda: GrammarState(matcher.deep_copy(), self._vocab_size)
         return LazyGrammar((begin, begins_at), fresh, self._vocab_size, self._spellings, tags)
 
     def has(self, outputs: StructuredOutputs) -> bool:

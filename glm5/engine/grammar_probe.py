@@ -56,12 +56,12 @@ class GrammarProbe:
         `AbandonedError` when it is not `wanted` any more, which is asked all the time."""
         if self._process is None or self._process.poll() is not None:
             self.close()
-            self._start()
+            self._start(wanted)
         try:
             assert self._process is not None and self._process.stdin is not None
             self._process.stdin.write(json.dumps(grammar) + "\n")
             self._process.stdin.flush()
-            answer = self._answer(wanted)
+            answer = self._answer(wanted, PROBE_SECONDS)
         except queue.Empty:
             self.close()
             return f"it did not compile within {PROBE_SECONDS:g} seconds; simplify it"
@@ -73,9 +73,9 @@ class GrammarProbe:
         message: str = json.loads(answer)
         return message
 
-    def _answer(self, wanted: Callable[[], bool]) -> str:
+    def _answer(self, wanted: Callable[[], bool], seconds: float) -> str:
         """What the process says in time. Raises `queue.Empty` or `AbandonedError`."""
-        until = time.monotonic() + PROBE_SECONDS
+        until = time.monotonic() + seconds
         while True:
             try:
                 return self._answers.get(timeout=max(0.0, min(POLL_SECONDS, until - time.monotonic())))
@@ -93,10 +93,12 @@ class GrammarProbe:
             process.kill()
             process.wait()
 
-    def _start(self) -> None:
-        """Raises `NotStartedError` for a process that cannot be made, ends, or is not ready in time."""
+    def _start(self, wanted: Callable[[], bool]) -> None:
+        """Raises `NotStartedError` for a process that cannot be made, ends, or is not ready in time, and
+        `AbandonedError`."""
         try:
-            ready = self._begun().get(timeout=START_SECONDS)
+            self._begin()
+            ready = self._answer(wanted, START_SECONDS)
         except queue.Empty:
             self.close()
             raise NotStartedError(f"was not ready within {START_SECONDS:g} seconds") from None
@@ -107,8 +109,8 @@ class GrammarProbe:
             self.close()
             raise NotStartedError("ended while it started")
 
-    def _begun(self) -> queue.Queue[str]:
-        """Starts the process; gives the queue of what it says, which ends with an empty text."""
+    def _begin(self) -> None:
+        """Starts the process, and the queue of what it says, which ends with an empty text."""
         self._process = process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).resolve())],  # without this folder's modules
             stdin=subprocess.PIPE,
@@ -130,7 +132,6 @@ class GrammarProbe:
         threading.Thread(target=read, name="glm5-grammar-probe", daemon=True).start()
         process.stdin.write(json.dumps(self._setting) + "\n")
         process.stdin.flush()
-        return answers
 
 
 def main() -> None:

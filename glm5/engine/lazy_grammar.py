@@ -91,15 +91,14 @@ class LazyGrammar:
 
     def accept(self, token_id: int) -> None:
         """Goes on by a token. Raises InputError for one that the grammar does not allow."""
-        before = self._grammar, self._tail
-        if self._grammar is None and token_id == self._begins_at[0]:
-            self._grammar = self._fresh()
-        if self._grammar is not None:
-            self._grammar.accept(token_id)
+        grammar = self._grammar
+        if grammar is None and token_id == self._begins_at[0]:
+            grammar = self._fresh()
+        if grammar is not None:
+            grammar.accept(token_id)  # where it raises nothing is changed here
+        self._before.append((self._grammar, self._tail))
         self._tail = self._spellings.after(self._tail, token_id)
-        self._before.append(before)
-        if self._grammar is not None and self._grammar.complete:
-            self._grammar = None
+        self._grammar = None if grammar is not None and grammar.complete else grammar
 
     def rollback(self, count: int) -> None:
         """Goes back by `count` tokens."""

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from glm5.errors import InputError
 from glm5.serve.generation import Delta
 
 Event = dict[str, Any]
@@ -50,7 +51,7 @@ class ContentBlocks:
             return
         block, text = self.blocks[-1], "".join(self._pieces)
         if self._open == "tool_use":
-            block["input"] = json.loads(text or "{}")
+            block["input"] = _read(text or "{}")
         else:
             block[self._open] = text
         if self._open == "thinking":
@@ -86,3 +87,11 @@ class ContentBlocks:
 
     def _delta(self, delta: dict[str, Any]) -> Event:
         return {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": delta}
+
+
+def _read(arguments: str) -> Any:
+    """Raises `InputError` for whole numbers that Python does not read."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        raise InputError("The call holds a number of thousands of digits; ask again, or give it a maximum.") from None

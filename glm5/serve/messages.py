@@ -25,6 +25,7 @@ from glm5.serve.errors import ApiError, anthropic_error_body
 from glm5.serve.event_stream import PING
 from glm5.serve.generation import Generation, Step
 from glm5.serve.service import Service, named_event
+from glm5.serve.strict_tools import as_held
 from glm5.serve.structure import Structure
 from glm5.text import AssistantStream
 
@@ -86,11 +87,12 @@ class MessagesReply:
         if len(prompt) >= limit:
             raise InputError(f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum; send a shorter one.")
         self.cut = request.max_tokens > limit - len(prompt)
-        tools, thinking = request.visible_tools, request.enable_thinking
+        params, thinking = self._params(min(request.max_tokens, limit - len(prompt))), request.enable_thinking
+        tools = as_held(request.visible_tools, held=params.structured_outputs is not None)
         self.generation = Generation(
             service.source,
             [prompt],
-            self._params(min(request.max_tokens, limit - len(prompt))),
+            params,
             parser=lambda seed: AssistantStream(tools, thinking, seed, bool(tools), bool(self.prefill)),
             session_id=session_id,
             messages=asked.messages,

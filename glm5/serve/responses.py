@@ -19,6 +19,7 @@ from glm5.serve.response_store import ResponseStore
 from glm5.serve.responses_schema import ResponsesRequest, input_messages
 from glm5.serve.responses_tools import shown_tools
 from glm5.serve.service import Service, named_event
+from glm5.serve.strict_tools import as_held
 from glm5.serve.structure import Structure, answer_schema, reasoning_share
 from glm5.serve.wording import SpokenTokens
 from glm5.text import AssistantStream
@@ -91,8 +92,10 @@ class ResponseReply:
             clear_thinking=kwargs.clear_thinking, reasoning_effort=kwargs.reasoning_effort,
             effort=request.reasoning.effort,
         )  # fmt: skip
+        params = self._params(len(prompt))
+        self.read = as_held(self.tools, held=params.structured_outputs is not None)
         self.generation = Generation(
-            service.source, [prompt], self._params(len(prompt)), parser=self._parser, session_id=session_id,
+            service.source, [prompt], params, parser=self._parser, session_id=session_id,
             salt=request.cache_salt, priority=request.priority, messages=[*opening, *self.messages],
         )  # fmt: skip
         self.id = f"resp_{self.generation.id}"
@@ -102,7 +105,7 @@ class ResponseReply:
         self.events = 0
 
     def _parser(self, seed: str) -> AssistantStream:
-        return AssistantStream(self.tools, self.thinking, seed, bool(self.tools))
+        return AssistantStream(self.read, self.thinking, seed, bool(self.tools))
 
     def _params(self, prompt_tokens: int) -> SamplingParams:
         request = self.request

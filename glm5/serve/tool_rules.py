@@ -30,7 +30,8 @@ _NUMBERS = {"integer": r"/-?(0|[1-9][0-9]{0,17})/", "number": r"/-?(0|[1-9][0-9]
 """Plain numbers, of a length that every JSON reader takes."""
 _NO_TAGS = r"~/(?s:.*)(<\/arg_value>|<\/tool_call>)(?s:.*)/"
 _TEXT = rf"/(?s:.*)/ & {_NO_TAGS}"
-_KEY = r"/[^<\s][^<\s]*/"
+_KEY = r"/[^<\s\x1c-\x1f]([^<]*[^<\s\x1c-\x1f])?/"
+"""What a reader strips stands at no end."""
 _SPACE = r"[\s\x1c-\x1f]*"
 _READ_AS = {
     "null": "null", "boolean": "(true|false)", "number": r"-?[0-9][0-9.eE+\-]*", "integer": r"-?[0-9][0-9.eE+\-]*",
@@ -42,17 +43,20 @@ _READ_AS = {
 def call_rules(tools: Sequence[Mapping[str, Any]], *, strict_only: bool = False) -> list[str]:
     """The rule `call` for any one of the tools (OpenAI's envelope or the bare function), and all that it needs.
 
-    strict_only: a tool that is not strict takes any arguments. Raises `InputError`.
+    strict_only: a tool that is not strict takes any arguments, and one whose name cannot be spelled is left out.
+    Raises `InputError`.
     """
     rules, calls = [], []
     for number, tool in enumerate(tools):
         function = tool.get("function", tool)
-        calls.append(f"call_{number}")
         parameters = function.get("parameters") or {}
         if is_strict(tool):
             check_strict(function["name"], parameters)
         elif strict_only:
+            if not _spellable(function["name"]):
+                continue
             parameters = {}
+        calls.append(f"call_{number}")
         rules += _tool(f"call_{number}", function["name"], parameters)
     return ["call: " + " | ".join(calls), *rules]
 

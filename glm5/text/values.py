@@ -40,7 +40,7 @@ def argument_types(parameters: Mapping[str, Any], name: str) -> frozenset[str]:
             found.update(each for each in [declared, *_list(declared)] if isinstance(each, str))
             continue
         values = [*_list(schema.get("enum")), *([schema["const"]] if "const" in schema else [])]
-        found.update(*map(_types_of, values))
+        found.update(*map(json_types, values))
         for branch in ("anyOf", "oneOf", "allOf"):
             waiting.extend(_list(schema.get(branch)))
         reference = schema.get("$ref")
@@ -59,7 +59,7 @@ def typed(text: str, types: frozenset[str]) -> Any:
             value = int(value)
         if not types and not isinstance(value, str):
             return value
-        if not types.isdisjoint(_types_of(value)) and (not isinstance(value, str) or types == STRING):
+        if not types.isdisjoint(json_types(value)) and (not isinstance(value, str) or types == STRING):
             return value
     return text
 
@@ -78,10 +78,10 @@ def exact_json(text: str, types: frozenset[str]) -> str | None:
     How an argument is read that a grammar has held: any other reading could be one that its schema forbids.
     """
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, parse_int=_whole)
     except (ValueError, RecursionError):
         return None
-    fits = not isinstance(value, str) and (not types or not types.isdisjoint(_types_of(value)))
+    fits = not isinstance(value, str) and (not types or not types.isdisjoint(json_types(value)))
     return text.strip() if fits else None
 
 
@@ -105,7 +105,8 @@ def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
     return node
 
 
-def _types_of(value: Any) -> frozenset[str]:
+def json_types(value: Any) -> frozenset[str]:
+    """The JSON types of a Python value."""
     match value:
         case None:
             return frozenset({"null"})
@@ -136,6 +137,11 @@ def _readings(text: str) -> Iterator[Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _whole(digits: str) -> int:
+    """Stands for any whole number: Python reads none of more than some thousand digits, and only the type counts."""
+    return 0
 
 
 def _strict_json(text: str) -> Any:

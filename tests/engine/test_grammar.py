@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -204,6 +205,19 @@ def test_a_compilation_without_end_is_cut_off(monkeypatch):
     compiler.close()
 
 
+def test_a_start_that_nobody_waits_for_is_ended(monkeypatch):
+    """Its process never says that it is ready."""
+    started, real = [], subprocess.Popen
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    monkeypatch.setattr(subprocess, "Popen", lambda args, **k: started.append(real(command, **k)) or started[-1])
+    tokenizer = speaker_tokenizer()
+    compiler, asked = GrammarCompiler(tokenizer, speaker_config().vocab_size, tokenizer.eos_ids), iter([True])
+    with pytest.raises(AbandonedError):
+        compiler.compile(StructuredOutputs(regex="a"), lambda: next(asked, False))
+    (process,) = started
+    assert process.returncode is not None
+
+
 def test_a_compilation_that_nobody_waits_for_is_ended():
     tokenizer = speaker_tokenizer()
     compiler = GrammarCompiler(tokenizer, speaker_config().vocab_size, tokenizer.eos_ids)
@@ -211,6 +225,10 @@ def test_a_compilation_that_nobody_waits_for_is_ended():
     process, endless = compiler._probe._process, StructuredOutputs(json={"type": "integer", "multipleOf": ENDLESS[0]})
     with pytest.raises(AbandonedError):
         compiler.compile(endless, lambda: False)
+    assert process.poll() is None  # not even begun
+    asked = iter([True])
+    with pytest.raises(AbandonedError):
+        compiler.compile(endless, lambda: next(asked, False))
     assert process.returncode is not None and not compiler.has(endless)  # it is no refusal
     assert compiler.compile(StructuredOutputs(regex="b")).allowed().sum() == 1
     compiler.close()

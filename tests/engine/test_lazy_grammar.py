@@ -67,6 +67,25 @@ def test_rollback_returns_to_the_state_before(compiler):
         assert np.array_equal(state.allowed(), masks[-1])
 
 
+def test_a_token_that_is_refused_changes_nothing(compiler):
+    state, begin = compiler.compile(LAZY), speaker_tokenizer().token_to_id("<tool_call>")
+    fresh = state._fresh
+    state._fresh = lambda: moved(fresh(), begin)
+    with pytest.raises(InputError):
+        state.accept(begin)
+    assert state.allowed() is None and not state._before
+    state._fresh = fresh
+    state.accept(begin)
+    assert state.allowed() is not None
+    state.rollback(1)
+    assert state.allowed() is None
+
+
+def moved(state, token):
+    state.accept(token)
+    return state
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_speculation_changes_no_token(temperature):
     tokenizer, config = speaker_tokenizer(), speaker_config()
@@ -86,7 +105,7 @@ def test_speculation_changes_no_token(temperature):
     assert {call["function"]["name"] for call in calls} == {"f"}
 
 
-@pytest.mark.parametrize("begins_at", ["<tool_response>", "<no>", "tool"])
+@pytest.mark.parametrize("begins_at", ["<tool_response>", "<no>", "tool", "</tool_call>"])
 def test_what_begins_no_grammar_is_refused(compiler, begins_at):
     with pytest.raises(InputError, match="name the added token that begins the grammar"):
         compiler.compile(StructuredOutputs(grammar=CALL, begins_at=begins_at))

@@ -5,14 +5,17 @@ import json
 import jsonschema
 import pytest
 from chat_client import USER, ask, client_of
-from speaker import ScriptedModel, speaker_model, speaker_tokenizer
+from speaker import ScriptedModel, speaker_config, speaker_model, speaker_tokenizer
 from wild import WildModel
 
 from glm5.bundled import bundled_model
-from glm5.engine import Engine
+from glm5.engine import Engine, StructuredOutputs
+from glm5.engine.grammar import GrammarCompiler
 from glm5.errors import InputError
 from glm5.serve.strict_tools import check_strict
+from glm5.serve.tool_rules import call_rules
 
+V = speaker_config().vocab_size
 DIGITS = {"digit": {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "null"}]}}
 BOOK = {
     "type": "object",
@@ -69,9 +72,9 @@ def of_chat(client, seed, **fields):
 @pytest.mark.parametrize("thinking", [True, False])
 def test_no_call_of_a_strict_tool_is_invalid(thinking):
     found = 0
-    for seed in range(3):
+    for seed in range(3, 6):
         client, kwargs = client_of(model=WildModel(seed)), {"enable_thinking": thinking}
-        found += check(of_chat(client, seed, chat_template_kwargs=kwargs, parallel_tool_calls=seed > 0))
+        found += check(of_chat(client, seed, chat_template_kwargs=kwargs, parallel_tool_calls=seed > 3))
     assert found
 
 
@@ -178,6 +181,25 @@ def test_what_is_recorded_is_held_by_no_grammar():
         ({"properties": {"a": {"anyOf": [{"type": "string", "allOf": []}, {"type": "null"}]}}}, "uses 'allOf'"),
         ({"properties": {"a": {"enum": ["x"], "minLength": 3}}}, "uses 'minLength'"),
         ({"properties": {"a": {"oneOf": [{"type": "string"}]}}}, "uses 'oneOf'"),
+        ({"properties": {"a": {"$ref": "#/properties/b"}, "b": {"type": "integer"}}}, r"uses '\$ref'"),
+        ({"properties": {"a": {"type": "array", "items": {"$ref": "#"}}}}, r"uses '\$ref'"),
+        ({"properties": {"a": {"$ref": "#/$defs/none"}}}, r"refers to nothing, uses '\$ref'"),
+        ({"properties": {"a": {"type": "object", "$defs": {"N": {"type": "string"}}}}}, r"uses '\$defs'"),
+        (
+            {"properties": {"a": {"$ref": "#/$defs/N", "minimum": 3}}, "$defs": {"N": {"type": "integer"}}},
+            "is a reference, uses 'minimum'",
+        ),
+        ({"properties": {"a": {"type": ["string", "null"], "anyOf": [{"enum": ["c"]}]}}}, "uses 'type'"),
+        (
+            {"properties": {"a": {"type": "string", "anyOf": [{"type": "string", "enum": ["c"]}]}}},
+            "one of several, uses 'type'",
+        ),
+        ({"properties": {"a": {"type": "string", "minLength": 3.0}}}, "uses 'minLength'"),
+        ({"properties": {"a": {"type": "string", "maxLength": True}}}, "uses 'maxLength'"),
+        ({"properties": {"a": {"type": "string", "minLength": 3, "maxLength": 2}}}, "maxLength is less"),
+        ({"properties": {"a": {"type": "string", "pattern": 3}}}, "uses 'pattern'"),
+        ({"properties": {"a": {"type": ["string", "null"], "enum": ["x", 3]}}}, "uses 'enum'"),
+        ({"properties": {"a": {"type": "string", "const": 3}}}, "uses 'const'"),
         ({"additionalProperties": {"type": "string", "not": {}}}, "additionalProperties of the strict tool"),
     ],
 )
@@ -187,3 +209,56 @@ def test_what_would_not_be_held_is_refused(parameters, sentence):
     strict = [{"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}]
     answer = ask(client_of("ok"), tools=strict)
     assert answer.status_code == 400 and "strict tool 'f'" in answer.json()["error"]["message"]
+
+
+def test_annotations_beside_a_reference_and_properties_of_any_name_are_kept():
+    shared = {"$defs": {"N": {"type": "integer"}}}
+    check_strict("f", {"properties": {"a": {"$ref": "#/$defs/N", "description": "n", "default": 1}}, **shared})
+    inner = {"type": "object", "properties": {"$ref": {"$ref": "#/$defs/N"}, "$defs": {"const": {"$ref": "x"}}}}
+    check_strict("f", {"properties": {"a": inner}, **shared})
+
+
+def test_a_tool_that_is_not_strict_takes_keys_with_spaces_and_may_have_any_name():
+    strict = {"name": "f", "parameters": {"type": "object", "properties": {}}, "strict": True}
+    rules = call_rules([strict, {"name": "a<b"}, {"name": "g"}], strict_only=True)
+    assert rules[0] == "call: call_0 | call_2"
+    tokenizer = speaker_tokenizer()
+    compiler = GrammarCompiler(tokenizer, V, tokenizer.eos_ids)
+    outputs = StructuredOutputs(grammar="\n".join(["start: call", *rules]), begins_at="<tool_call>")
+    for key, fits in {"a": True, "max results": True, " a": False, "a ": False, "\x1fa": False, "a\x1c": False}.items():
+        assert fits == allows(compiler.compile(outputs), tokenizer.encode(f"<tool_call>g<arg_key>{key}</arg_key>"))
+    compiler.close()
+
+
+def allows(state, ids):
+    for token in ids:
+        allowed = state.allowed()
+        if allowed is not None and not allowed[token]:
+            return False
+        state.accept(token)
+    return True
+
+
+ESCAPED = "</think><tool_call>bo<arg_key>q</arg_key><arg_value>None</arg_value></tool_call>"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_where_no_grammar_holds_a_strict_tool_is_read_as_any(path):
+    """A model's `None` is null then, as for a tool that is not strict."""
+    schema = {"type": "object", "properties": {"q": {"type": ["string", "integer", "null"]}}}
+    tool = {"name": "bo", "parameters": schema, "strict": True}
+    said = {
+        "/v1/chat/completions": {"messages": USER, "tools": [{"type": "function", "function": tool}]},
+        "/v1/responses": {"input": "?", "tools": [{"type": "function", **tool}]},
+        "/v1/messages": {"messages": USER, "max_tokens": 300, "thinking": {"type": "enabled", "budget_tokens": 1024},
+                         "tools": [{"name": "bo", "input_schema": schema, "strict": True}]},
+    }[path]  # fmt: skip
+    read = []
+    for recorder in (Recorder(), None):
+        answer = client_of(model=ScriptedModel(ESCAPED, 4096), recorder=recorder).post(
+            path, json={"model": "tiny", **said}
+        )
+        assert answer.status_code == 200, answer.text
+        read.append("null" in answer.text.partition("bo")[2].partition("}")[0])
+        assert ("None" in answer.text) != read[-1]
+    assert read == [True, False]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm5.text.values import argument_types, to_json, typed
+from glm5.text.values import argument_types, exact_json, to_json, typed
 
 PARAMETERS: dict[str, Any] = {
     "type": "object",
@@ -158,3 +158,10 @@ def test_json_of_the_declared_type_comes_back(value: Any) -> None:
     assert typed(text, frozenset({names[type(value)]})) == value
     if not isinstance(value, str):
         assert typed(text, frozenset()) == value
+
+
+def test_a_number_of_any_length_is_read_exactly():
+    digits = "1" * 5000  # more than Python's int takes
+    assert exact_json(digits, frozenset({"integer"})) == digits
+    assert exact_json(f"[{digits}]", frozenset({"array"})) == f"[{digits}]"
+    assert exact_json(digits, frozenset({"boolean", "string"})) is None
