@@ -52,7 +52,8 @@ def held_out_rewards(
     """
     if not environments:
         return None
-    sampling = replace(rollout, seed=rollout.seed + OTHER_SEED, replay_experts=False)
+    # The learner waits for what is measured: an environment's server that is away is not waited for.
+    sampling = replace(rollout, seed=rollout.seed + OTHER_SEED, replay_experts=False, outage_seconds=0.0)
     measures = [_reward(one, tokenizer, config, sampling, attention, timed) for one in environments]
     return Retention(tuple(measures), config.every)
 

@@ -13,7 +13,8 @@ import glm5
 from glm5.cli.main import main
 from glm5.cli.rl_environments import named_environment
 from glm5.engine import Engine
-from glm5.envs import EpisodeLimits
+from glm5.envs import EnvironmentFailure, EpisodeLimits
+from glm5.rl import runner
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.held_out import OTHER_SEED, HeldOut, held_out_rewards
@@ -121,6 +122,20 @@ def test_failures_are_no_rewards():
     retention = held_out_rewards([broken], speaker_tokenizer(), HeldOut(tasks=3), RolloutConfig(max_tokens=4), "sparse")
     assert retention.measure(brief_model()) == {"retention/unseen/unscored": 1.0}
     assert held_out_rewards([], speaker_tokenizer(), HeldOut(), RolloutConfig(), "sparse") is None
+
+
+def test_a_server_that_is_away_is_not_waited_for_inside_the_learner(monkeypatch):
+    def waited(seconds):
+        assert seconds == 0, "the learner would wait through an outage"
+        return iter(())
+
+    class Away(Unseen):
+        def meet(self, what):
+            raise EnvironmentFailure("ws://there cannot be reached", "unreachable")
+
+    monkeypatch.setattr(runner, "pauses", waited)
+    retention = held_out_rewards([Away()], speaker_tokenizer(), HeldOut(tasks=3), RolloutConfig(max_tokens=4), "sparse")
+    assert retention.measure(brief_model()) == {"retention/unseen/unscored": 1.0}
 
 
 def test_the_command_line_takes_the_other_split(parent, tmp_path, capsys):
