@@ -91,7 +91,8 @@ class Record:
             return None
         if asked.out is None:
             raise InputError("Say with --out RUN which run is meant.")
-        if asked.replay_step is None and "--parent" in rest and not (asked.out / "run.json").exists():
+        parent = any(argument.split("=")[0] == "--parent" for argument in rest)
+        if asked.replay_step is None and parent and not (asked.out / "run.json").exists():
             return None  # the first of many equal calls
         run = RunDirectory.open(asked.out)
         return cls(run, recorded_config(run), asked.replay_step is not None)

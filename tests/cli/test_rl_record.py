@@ -155,6 +155,11 @@ def test_a_run_that_is_not_there_is_asked_for(tmp_path, parents, made, capsys):
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("parent", [["--parent", "p"], ["--parent=p"]])
+def test_the_first_of_many_equal_calls_begins_a_run(tmp_path, parent):
+    assert Record.named(["--resume", "--out", f"{tmp_path / 'none'}", *parent]) is None
+
+
 def test_a_run_whose_environments_were_made_in_python_asks_for_them(parents, tmp_path, capsys):
     settings = {"steps": 1, "rollout": {"max_tokens": 4}, "scheduler": {"groups_per_batch": 2, "group_size": 2}}
     config = recorded_config(described({"parent": str(parents / "parent"), **settings}))
