@@ -88,7 +88,7 @@ def main(options: Options) -> None:
 
 def async_spread(config: SimulationConfig, records: list[dict[str, Any]], draws: int) -> float:
     """Of the steps per hour in the mode of the run."""
-    return spread_of(config, records, draws=draws, max_staleness=(config.scheduler.max_staleness,))[-1]
+    return spread_of(config, records, draws=draws, max_staleness=(config.scheduler.max_staleness,)).steps_per_hour[-1]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from glm5.rl.simulation import (
     LongTail,
     Measured,
     SimulationConfig,
+    Spreads,
     comparison,
     records_of,
     settings_of,
@@ -91,14 +92,17 @@ def run(arguments: Sequence[str]) -> int:
         config = settings(options).as_measured(measured, sources=_of_all(sources, measured))
     grid = {"max_staleness": options.bounds, "max_running": options.concurrency}
     found = sweep(config, **grid)
-    spreads = spread_of(config, records, draws=options.draws, **grid) if options.draws > 1 else []
+    spread = spread_of(config, records, draws=options.draws, **grid) if options.draws > 1 else Spreads((), 0)
+    spreads = spread.steps_per_hour
     warning = None if records is None else shortness(records)
+    left_out = spread.left_out
     made = None if options.like is None else what_happened(options.like)
     if options.out is not None:
         write_page(found, options.out, spreads)
     if options.json:
         simulations = [it.to_dict() | {"steps_per_hour_spread": s} for it, s in zip_longest(found, spreads)]
-        print(json.dumps({"simulations": simulations, "run": made, "warning": warning}))
+        print(json.dumps({"simulations": simulations, "run": made, "warning": warning,
+                          "draws_left_out": left_out}))  # fmt: skip
         return 0
     print(comparison(found, spreads))
     if made is not None:
@@ -106,6 +110,9 @@ def run(arguments: Sequence[str]) -> int:
             f"\n{options.like} itself: {made['mode']}, {made['steps_per_hour']:.0f} steps/h, trainer idle "
             f"{made['trainer_idle']:.0%}, sampler idle {made['sampler_idle']:.0%}, staleness {made['staleness']:.2f}"
         )
+    if left_out:
+        print(f"Warning: {left_out} draws held nothing to learn from and are left out of the deviation, which is "
+              "larger than said.", file=sys.stderr)  # fmt: skip
     if warning is not None:
         print(f"Warning: {warning}", file=sys.stderr)
     if options.out is not None:

@@ -20,6 +20,7 @@ from glm5.rl.simulation import (
     Measured,
     SimulationConfig,
     comparison,
+    machine,
     rollout_record,
     shortness,
     simulate,
@@ -194,14 +195,35 @@ def test_the_spread_is_none_without_chance_and_shrinks_with_the_record():
         record.update({"reward": float(len(record["group"]))} if record["kind"] == "rollout" else {})
     keep = TaskSource(environment="e", uniform_groups="keep")
     still = config("async", batches=12, warmup=2).as_measured(Measured.from_records(same), sources=(keep,))
-    assert max(spread_of(still, same, draws=3, max_staleness=(4,))) == pytest.approx(0, abs=1e-9)
+    assert max(spread_of(still, same, draws=3, max_staleness=(4,)).steps_per_hour) == pytest.approx(0, abs=1e-9)
     spreads = []
     for groups in (4, 128):
         records = records_like(AssumedWorkload(tokens=LongTail(100, 900)), groups)
         measured = config("async", batches=24, warmup=4).as_measured(Measured.from_records(records), sources=(keep,))
-        spread = spread_of(measured, records, draws=12, max_staleness=(4,))[-1]
+        spread = spread_of(measured, records, draws=12, max_staleness=(4,)).steps_per_hour[-1]
         spreads.append(spread / simulate(measured).steps_per_hour)
     assert 0 < 2 * spreads[1] < spreads[0]
+
+
+def taught_by_one_of(groups, *, mixed=1):
+    """A record of groups of 4 with equal rewards, but for so many."""
+    records = records_like(AssumedWorkload(tokens=fixed(100)), groups)
+    for number, record in enumerate(r for r in records if r["kind"] == "rollout"):
+        record["reward"], record["outcome"] = float(number < 4 * mixed and number % 4 == 0), "ok"
+    measured = Measured.from_records(records)
+    return config("async", batches=8, warmup=2, sources=()).as_measured(measured), records
+
+
+def test_draws_that_teach_nothing_end_and_are_left_out(monkeypatch):
+    monkeypatch.setattr(machine, "GROUPS_IN_VAIN", 128)
+    simulated, records = taught_by_one_of(16)
+    found = spread_of(simulated, records, draws=5)
+    assert 0 < found.left_out < 15 and all(math.isfinite(it) and it > 0 for it in found.steps_per_hour)
+    nothing, records = taught_by_one_of(8, mixed=0)
+    with pytest.raises(InputError, match=r"learns nothing from 128 groups in a row: .*\(512 [^)]*\)"):
+        simulate(nothing)
+    with pytest.raises(InputError, match="In 8 of 8 draws of the record no group teaches"):
+        spread_of(nothing, records, draws=2)
 
 
 def test_a_short_record_is_warned_of():

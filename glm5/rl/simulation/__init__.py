@@ -10,11 +10,11 @@ belong to its ticket, so that two settings are compared on the same tasks.
 Left out: prompts (part of the engine's measured speed), the engine's cache and preemption, engines that differ.
 """
 
-from glm5.rl.simulation.config import Simulation, SimulationConfig
+from glm5.rl.simulation.config import NothingTeaches, Simulation, SimulationConfig
 from glm5.rl.simulation.machine import simulate, sweep
 from glm5.rl.simulation.observe import records_of, settings_of
 from glm5.rl.simulation.report import comparison, write_page
-from glm5.rl.simulation.spread import shortness, spread_of
+from glm5.rl.simulation.spread import Spreads, shortness, spread_of
 from glm5.rl.simulation.workload import (
     AssumedWorkload,
     EngineSpeed,
@@ -25,7 +25,7 @@ from glm5.rl.simulation.workload import (
 )
 
 __all__ = [
-    "AssumedWorkload", "EngineSpeed", "LongTail", "Measured", "MeasuredWorkload", "Simulation", "SimulationConfig",
-    "comparison", "records_of", "rollout_record", "settings_of", "shortness", "simulate", "spread_of", "sweep",
-    "write_page",
+    "AssumedWorkload", "EngineSpeed", "LongTail", "Measured", "MeasuredWorkload", "NothingTeaches", "Simulation",
+    "SimulationConfig", "Spreads", "comparison", "records_of", "rollout_record", "settings_of", "shortness", "simulate",
+    "spread_of", "sweep", "write_page",
 ]  # fmt: skip

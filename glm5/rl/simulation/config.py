@@ -14,6 +14,10 @@ from glm5.rl.tasks import TaskSource
 from glm5.train.checks import check_counts, check_numbers
 
 
+class NothingTeaches(InputError):
+    """So many simulated groups in a row were dropped that there may never be a batch."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SimulationConfig:
     """A run that is not made."""

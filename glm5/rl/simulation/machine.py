@@ -12,10 +12,10 @@ from glm5.envs import Reward, Task
 from glm5.errors import InputError
 from glm5.rl.clock import VirtualClock
 from glm5.rl.concurrency import Load, next_limit
-from glm5.rl.events import Cancelled, Dropped, Requeued
+from glm5.rl.events import Accepted, Cancelled, Dropped, Requeued
 from glm5.rl.records import SCORED, Batch, Outcome, Rollout, Ticket, Trajectory
 from glm5.rl.scheduler import Scheduler
-from glm5.rl.simulation.config import Simulation, SimulationConfig
+from glm5.rl.simulation.config import NothingTeaches, Simulation, SimulationConfig
 from glm5.rl.simulation.engines import VirtualEngines
 from glm5.rl.simulation.workload import Play
 from glm5.rl.tasks import TaskStream
@@ -23,10 +23,13 @@ from glm5.scoring import Grade
 
 NO_TASK = Task("simulated", (), "", "")
 NO_GRADE = Grade("not_attempted", "simulated")
+GROUPS_IN_VAIN = 1024
+"""Groups in a row that teach nothing, after which a simulation ends. A real run ends sooner (`groups_in_vain`); here
+they cost next to nothing."""
 
 
 def simulate(config: SimulationConfig) -> Simulation:
-    """Plays the run to its last batch. Raises InputError when the settings let nothing move."""
+    """Plays the run to its last batch. Raises InputError when the settings let nothing move or nothing teaches."""
     return _Machine(config).run()
 
 
@@ -93,6 +96,8 @@ class _Machine:
         """Seconds that the trainer waited for this batch."""
         self.most_running = 0
         """Since the last batch."""
+        self.in_vain: Counter[str] = Counter()
+        """Samples dropped since the last group that teaches, by reason."""
         self.timeline: list[tuple[float, int, int]] = []
 
     def run(self) -> Simulation:
@@ -201,6 +206,16 @@ class _Machine:
                 stopped.append(self._stop(self.playing[event.ticket.id]))
             elif isinstance(event, Dropped | Requeued):
                 self.sums.wasted += self.tokens.pop(event.ticket.id, 0.0)
+            if isinstance(event, Dropped):
+                self.in_vain[event.reason] += 1
+            elif isinstance(event, Accepted):
+                self.in_vain.clear()
+        if self.in_vain.total() >= GROUPS_IN_VAIN * self.config.scheduler.group_size:
+            counts = " and ".join(f"{count} {reason}" for reason, count in sorted(self.in_vain.items()))
+            raise NothingTeaches(
+                f"The simulated run learns nothing from {GROUPS_IN_VAIN} groups in a row: their samples are dropped "
+                f"({counts}); take a record with more groups whose rewards differ, or keep uniform ones."
+            )
         for playing in stopped:
             self.scheduler.finished(self._rollout(playing, "aborted"))
         return bool(stopped)

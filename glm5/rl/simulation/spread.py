@@ -10,11 +10,12 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-from glm5.rl.simulation.config import SimulationConfig
+from glm5.errors import InputError
+from glm5.rl.simulation.config import NothingTeaches, SimulationConfig
 from glm5.rl.simulation.machine import sweep
 from glm5.rl.simulation.workload import Measured
 
@@ -24,6 +25,19 @@ sixth (`python -m benchmarks.rl_short_records`; lengths with a median of 200 tok
 LEAST_STEPS = 8
 """The first five are the beginning, with empty queues and cold caches; a few must follow them."""
 
+MOST_TRIES = 4
+"""For each draw that is asked for: so many are made at most where some hold nothing to learn from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spreads:
+    """How far the predictions of a `sweep` may be off."""
+
+    steps_per_hour: tuple[float, ...]
+    """Standard deviation, for each simulation."""
+    left_out: int
+    """Draws in which no group teaches, so that no run comes of them: the true spread is larger than said."""
+
 
 def spread_of(
     config: SimulationConfig,
@@ -32,18 +46,30 @@ def spread_of(
     draws: int,
     max_staleness: Sequence[int] = (),
     max_running: Sequence[int] = (),
-) -> list[float]:
-    """Standard deviation of the steps per hour of each simulation of such a `sweep`, over so many draws (at least 2).
+) -> Spreads:
+    """That of the steps per hour of each simulation of such a `sweep`, over so many draws (at least 2).
 
     records: those that `config` is measured by; None: lengths and speeds are assumed, and only chance is drawn anew.
+    A draw that teaches nothing is left out and made again. Raises InputError when that leaves fewer than two.
     """
-    found = []
-    for draw in range(draws):
-        again = replace(config, seed=config.seed + 1 + draw)
+    found: list[list[float]] = []
+    tried = 0
+    while len(found) < draws and tried < MOST_TRIES * draws:
+        tried += 1
+        again = replace(config, seed=config.seed + tried)
         if records is not None:
             again = again.as_measured(Measured.from_records(redrawn(records, Random(again.seed))))
-        found.append([it.steps_per_hour for it in sweep(again, max_staleness=max_staleness, max_running=max_running)])
-    return [statistics.stdev(rates) for rates in zip(*found, strict=True)]
+        try:
+            simulations = sweep(again, max_staleness=max_staleness, max_running=max_running)
+        except NothingTeaches:
+            continue
+        found.append([it.steps_per_hour for it in simulations])
+    if len(found) < 2:
+        raise InputError(
+            f"In {tried - len(found)} of {tried} draws of the record no group teaches anything, so the spread cannot "
+            "be told; take a longer record, or no draws (--draws 0)."
+        )
+    return Spreads(tuple(map(statistics.stdev, zip(*found, strict=True))), tried - len(found))
 
 
 def redrawn(records: Sequence[Mapping[str, Any]], chance: Random) -> list[Mapping[str, Any]]:
