@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import tyro
 from pydantic import TypeAdapter
@@ -65,6 +65,8 @@ class Existing:
     out: Path | None = None
     resume: bool = False
     replay_step: int | None = None
+    loss: Annotated[str | None, tyro.conf.arg(name="learner.loss")] = None
+    """Older runs do not note the class of theirs."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class Record:
         if asked.replay_step is None and parent and not (asked.out / "run.json").exists():
             return None  # the first of many equal calls
         run = RunDirectory.open(asked.out)
-        return cls(run, recorded_config(run), asked.replay_step is not None)
+        loss = None if asked.loss is None else asked.loss.partition(":")[0]
+        return cls(run, recorded_config(run, loss=loss), asked.replay_step is not None)
 
     @property
     def said(self) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
@@ -17,11 +17,13 @@ from glm5.rl.aids_config import AidsConfig
 from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.held_out import HeldOut
 from glm5.rl.learner_config import LearnerConfig
-from glm5.rl.losses import DDIS, AnyLoss
+from glm5.rl.losses import AnyLoss
 from glm5.rl.runner import RolloutConfig
 from glm5.train import RunDirectory
 from glm5.train.checks import check_choice, check_counts, check_numbers
 from glm5.train.watch import Watcher
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,23 +84,58 @@ class RLRunConfig:
             )
 
 
-def recorded_config(run: RunDirectory) -> RLRunConfig:
+def recorded_config(run: RunDirectory, *, loss: str | None = None) -> RLRunConfig:
     """The settings in a run's `run.json`: those that it was started with, or resumed with last.
 
-    Raises RunError for a run of another kind or version. A loss of a run that did not note its class is DDIS.
+    loss: the class, in any case, of the loss of a run that did not note it. Raises RunError for a run of another kind
+    or version, and where the settings of its loss could be of several classes and nobody says which.
     """
-    stage, values = run.description.get("stage"), dict(run.description.get("config") or {})
+    values = _recorded(run)
+    learner = dict(values.get("learner", {}))
+    recorded = learner.pop("loss", None)
+    config = _read(run, RLRunConfig, {**values, "learner": learner})
+    if recorded is None:
+        return config
+    kind = _class_of(run, recorded, loss)
+    settings = {name: value for name, value in recorded.items() if name != "class"}
+    return replace(config, learner=replace(config.learner, loss=_read(run, kind, settings)))
+
+
+def recorded_scheduler(run: RunDirectory) -> SchedulerConfig:
+    """Of `recorded_config`, what a run of any loss says."""
+    return _read(run, SchedulerConfig, _recorded(run).get("scheduler", {}))
+
+
+def _recorded(run: RunDirectory) -> dict[str, Any]:
+    stage = run.description.get("stage")
     if stage != "rl":
         raise RunError(f"{run.path} is a run of {stage!r}, not of rl; `glm5 train --resume` goes on with those.")
-    learner = dict(values.get("learner", {}))
-    loss = dict(learner.pop("loss", {}))
-    kinds = {kind.__name__: kind for kind in get_args(AnyLoss)}
+    return dict(run.description.get("config") or {})
+
+
+def _class_of(run: RunDirectory, recorded: Mapping[str, Any], said: str | None) -> type[AnyLoss]:
+    """That of a recorded loss; where it was not noted, the one that has these settings, or which of those is said."""
+    kinds: dict[str, type[AnyLoss]] = {kind.__name__: kind for kind in get_args(AnyLoss)}
+    if "class" in recorded:
+        if recorded["class"] not in kinds:
+            raise RunError(
+                f"{run.path / 'run.json'} has the loss {recorded['class']!r}, which this version does not know."
+            )
+        return kinds[recorded["class"]]
+    fitting = {name: kind for name, kind in kinds.items() if {it.name for it in fields(kind)} == set(recorded)}
+    chosen = [kind for name, kind in fitting.items() if len(fitting) == 1 or name.lower() == (said or "").lower()]
+    if not chosen:
+        raise RunError(
+            f"{run.path / 'run.json'} does not note of which class its loss is: "
+            f"{' or '.join(fitting) or 'none of this version'} has the settings {dict(recorded)}; say with "
+            "--learner.loss which it was."
+        )
+    return chosen[0]
+
+
+def _read(run: RunDirectory, kind: type[T], values: Mapping[str, Any]) -> T:
     try:
-        kind = kinds[loss.pop("class", DDIS.__name__)]
-        config: RLRunConfig = TypeAdapter(RLRunConfig).validate_python({**values, "learner": learner})
-        return replace(config, learner=replace(config.learner, loss=TypeAdapter(kind).validate_python(loss)))
-    except KeyError as error:
-        raise RunError(f"{run.path / 'run.json'} has the loss {error}, which this version does not know.") from None
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -19,9 +19,10 @@ from glm5.rl.adapters import LoRA
 from glm5.rl.aids_config import AidsConfig, Measured, ReplayData, Teacher
 from glm5.rl.config import RLRunConfig, recorded_config
 from glm5.rl.learner_config import LearnerConfig
-from glm5.rl.losses import DDIS, IcePop
+from glm5.rl.losses import CISPO, DDIS, IcePop, Reinforce
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.reference import KL
+from glm5.rl.simulation import settings_of
 from glm5.train import RunDirectory
 from glm5.train.run_directory import exclusive
 
@@ -180,6 +181,19 @@ def described(config, **more):
     return RunDirectory(Path("run"), {"stage": "rl", "config": config, "inputs": {}, "sessions": [], **more})
 
 
+def test_a_loss_whose_class_was_not_noted_is_no_guess(tmp_path, capsys):
+    description = {"kind": "run", "stage": "rl", "inputs": {}, "sessions": []}
+    narrow = {"epsilon_low": 0.2, "epsilon_high": 0.28}
+    old = {"parent": "p", "scheduler": {"group_size": 3}, "learner": {"loss": narrow}}
+    (tmp_path / "run.json").write_text(json.dumps({**description, "config": old}))
+    assert main(["rl", "--resume", "--out", str(tmp_path)]) == 1
+    assert "does not note of which class its loss is: DDIS or CISPO has" in capsys.readouterr().err
+    for said, kind in (("--learner.loss=ddis", DDIS), ("--learner.loss=CISPO:epsilon_low=0.2", CISPO)):
+        assert Record.named(["--resume", "--out", str(tmp_path), said]).config.learner.loss == kind(**narrow)
+    assert settings_of(tmp_path)[0].group_size == 3, "a simulation has no loss"
+    assert recorded_config(described({"parent": "p", "learner": {"loss": {}}})).learner.loss == Reinforce()
+
+
 def test_every_setting_comes_back_from_the_record():
     from glm5.train.recorded import plain
 
@@ -208,7 +222,7 @@ def test_every_setting_comes_back_from_the_record():
     assert given.engines == EngineOptions(executor="processes", engines=2, publish_to=there)
     assert given.config.aids.teachers == (Teacher(path=Path("q"), environments=("s",)),)
     del values["learner"]["loss"]["class"]  # as an older version wrote it
-    assert recorded_config(described(values)).learner.loss == DDIS(epsilon_low=0.2, epsilon_high=0.28)
+    assert recorded_config(described(values)).learner.loss == IcePop(beta=3.0)  # no other has these settings
     values["learner"]["loss"]["class"] = "Later"
     with pytest.raises(RunError, match="'Later', which this version does not know"):
         recorded_config(described(values))

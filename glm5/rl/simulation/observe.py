@@ -8,7 +8,7 @@ from typing import Any
 
 from glm5.envs.protocol import UniformGroups
 from glm5.rl.admission import SchedulerConfig
-from glm5.rl.config import recorded_config
+from glm5.rl.config import recorded_scheduler
 from glm5.rl.event_log import events_of
 from glm5.rl.events import BatchMade, Finished
 from glm5.rl.journal import read_journal
@@ -57,7 +57,7 @@ def settings_of(run_directory: Path) -> tuple[SchedulerConfig, tuple[TaskSource,
             keep: UniformGroups = "keep" if "uniform_groups=keep" in said else "drop"
             weight = next((float(word.removeprefix("weight=")) for word in said if word.startswith("weight=")), 1.0)
             sources.append(TaskSource(environment=name.removeprefix("tasks of "), weight=weight, uniform_groups=keep))
-    return recorded_config(run).scheduler, tuple(sources)
+    return recorded_scheduler(run), tuple(sources)
 
 
 def _engine(lap: dict[str, Any], window: list[Rollout]) -> Iterator[dict[str, Any]]:
