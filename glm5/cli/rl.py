@@ -37,6 +37,7 @@ from glm5.cli.threads import use_threads
 from glm5.envs.protocol import UniformGroups
 from glm5.errors import InputError
 from glm5.rl.config import RLRunConfig
+from glm5.rl.gateway.session import ENVIRONMENT
 from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.replay import ReplayedStep, replay_step
@@ -55,7 +56,7 @@ class RLOptions:
     @2 for twice the share. May be given several times."""
     held_out_env: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """An environment, named as for --env, of which held-out tasks are measured on the way (--held-out.every) and never
-    learnt from. May be given several times."""
+    learnt from. May be given several times; none, for a resumed run, takes away those that were."""
     out: Path
     """The run directory."""
     world: Path | None = None
@@ -167,6 +168,11 @@ def nothing_to_learn_from(record: Record | None) -> str:
     if record is None:
         return "There is nothing to learn from: give at least one --env, such as --env sums."
     names = record.directory.description["inputs"].get("environments")
+    if names == ENVIRONMENT:
+        return (
+            f"{record.directory.path} learns from agents, and its record does not say from which (it was begun in "
+            "Python, or by an older version): give --from-gateway, or --from-records DIR."
+        )
     return (
         f"{record.directory.path} learns from {names}, and its record does not say how to make that (it was begun in "
         "Python, or by an older version): give each with --env, or resume it in Python, train_rl(..., resume=True)."

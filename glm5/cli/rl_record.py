@@ -153,6 +153,8 @@ def _parsed(kind: type[AnyFlags], arguments: Sequence[str], before: AnyFlags) ->
     given = tyro.cli(kind, prog="glm5 rl", args=list(arguments), registry=REGISTRY, default=bare)
     config, run, engines = given.config, given.run, given.engines
     kept = {name: getattr(run, name) or getattr(before.run, name) for name in names}
+    if kept["held_out_env"] == ("none",):
+        kept["held_out_env"] = ()
     return _with(
         kind, given, config=replace(config, aids=replace(config.aids, teachers=config.aids.teachers or aids.teachers)),
         run=replace(run, **kept), engines=replace(engines, server=engines.server or before.engines.server),

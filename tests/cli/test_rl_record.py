@@ -9,7 +9,7 @@ from speaker import speaker_model, speaker_tokenizer
 
 import glm5
 from glm5.cli.main import main
-from glm5.cli.rl import Flags, RLOptions
+from glm5.cli.rl import Flags, RLOptions, nothing_to_learn_from
 from glm5.cli.rl_engines import EngineOptions
 from glm5.cli.rl_environments import named_environment
 from glm5.cli.rl_record import Record, noted, parse
@@ -192,6 +192,16 @@ def test_a_loss_whose_class_was_not_noted_is_no_guess(tmp_path, capsys):
         assert Record.named(["--resume", "--out", str(tmp_path), said]).config.learner.loss == kind(**narrow)
     assert settings_of(tmp_path)[0].group_size == 3, "a simulation has no loss"
     assert recorded_config(described({"parent": "p", "learner": {"loss": {}}})).learner.loss == Reinforce()
+
+
+def test_older_runs_of_agents_ask_for_agents_and_held_out_environments_are_taken_away():
+    values = {"parent": "p", "command": {"run": {"env": ["sums"], "held_out_env": ["sums"]}}}
+    run = described(values)
+    run.description["inputs"]["environments"] = "gateway"
+    record = Record(run, recorded_config(run))
+    assert "give --from-gateway, or --from-records DIR" in nothing_to_learn_from(record)
+    assert parse(Flags, RLOptions, ["--resume"], record).run.held_out_env == ("sums",)
+    assert parse(Flags, RLOptions, ["--resume", "--held-out-env", "none"], record).run.held_out_env == ()
 
 
 def test_every_setting_comes_back_from_the_record():
