@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -90,8 +91,17 @@ class ContentBlocks:
 
 
 def _read(arguments: str) -> Any:
-    """Raises `InputError` for whole numbers that Python does not read."""
+    """Raises `InputError` for numbers that Python does not read, or reads as infinity, which is no JSON."""
     try:
-        return json.loads(arguments)
+        return json.loads(arguments, parse_float=_finite)
     except ValueError:
-        raise InputError("The call holds a number of thousands of digits; ask again, or give it a maximum.") from None
+        raise InputError(
+            "The call holds a number that is too large or has thousands of digits; ask again, or give it a maximum."
+        ) from None
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits} is too large")
+    return value
