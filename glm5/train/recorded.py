@@ -29,6 +29,7 @@ OPERATIONAL = frozenset(
         "keep_checkpoints",
         "keep_logprobs",
         "on_spike",
+        "on_trouble",
         "outage_seconds",
         "parallel",
         "patience",

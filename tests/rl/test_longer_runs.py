@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import lockstep_runs
@@ -141,6 +142,20 @@ def test_a_run_of_the_code_that_recorded_less_goes_on_and_is_replayed(parent, tm
             train(config_of(parent, learner=other), [letters()], run.path, sources=[source], resume=True)
     longer = train(config_of(parent, steps=3), [letters()], run.path, sources=[source], resume=True)
     assert len(longer.read("metrics")) == 3
+
+
+def test_a_batch_without_a_finite_gradient_is_left_out_by_a_resumed_run(parent, tmp_path, monkeypatch):
+    def clipped(learner):
+        found = clip(learner)
+        return found | {"grad_norm": math.nan} if learner.version == 1 else found
+
+    clip = Learner._clip
+    monkeypatch.setattr(Learner, "_clip", clipped)
+    with pytest.raises(RunError, match=r"grad_norm is nan in batch 1.*resume with on_trouble='skip'"):
+        train_rl(config_of(parent), [letters()], tmp_path / "run")
+    skipping = config_of(parent, learner={"on_trouble": "skip"})
+    run = train_rl(skipping, [letters()], tmp_path / "run", resume=True)
+    assert [line["skipped_updates"] for line in run.read("metrics")] == [0, 1]
 
 
 def test_a_falling_rate_keeps_its_steps(parent, tmp_path):
