@@ -52,6 +52,8 @@ class Reward:
         return self.grade.reason
 
 
+LARGEST_REWARD = 1e6
+"""By size. A larger one drowns what all others say, and near the largest float there is no mean."""
 FailureKind = Literal["crash", "timeout", "unreachable", "verifier"]
 """crash: it raised. timeout: it did not answer in time. unreachable: its server could not be asked. verifier: what was
 done could not be judged."""

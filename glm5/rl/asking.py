@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import math
 import re
 import threading
 import time
@@ -18,6 +17,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from glm5.envs import Environment, EnvironmentFailure, Episode, FailureKind, Message, Observation, Reward, Task, Tool
+from glm5.envs.protocol import LARGEST_REWARD
 from glm5.envs.threads import in_own_thread
 from glm5.rl.episode_task import EpisodeTask, TookTooLong
 from glm5.scoring import Grade
@@ -146,15 +146,15 @@ def plain_observation(what: str, given: Any) -> Observation:
 
 
 def plain_reward(given: Any) -> Reward:
-    """Its value as a float."""
+    """Its value as a float that can be compared with others."""
     reward = _of("score", given, Reward, "verifier")
     grade = _of("the reward's grade", reward.grade, Grade, "verifier")
     try:
         value = float(reward.value)
     except (Exception, SystemExit) as error:  # too large, an array, or whatever its own `__float__` raises
         raise EnvironmentFailure(f"score: the reward is no number: {error}", "verifier") from error
-    if not math.isfinite(value):
-        raise EnvironmentFailure(f"score: the reward is {value}", "verifier")
+    if not abs(value) <= LARGEST_REWARD:
+        raise EnvironmentFailure(f"score: the reward is {value}, no number up to {LARGEST_REWARD:,.0f}", "verifier")
     found = _blaming("score", plain, [grade.outcome, grade.reason, grade.extracted])
     _storable("score", found)
     return Reward(value, Grade(*found))

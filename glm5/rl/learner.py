@@ -32,7 +32,7 @@ from glm5.rl.forward import PerExample, fixed_logprobs
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.objective import Given, distribution, drafts, objective, totals_of
 from glm5.rl.packing import Example, Judged, examples_of, judged, micro_batches
-from glm5.rl.records import Batch, Metrics
+from glm5.rl.records import Batch, Metrics, Rollout
 from glm5.rl.seen import TrainerLogprobs
 from glm5.train import RunDirectory
 from glm5.train.guards import LOWER_RATE
@@ -88,8 +88,8 @@ class Learner:
     def step(self, batch: Batch) -> Metrics:
         """Learns from a batch of this version; afterwards the weights are those of the next version.
 
-        Raises InputError for a batch of another version, and RunError for a loss or gradient that is not finite, before
-        the weights change, unless `on_trouble` is "skip".
+        Raises InputError for a batch of another version, and RunError, before the weights change, for rewards that have
+        no mean and for a loss or gradient that is not finite, unless `on_trouble` is "skip".
         """
         if batch.version != self.version:
             raise InputError(f"The batch is of version {batch.version} and the learner at version {self.version}.")
@@ -124,7 +124,14 @@ class Learner:
 
     def _lessons(self, batch: Batch) -> list[Judged]:
         """What is learnt from; a baseline is of all rollouts, also those that are masked."""
-        lessons = judged(batch, self.config.advantages)
+        try:
+            lessons = judged(batch, self.config.advantages)
+        except (ArithmeticError, ValueError) as error:  # of an older journal: too large ones are no longer taken
+            worst = max(batch.rollouts, key=_size_of_reward)
+            raise RunError(
+                f"The rewards of batch {batch.step} cannot be compared ({error}); the one of {worst.id} is "
+                f"{worst.reward and worst.reward.value}. Start a new run, with smaller rewards."
+            ) from error
         if self.config.truncated == "mask":
             lessons = [one for one in lessons if one.lesson.rollout.outcome != "truncated"]
         return lessons
@@ -216,7 +223,7 @@ class Learner:
             return trouble is None
         raise RunError(
             f"The {trouble} in batch {self.version}, before the weights changed; look at its rollouts, then "
-            f"{LOWER_RATE}, or set on_trouble='skip' to leave such updates out."
+            f"{LOWER_RATE}, or resume with on_trouble='skip' to leave such updates out."
         )
 
     # ---- what leaves, and what stays ------------------------------------------------------------------------------
@@ -285,6 +292,12 @@ def batch_metrics(batch: Batch) -> Metrics:
         "staleness": sum(ages) / len(ages) if ages else 0.0,
         "max_staleness": max(ages, default=0),
     }
+
+
+def _size_of_reward(rollout: Rollout) -> float:
+    """How far from 0; what is no number is the farthest."""
+    value = math.nan if rollout.reward is None else abs(rollout.reward.value)
+    return math.inf if math.isnan(value) else value
 
 
 def _norm_of(name: str) -> str:

@@ -90,6 +90,11 @@ ENDLESS.append(ENDLESS)
         ("score", coroutine(1.0), "verifier: score is of type float, not Reward"),
         ("score", coroutine(Reward(None, GRADE)), "verifier: score: the reward is no number"),
         ("score", coroutine(Reward(np.float32("inf"), GRADE)), "verifier: score: the reward is inf"),
+        (
+            "score",
+            coroutine(Reward(1.7e308, GRADE)),
+            "verifier: score: the reward is 1.7e+308, no number up to 1,000,000",
+        ),
         ("score", coroutine(Reward(10**400, GRADE)), "verifier: score: the reward is no number: int too large"),
         ("score", coroutine(Reward(torch.ones(2), GRADE)), "verifier: score: the reward is no number"),
         ("score", coroutine(Reward(1.0, "good")), "verifier: the reward's grade is of type str, not Grade"),

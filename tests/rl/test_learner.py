@@ -201,6 +201,16 @@ def test_a_loss_that_is_not_finite_stops_or_skips_before_the_weights_change(batc
         assert all(torch.equal(t.nan_to_num(7), before[n].nan_to_num(7)) for n, t in one.weights().items())
 
 
+def test_rewards_without_a_mean_are_told_by_their_rollout():
+    """As an older journal may hold them."""
+    batch = engine_batch(((1.7e308, 1.7e307), (1.0, 0.0)))
+    worst = next(rollout for rollout in batch.rollouts if rollout.reward.value == 1.7e308)
+    learner = Learner(speaker_model(), LearnerConfig())
+    with pytest.raises(RunError, match=rf"of batch 0 cannot be compared .*the one of {worst.id} is 1\.7e\+308"):
+        learner.step(batch)
+    assert learner.version == 0
+
+
 def test_wrong_batches_are_refused(batch):
     learner = Learner(speaker_model(), LearnerConfig(), version=1)
     with pytest.raises(InputError, match="batch is of version 0 and the learner at version 1"):

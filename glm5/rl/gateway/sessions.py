@@ -12,7 +12,6 @@ Whoever learns reads the second folder (`glm5.rl.gateway.reading`), in this proc
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import secrets
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from glm5.envs.protocol import LARGEST_REWARD
 from glm5.errors import RunError
 from glm5.rl.gateway.answers import Message
 from glm5.rl.gateway.session import Session, State, own_distribution
@@ -123,8 +123,8 @@ class Sessions:
 
         The same final reward once more is taken as heard already; another one is refused.
         """
-        if not math.isfinite(value):
-            raise ApiError(400, f"The reward is {value}; it must be a finite number.")
+        if not abs(value) <= LARGEST_REWARD:
+            raise ApiError(400, f"The reward is {value}; it must be a number from -1e6 to 1e6.")
         with self._lock:
             if session_id not in self._open:
                 session = self.find(session_id)
