@@ -56,3 +56,8 @@ class ModelOutput:
     indexer_recall: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """full-indexer layer -> shares of the true top-k that its selection holds, of the positions and of their attention
     mass; a mean over the queries that see more than `index_topk` keys and over the layers that share the indexer."""
+
+    @property
+    def drafts(self) -> int:
+        """Draft steps that were run."""
+        return len(self.states[1:] if self.states else self.mtp_logits)

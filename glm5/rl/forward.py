@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from glm5.errors import InputError
-from glm5.model import GLM5, ModelOutput, Replay
-from glm5.rl.head import said_of, without_head
+from glm5.model import GLM5, ModelOutput, Replay, without_head
+from glm5.rl.head import said_of
 from glm5.rl.packing import Example, Passes, Rows, micro_batches
 
 PerExample = dict[int, Tensor]
@@ -47,7 +47,7 @@ def fixed_logprobs(model: GLM5, examples: Sequence[Example], passes: Passes, *, 
     for rows in micro_batches(examples, passes):
         if not replay:
             rows = replace(rows, experts_BTLK=None)
-        output = run(model, rows, passes.attention, without_head(model, rows, passes, frozenset()))
+        output = run(model, rows, passes.attention, without_head(model, rows.ids_BT, frozenset(), passes.logits))
         said = said_of(model, output, rows.sampled, passes)
         found |= by_example(rows, said.logprobs_N)
     return found

@@ -1,10 +1,8 @@
-"""The output head over the tokens that are learnt from: their log-probabilities, in memory that knows a bound.
+"""What a model says of the tokens that are learnt from: their log-probabilities, in memory that knows a bound.
 
-A vocabulary of 154,880 makes 620 kB of float32 logits a position, and the loss holds several tensors of their size. So
-where the logits of a whole pass are more than `Passes.logits`, the model leaves its head to this file
-(`collect={"states"}`): it is applied to the sampled tokens alone, a piece of them at a time, and once more in the
-backward pass instead of keeping what that needs (Chen et al. 2016, arXiv 1604.06174). A pass with fewer is computed as
-the plain update does it (`plain/update.py`), to the bit.
+Where the logits of a whole pass are more than `Passes.logits`, only those of the sampled tokens are made, a piece of
+them at a time (`glm5.model.head`). A pass with fewer is computed as the plain update (`plain/update.py`) does it, to
+the bit.
 """
 
 from __future__ import annotations
@@ -13,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from glm5.engine.sampler import tempered
-from glm5.model import GLM5, ModelOutput
-from glm5.rl.packing import Passes, Places, Rows
+from glm5.model import GLM5, ModelOutput, by_pieces
+from glm5.rl.packing import Passes, Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,32 +26,19 @@ class Said:
     """Of the distributions that they were drawn from, in nats; zeros unless they were asked for."""
 
 
-def without_head(model: GLM5, rows: Rows, passes: Passes, collect: frozenset[str]) -> frozenset[str]:
-    """The names to collect: also "states" where the logits of all positions are more than are held at once."""
-    heads = 1 + (model.mtp_steps if "mtp" in collect else 0)
-    many = rows.ids_BT.numel() * model.config.vocab_size * heads > passes.logits
-    return collect | {"states"} if many else collect
-
-
 def said_of(
     model: GLM5, output: ModelOutput, at: Places, passes: Passes, *, ahead: int = 0, entropy: bool = False
 ) -> Said:  # fmt: skip
     """What the trunk (ahead = 0) or draft step `ahead - 1` says of the tokens at these places; differentiable."""
+
+    def judged(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        return _judged(logits_NV, targets_N, passes.temperature, entropy)
+
     if not output.states:
         logits_BTV = (output.logits, *output.mtp_logits)[ahead]
-        return Said(*_judged(logits_BTV[at.rows_N, at.columns_N], at.targets_N, passes.temperature, entropy))
-
-    def piece(state_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        return _judged(model.lm_head(state_ND), targets_N, passes.temperature, entropy)
-
-    size = max(passes.logits // model.config.vocab_size, 1)
-    pieces = [
-        checkpoint(piece, state_ND, targets_N, use_reentrant=False, preserve_rng_state=False)
-        for state_ND, targets_N in zip(
-            output.states[ahead][at.rows_N, at.columns_N].split(size), at.targets_N.split(size), strict=True
-        )
-    ]  # fmt: skip
-    logprobs, entropies = zip(*pieces, strict=True)
+        return Said(*judged(logits_BTV[at.rows_N, at.columns_N], at.targets_N))
+    states_ND = output.states[ahead][at.rows_N, at.columns_N]
+    logprobs, entropies = zip(*by_pieces(model, states_ND, at.targets_N, judged, passes.logits), strict=True)
     return Said(torch.cat(logprobs), torch.cat(entropies))
 
 

@@ -168,7 +168,7 @@ class Learner:
         values = self.backward(examples, given, before)
         if self.aids.replay is not None and self.config.replay_weight:
             batch = self.aids.replay.batch(self.version * self.config.updates + number)
-            replayed = language_loss(self.model, batch, attention=self.config.attention).total
+            replayed = language_loss(self.model, batch, attention=self.config.attention, most=self.passes.logits).total
             (self.config.replay_weight * replayed).backward()
             values["replay"] = replayed.item()
         values |= self._clip()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from glm5.errors import ConfigError
+from glm5.model import logits_in
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.rl.adapters import LoRA
 from glm5.rl.advantages import KINDS, Advantages
@@ -106,5 +107,5 @@ class LearnerConfig:
         one_a_row = 1 if self.indexer_weight else None
         return Passes(
             attention=self.attention, rows=self.rows, tokens=self.pass_tokens, row_tokens=self.row_tokens or one_a_row,
-            logits=self.logits_mib << 18,  # of four bytes each
+            logits=logits_in(self.logits_mib),
         )  # fmt: skip

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glm5.model import GLM5, ModelOutput
+from glm5.model import GLM5, ModelOutput, without_head
 from glm5.rl.critic import Estimates, ValueHead, value_loss, values_of
 from glm5.rl.drafting import draft_counts, draft_loss
 from glm5.rl.forward import PerExample, by_example, gathered, run
-from glm5.rl.head import said_of, without_head
+from glm5.rl.head import said_of
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.loss import PolicyTokens
 from glm5.rl.packing import Example, Passes, Rows
@@ -83,7 +83,7 @@ def objective(
             ("mtp", drafting), ("hidden", head is not None), ("indexer_kl", config.indexer_weight > 0),
         ) if wanted
     )  # fmt: skip
-    output = run(model, rows, passes.attention, without_head(model, rows, passes, collect))
+    output = run(model, rows, passes.attention, without_head(model, rows.ids_BT, collect, passes.logits))
     said = said_of(model, output, rows.sampled, passes, entropy=config.entropy > 0)
     logprobs_N = said.logprobs_N
     tokens = policy_tokens(rows, logprobs_N, given, config)

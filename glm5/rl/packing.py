@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from glm5.errors import InputError
+from glm5.model import LOGITS
 from glm5.rl.advantages import Advantages, rollout_advantages
 from glm5.rl.records import Batch, Lesson, Trajectory
 
@@ -41,7 +42,7 @@ class Passes:
     """At most, of one pass: its rows times the longest of them. A row that is longer has a pass of its own."""
     row_tokens: int | None
     """Pack whole trajectories into rows of that many; None: one trajectory a row."""
-    logits: int = 1 << 26
+    logits: int = LOGITS
     """Held at once: of all positions of a pass where these are no more, else of as many sampled tokens (`head.py`)."""
     temperature: float = 1.0
     """At which the policy samples: it is this distribution that is judged, also by a reference or a teacher."""

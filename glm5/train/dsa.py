@@ -69,7 +69,7 @@ def dsa_job(config: DSAConfig) -> Job:
 
 def indexer_loss(model: GLM5, batch: Batch, counts: Counts | None = None) -> Loss:
     """Mean KL over the full-indexer layers and the MTP modules, under dense attention."""
-    collect = {"indexer_kl"} | ({"mtp"} if len(model.mtp) and model.mtp_steps else set())
-    output = model(batch.input_ids_BT, None, batch.segment_ids_BT, attention="dense", collect=collect, logits_to_keep=1)
+    collect = {"indexer_kl", "states"} | ({"mtp"} if len(model.mtp) and model.mtp_steps else set())  # no logits
+    output = model(batch.input_ids_BT, None, batch.segment_ids_BT, attention="dense", collect=collect)
     kl = kl_loss(model, output, batch, counts or count(batch, 0), model.mtp_steps)
     return Loss(kl, {"indexer_kl": kl.detach()})

@@ -16,10 +16,11 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from glm5.data import IGNORED, TokenDataset, once
 from glm5.errors import InputError
-from glm5.model import GLM5
+from glm5.model import GLM5, LOGITS, by_pieces, without_head
 from glm5.text import Tokenizer
 
 
@@ -43,20 +44,33 @@ def evaluate_bits_per_byte(
     rows: int = 16,
     documents: int | None = None,
     attention: Literal["dense", "sparse"] = "dense",
+    most: int = LOGITS,
 ) -> Evaluation:
-    """Evaluates `model` on the first `documents` documents (default: all) in rows of `length` tokens."""
+    """Evaluates `model` on the first `documents` documents (default: all) in rows of `length` tokens.
+
+    most: logits that are held at once (`glm5.model.head`).
+    """
     if min(length, rows, len(dataset) if documents is None else documents) < 1:
         raise InputError("An evaluation needs at least one document, and rows of at least one token.")
     nats, tokens = 0.0, 0
     for batch in once(dataset, rows=rows, length=length, documents=documents):
-        logits_BTV = model(batch.input_ids_BT, None, batch.segment_ids_BT, attention=attention).logits
-        targets = batch.targets_BT.flatten()
-        losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="none")
+        collect = without_head(model, batch.input_ids_BT, frozenset(), most)
+        output = model(batch.input_ids_BT, None, batch.segment_ids_BT, attention=attention, collect=collect)
+        counted_BT = batch.targets_BT != IGNORED
+        if output.states:
+            states_ND, targets_N = output.states[0][counted_BT], batch.targets_BT[counted_BT]
+            losses = torch.cat(by_pieces(model, states_ND, targets_N, _nats, most))
+        else:
+            losses = _nats(output.logits.flatten(0, 1), batch.targets_BT.flatten())
         nats += losses.double().sum().item()
-        tokens += int((targets != IGNORED).sum())
+        tokens += int(counted_BT.sum())
     count = len(dataset) if documents is None else min(documents, len(dataset))
     size = int(dataset.byte_counts[:count].sum())
     return Evaluation(nats / math.log(2) / size, nats / tokens, tokens, size, count)
+
+
+def _nats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="none")
 
 
 def zlib_bits_per_byte(texts: Iterable[str], *, dictionary: str = "") -> float:

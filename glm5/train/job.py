@@ -25,7 +25,7 @@ from glm5.data import BatchWarmup, Loader, Mixture, Share, TokenDataset, open_da
 from glm5.data.mixture import Packing
 from glm5.errors import ConfigError, RunError
 from glm5.files import write_json
-from glm5.model import GLM5
+from glm5.model import GLM5, logits_in
 from glm5.parallel.apply import whole_state
 from glm5.parallel.context import whole_rows
 from glm5.parallel.mesh import on_first, world_rank, world_size
@@ -183,6 +183,7 @@ class Parent:
 
     def __init__(self, config: StageConfig) -> None:
         self.config = config
+        self.most = logits_in(config.loop.logits_mib)
         self.directory = model_of(config.parent)
         self.sha256 = directory_sha256(self.directory)
         self.model_config = ModelConfig.from_pretrained(self.directory)
@@ -211,7 +212,7 @@ class Parent:
             return None
         return functools.partial(
             evaluate_bits_per_byte, dataset=self.heldout, length=length or self.config.length,
-            documents=self.config.heldout_documents, attention=attention,
+            documents=self.config.heldout_documents, attention=attention, most=self.most,
         )  # fmt: skip
 
     def job(self, stage: Stage, make_model: Callable[[], GLM5], **judged: Any) -> Job:

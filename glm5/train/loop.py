@@ -66,6 +66,8 @@ class LoopConfig:
     """`bf16`: autocast over fp32 weights. A little faster on a CPU, at `nano` size too."""
     micro_rows: int | None = None
     """Rows of a forward pass; the gradients of a step add up over them. None: all rows at once."""
+    logits_mib: int = 256
+    """MiB of logits that are held at once; a pass with more makes them piece by piece, and again going backward."""
     checkpoint_activations: bool = False
     """Layers keep only their input and run again in the backward pass: less memory, the same bits."""
     parallel: Annotated[ParallelPlan, tyro.conf.Suppress] = field(default_factory=ParallelPlan)
@@ -90,7 +92,7 @@ class LoopConfig:
     """Who else gets the metrics."""
 
     def __post_init__(self) -> None:
-        check_counts(self, "steps", "checkpoint_every", "keep_checkpoints")
+        check_counts(self, "steps", "logits_mib", "checkpoint_every", "keep_checkpoints")
         check_counts(self, "seed", "evaluate_every", least=0)
         check_numbers(self, "clip_norm", above=0)
         check_numbers(self, "router_bias_rate")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glm5.data import IGNORED, Batch
-from glm5.model import GLM5, ModelOutput, RouterRecord
+from glm5.model import GLM5, LOGITS, ModelOutput, RouterRecord, by_pieces, without_head
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,11 @@ def language_loss(
     mtp_weight: float = 0.0,
     balance_weight: float = 0.0,
     indexer_weight: float = 0.0,
+    most: int = LOGITS,
 ) -> Loss:
     """next token + mtp_weight x MTP + balance_weight x balance + indexer_weight x KL of the indexers.
+
+    most: logits that are held at once, of the trunk and all draft steps together (`glm5.model.head`).
 
     The KL has no gradient outside the indexers and the others none inside: the model detaches both (DSA report, 2.1.1).
     """
@@ -76,14 +79,17 @@ def language_loss(
     counts = counts or count(batch, drafts)
     collect = {"router"} | ({"mtp"} if drafts and len(model.mtp) else set())
     collect |= {"indexer_kl"} if indexer_weight else set()
-    output = model(batch.input_ids_BT, None, batch.segment_ids_BT, attention=attention, collect=collect)
+    output = model(
+        batch.input_ids_BT, None, batch.segment_ids_BT, attention=attention,
+        collect=without_head(model, batch.input_ids_BT, collect, most),
+    )  # fmt: skip
     lm = None
     if output.logits.shape[-1]:  # in a pipeline the last stage alone has logits
-        lm = next_token_loss(output.logits, model.rows.part(batch.targets_BT), counts.targets())
+        lm = token_loss(model, output, model.rows.part(batch.targets_BT), counts.targets(), most=most)
     total, parts = output.logits.new_zeros(()), {}
     for name, weight, found in (
         ("lm", 1.0, lm),
-        ("mtp", mtp_weight, mtp_loss(model, output, batch, counts) if output.mtp_logits else None),
+        ("mtp", mtp_weight, mtp_loss(model, output, batch, counts, most) if output.drafts else None),
         ("balance", balance_weight, balance_loss(output, counts) if output.router else None),
         ("indexer_kl", indexer_weight, kl_loss(model, output, batch, counts, drafts) if indexer_weight else None),
     ):
@@ -93,14 +99,28 @@ def language_loss(
     return Loss(total, parts, output.router)
 
 
+def token_loss(
+    model: GLM5, output: ModelOutput, targets_BT: Tensor, targets: Tensor, *, ahead: int = 0, most: int = LOGITS
+) -> Tensor:
+    """`next_token_loss` of the trunk (ahead = 0) or of draft step `ahead - 1`, with logits or with states."""
+    if not output.states:
+        return next_token_loss((output.logits, *output.mtp_logits)[ahead], targets_BT, targets)
+    learnt_BT = targets_BT != IGNORED
+    sums = by_pieces(model, output.states[ahead][learnt_BT], targets_BT[learnt_BT], nats, most)
+    return torch.stack(sums).sum() / targets.clamp(min=1)
+
+
+def nats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed over the targets that are not IGNORED."""
+    return F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
+
+
 def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor, targets: Tensor | None = None) -> Tensor:
     """Cross-entropy in nats over the targets that are not IGNORED, divided by `targets` (default: their own number).
 
     0 when there is none.
     """
-    total = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    total = nats(logits_BTV.flatten(0, 1), targets_BT.flatten())
     return total / ((targets_BT != IGNORED).sum() if targets is None else targets).clamp(min=1)
 
 
@@ -114,12 +134,12 @@ def mtp_targets(batch: Batch, step: int) -> Tensor:
     return targets_BT
 
 
-def mtp_loss(model: GLM5, output: ModelOutput, batch: Batch, counts: Counts) -> Tensor:
+def mtp_loss(model: GLM5, output: ModelOutput, batch: Batch, counts: Counts, most: int = LOGITS) -> Tensor:
     """Mean over the draft steps of their cross-entropies."""
-    losses = [
-        next_token_loss(logits, model.rows.part(mtp_targets(batch, step)), counts.targets(step + 1))
-        for step, logits in enumerate(output.mtp_logits)
-    ]
+    losses = []
+    for step in range(output.drafts):
+        targets_BT = model.rows.part(mtp_targets(batch, step))
+        losses.append(token_loss(model, output, targets_BT, counts.targets(step + 1), ahead=step + 1, most=most))
     return torch.stack(losses).mean()
 
 

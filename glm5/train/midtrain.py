@@ -128,12 +128,13 @@ def midtrain_job(config: MidtrainConfig) -> Job:
         name="midtrain",
         loader=Phases(loaders),
         loss=functools.partial(
-            language_loss, attention="dense", mtp_weight=config.mtp_weight, balance_weight=config.balance_weight
+            language_loss, attention="dense", mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
+            most=parent.most,
         ),
         learns=lambda name: ".indexer." not in name,
         evaluate=during(judge),
         sample=sampler(parent.tokenizer, config.prompts, "dense"),
-    )
+    )  # fmt: skip
 
     def make_model() -> GLM5:
         model = parent.model()

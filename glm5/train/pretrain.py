@@ -15,7 +15,7 @@ from rich.console import Console
 from glm5.config import ModelConfig
 from glm5.data import BatchWarmup, open_dataset
 from glm5.errors import ConfigError
-from glm5.model import GLM5, initialize_
+from glm5.model import GLM5, initialize_, logits_in
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.text import Tokenizer
 from glm5.train.evaluate import evaluate_bits_per_byte, sanity_lines
@@ -84,17 +84,19 @@ def pretrain_job(config: PretrainConfig) -> Job:
         )
     check_length(config.length, config.model)
     data, heldout = open_data(config.train_data, tokenizer), open_dataset(config.heldout_data, tokenizer)
-    judge = functools.partial(evaluate_bits_per_byte, dataset=heldout, length=config.length)
+    most = logits_in(config.loop.logits_mib)
+    judge = functools.partial(evaluate_bits_per_byte, dataset=heldout, length=config.length, most=most)
     stage = Stage(
         name="pretrain",
         loader=loader_of(config, data),
         loss=functools.partial(
-            language_loss, attention="dense", mtp_weight=config.mtp_weight, balance_weight=config.balance_weight
+            language_loss, attention="dense", mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
+            most=most,
         ),
         learns=lambda name: ".indexer." not in name,
         evaluate=during(functools.partial(judge, documents=config.heldout_documents)),
         sample=sampler(tokenizer, config.prompts, "dense"),
-    )
+    )  # fmt: skip
     return Job(
         config=config,
         stage=stage,

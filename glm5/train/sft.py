@@ -69,7 +69,7 @@ def sft_job(config: SFTConfig) -> Job:
         loader=parent.loader("keep_whole"),
         loss=functools.partial(
             language_loss, attention=config.attention, mtp_weight=config.mtp_weight,
-            balance_weight=config.balance_weight,
+            balance_weight=config.balance_weight, most=parent.most,
         ),
         learns=lambda name: ".indexer." not in name and (config.mtp_weight > 0 or not name.startswith("mtp.")),
         evaluate=during(judge),

@@ -58,7 +58,7 @@ def sparse_job(config: SparseConfig) -> Job:
         loader=parent.loader(),
         loss=functools.partial(
             language_loss, attention="sparse", mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
-            indexer_weight=config.indexer_weight,
+            indexer_weight=config.indexer_weight, most=parent.most,
         ),
         evaluate=lambda model: watched(model) | mean_recall(measure(model)),
         sample=sampler(parent.tokenizer, config.prompts, "sparse"),

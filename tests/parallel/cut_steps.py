@@ -38,6 +38,8 @@ class Case:
     attention: str = "sparse"
     length: int = 30
     changes: dict[str, Any] = field(default_factory=dict)
+    positions: int = 1 << 20
+    """Of which logits are held at once."""
 
 
 def batch(length: int) -> Batch:
@@ -71,8 +73,9 @@ def step(case: Case) -> dict[str, Any]:
 
     def loss(model: GLM5, rows: Batch) -> tuple[Tensor, Loss]:
         found = language_loss(
-            model, rows, counts, attention=case.attention, mtp_weight=0.3, balance_weight=0.01, indexer_weight=1.0
-        )
+            model, rows, counts, attention=case.attention, mtp_weight=0.3, balance_weight=0.01, indexer_weight=1.0,
+            most=case.positions * VOCABULARY,
+        )  # fmt: skip
         return found.total, dataclasses.replace(found, total=found.total.detach())
 
     if case.plan.pipeline > 1:

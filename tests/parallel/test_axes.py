@@ -11,6 +11,8 @@ from glm5.parallel import ParallelPlan as P
 from glm5.parallel.context import pieces
 from glm5.parallel.tensor import apply_tensor_parallel
 
+FEW = 4
+"""Positions at once: the head and its gradients by pieces, however the head is cut."""
 TOPK_ABOVE = {"index_topk": 64}
 TWO = [
     Case(P(tensor=2), "sparse"),
@@ -21,6 +23,7 @@ TWO = [
     Case(P(pipeline=2), "sparse"),
     Case(P(pipeline=2), "dense", changes={"num_nextn_predict_layers": 0}),
     Case(P(context=2, expert=2), "sparse"),
+    *(Case(plan, positions=FEW) for plan in (P(data_shard=2), P(tensor=2), P(context=2), P(pipeline=2))),
 ]
 FOUR = [
     Case(P(context=4), length=29),
@@ -33,8 +36,10 @@ FOUR = [
     Case(P(context=2, pipeline=2)),
     Case(P(pipeline=2, data_shard=2)),
     Case(P(pipeline=2, data_shard=2, expert=2)),
+    Case(P(tensor=2, data_shard=2), positions=FEW),
 ]
 MORE = [
+    Case(P(tensor=2, pipeline=2), positions=FEW),
     Case(P(tensor=4)),
     Case(P(tensor=2, data_replicate=2)),
     Case(P(context=2, data_replicate=2)),

@@ -183,10 +183,17 @@ class Text:
         return TextBatch(ids[:, :-1], ids[:, 1:], torch.zeros(2, 9, dtype=torch.int64))
 
 
-def test_replay_adds_the_language_loss_of_earlier_batches(batch):
+@pytest.mark.parametrize("few", [None, 5])
+def test_replay_adds_the_language_loss_of_earlier_batches(batch, few):
+    """Also where the logits of so few tokens are held at once."""
     config = LearnerConfig(advantages="none", mtp="frozen", replay_weight=0.5, clip_norm=1e9)
     learner = Learner(speaker_model(), config, aids=Aids(replay=Text()), version=3)
+    calls = []
+    if few is not None:
+        learner.passes = dataclasses.replace(learner.passes, logits=few * VOCABULARY)
+    learner.model.lm_head.register_forward_hook(lambda module, given, out: calls.append(out.shape[:-1].numel()))
     values = learner.step(at_version(batch, 3))
+    assert few is None or max(calls) == few
     model = speaker_model()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".indexer." not in name)
