@@ -4,7 +4,8 @@ A process killed while it writes leaves a `.partial` sibling, which the next wri
 directory takes two renames, because a full directory cannot be renamed over: old one aside, new one in. A kill between
 them leaves the old one, whole, under a hidden `.old` name; `restore_directory`, and the next write, give it back.
 
-One process at a time writes a name. A second one takes the place of the first, which then fails and changes nothing.
+One process at a time writes a name. A second one takes the place of the first, which then fails and changes nothing;
+`locked` is for those who must keep others out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
+
+from glm5.errors import RunError
 
 
 @contextlib.contextmanager
@@ -85,6 +88,27 @@ def restore_directory(path: Path) -> None:
     aside = _aside(path)
     if aside.is_dir() and not path.exists():
         os.rename(aside, path)
+
+
+def locked(path: Path, taken: str) -> IO[str]:
+    """Locks the file at `path`, which is made, until what this gives is closed; a killed process lets go.
+
+    Raises RunError(taken) when another process holds it, and OSError where there can be no such file. On systems
+    without such locks nobody is kept out.
+    """
+    file = open(path, "w")  # noqa: SIM115 (the caller closes it)
+    if os.name != "posix":
+        return file
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if isinstance(error, BlockingIOError):
+            raise RunError(taken) from None
+        raise
+    return file
 
 
 def sha256_of(path: Path) -> str:

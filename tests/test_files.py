@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from glm5.data.manifest import note_file, read_manifest
-from glm5.files import replacing, replacing_directory, restore_directory, sha256_of, write_json
+from glm5.errors import RunError
+from glm5.files import locked, replacing, replacing_directory, restore_directory, sha256_of, write_json
 
 
 def write(directory: Path, text: str) -> Path:
@@ -29,6 +32,30 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
     assert sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
     assert names(tmp_path) == ["x.json"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from glm5.files import locked
+lock = locked(Path(sys.argv[1]), "taken")
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_lock_keeps_other_processes_out_until_its_holder_is_gone(tmp_path):
+    path = tmp_path / "lock"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, text=True, env=env) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="somebody is in"):
+            locked(path, "somebody is in")
+        holder.kill()
+    locked(path, "somebody is in").close()
+    locked(path, "somebody is in").close()
+    with pytest.raises(OSError, match="No such file"):
+        locked(tmp_path / "nowhere" / "lock", "somebody is in")
 
 
 def test_a_directory_stays_when_the_block_fails(tmp_path):

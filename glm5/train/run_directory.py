@@ -26,7 +26,7 @@ from torch import nn
 
 from glm5.checkpoint.training_state import DamagedCheckpoint, TrainingCheckpoints, load_training_state
 from glm5.errors import RunError
-from glm5.files import replacing, sha256_of, write_json
+from glm5.files import locked, replacing, sha256_of, write_json
 from glm5.parallel.mesh import on_first, world_rank
 from glm5.train.recorded import (
     OPERATIONAL,
@@ -227,23 +227,12 @@ def exclusive(path: Path) -> Iterator[None]:
             lock.close()
 
 
-def _locked(path: Path) -> IO[str] | None:
-    """The lock of a run directory; None on systems without such."""
+def _locked(path: Path) -> IO[str]:
     make_directory(path, path)
-    if os.name != "posix":
-        return None
-    import fcntl
-
     try:
-        lock = open(path / ".lock", "w")  # noqa: SIM115 (the caller closes it)
+        return locked(path / ".lock", f"{path} is being trained by another process; wait for it, or stop it.")
     except OSError as error:
         raise _unusable(path, error) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise RunError(f"{path} is being trained by another process; wait for it, or stop it.") from None
-    return lock
 
 
 def make_directory(path: Path, run: Path) -> None:

@@ -21,6 +21,7 @@ from glm5.rl.plain.records import Group
 from glm5.rl.plain.rollout import Sampler, Ticket
 from glm5.rl.plain.update import Lesson, backward, sampled_logprobs, select
 from glm5.scoring import Grade
+from glm5.train.run_directory import exclusive
 
 
 class Letters:
@@ -232,3 +233,9 @@ def test_progress_shows_the_reward_and_a_finished_run_has_its_report(parent, tmp
 def test_wrong_settings_are_refused(parent, field, value):
     with pytest.raises(ConfigError, match=f"{field} is {value!r}"):
         config_of(parent, **{field: value})
+
+
+def test_a_second_process_is_kept_out(parent, tmp_path):
+    with exclusive(tmp_path / "run"), pytest.raises(RunError, match="run is being trained by another process"):
+        train_policy(config_of(parent), Letters(), tmp_path / "run")
+    assert train_policy(config_of(parent, steps=1), Letters(), tmp_path / "run").finished

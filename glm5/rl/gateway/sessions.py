@@ -24,6 +24,7 @@ from typing import IO
 
 from glm5.envs.protocol import LARGEST_REWARD
 from glm5.errors import RunError
+from glm5.files import locked
 from glm5.rl.gateway.answers import Message
 from glm5.rl.gateway.session import Session, State, own_distribution
 from glm5.rl.journal import Journal, Record, read_journal
@@ -80,9 +81,7 @@ class Sessions:
         """
         self.directory, self.weights, self.limits = directory, weights, limits or SessionLimits()
         self.own_sampling, self.clock = own_sampling, clock
-        for folder in (self.opened, self.finished):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._held = _hold(directory)
+        self._held = _held(directory)
         self._lock = threading.RLock()
         self._closed = {path.stem.partition("-")[2]: path for path in sorted(self.finished.glob("*.jsonl"))}
         self._count = max((int(path.stem.partition("-")[0]) for path in self._closed.values()), default=-1) + 1
@@ -301,19 +300,14 @@ def read_session(path: Path) -> Session:
     return session
 
 
-def _hold(directory: Path) -> IO[str]:
-    """Makes sure that one process records to the directory."""
-    file = (directory / "lock").open("w")  # held as long as the sessions are
-    if os.name != "posix":
-        return file
-    import fcntl
-
+def _held(directory: Path) -> IO[str]:
+    """Makes sure that one process records to the directory, which is made."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise RunError(f"Another process records to {directory}; give each its own directory.") from None
-    return file
+        for folder in ("open", "finished"):
+            (directory / folder).mkdir(parents=True, exist_ok=True)
+        return locked(directory / "lock", f"Another process records to {directory}; give each its own directory.")
+    except OSError as error:
+        raise RunError(f"{directory} cannot hold sessions ({error.strerror}); choose another directory.") from None
 
 
 def _sync(folder: Path) -> None:

@@ -41,7 +41,7 @@ from glm5.train import RunDirectory, RunInterrupted
 from glm5.train.checks import check_choice, check_counts, check_numbers
 from glm5.train.guards import LOWER_RATE
 from glm5.train.progress import interrupts, progress_bar
-from glm5.train.run_directory import directory_sha256, model_of
+from glm5.train.run_directory import directory_sha256, exclusive, model_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,16 +91,23 @@ def train_policy(
 ) -> RunDirectory:
     """Trains the parent's model on `env`; gives the finished run. With `resume`, goes on where it stopped.
 
-    Ctrl-C finishes the step, saves and raises `RunInterrupted`. The indexer and the MTP modules are frozen.
+    Ctrl-C finishes the step, saves and raises `RunInterrupted`. The indexer and the MTP modules are frozen. Raises
+    RunError when another process trains there.
     """
     parent = model_of(config.parent)
+    with exclusive(run_directory):
+        run = RunDirectory.start(
+            run_directory, stage="rl", config=config, inputs={"environment": env.name},
+            parent=directory_sha256(parent), resume=resume,
+        )  # fmt: skip
+        if not run.finished:
+            _train(config, env, run, parent, console)
+    return run
+
+
+def _train(config: RLConfig, env: Questions, run: RunDirectory, parent: Path, console: Console | None) -> None:
+    """All that is left to do."""
     tokenizer = Tokenizer.from_pretrained(parent)
-    run = RunDirectory.start(
-        run_directory, stage="rl", config=config, inputs={"environment": env.name}, parent=directory_sha256(parent),
-        resume=resume,
-    )  # fmt: skip
-    if run.finished:
-        return run
     model = load_model(parent, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".indexer." not in name and not name.startswith("mtp."))
@@ -151,7 +158,6 @@ def train_policy(
                 )
     write_rl_report(run.path)
     save_model(model.eval(), run.model_directory, tokenizer)
-    return run
 
 
 def _learn(

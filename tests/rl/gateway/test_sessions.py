@@ -164,6 +164,12 @@ def test_limits(tmp_path):
     sessions.close()
 
 
+def test_a_place_that_holds_no_sessions_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"file cannot hold sessions .*; choose another directory"):
+        Sessions(tmp_path / "file")
+
+
 # ---- restarts ----------------------------------------------------------------------------------------------------
 def test_a_restarted_gateway_goes_on_with_its_sessions(tmp_path):
     with gateway(tmp_path) as first:
