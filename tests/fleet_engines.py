@@ -111,3 +111,9 @@ def undisturbed(**changes):
         return asyncio.run(play(engine, **changes))
     finally:
         engine.close()
+
+
+def endless_engine(started):
+    """Loads for ever; writes its process's number to the file `started`."""
+    started.write_text(str(os.getpid()))
+    time.sleep(3600)

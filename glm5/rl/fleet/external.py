@@ -132,6 +132,7 @@ class ServerMember:
         """All tokens that it has."""
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._heard = time.monotonic()
+        self._closing, self._lock = False, threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="glm5-server-member", daemon=True)
         self._thread.start()
@@ -173,9 +174,11 @@ class ServerMember:
 
     def close(self, *, kill: bool) -> None:
         """Ends the requests and the thread, not the server."""
-        if self._thread.is_alive():
+        with self._lock:
+            first, self._closing = not self._closing, True
+        if first:
             self._run(self._end())
-            self._thread.join(self._config.silence_seconds)
+        self._thread.join(self._config.silence_seconds)
 
     # ---- in the loop --------------------------------------------------------------------------------------------
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
@@ -295,10 +298,8 @@ class ServerExecutor:
         self.backends, self.delivery = list(backends), delivery
 
     def launch(self, name: str, events: Events, config: FleetConfig) -> ServerMember:
-        """Waits until the server of the seat answers."""
-        member = ServerMember(self.backends[int(name)], events, config, self.delivery)
-        member.wait()
-        return member
+        """The server of the seat, whether it answers yet or not."""
+        return ServerMember(self.backends[int(name)], events, config, self.delivery)
 
     def snapshot(self, version: int, tensors: Mapping[str, Tensor]) -> None:
         """Writes the weights to where the servers find them."""

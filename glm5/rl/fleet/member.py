@@ -45,6 +45,14 @@ class Member(Protocol):
     """One engine."""
 
     facts: Facts
+    """Known when it is ready."""
+
+    def wait(self) -> None:
+        """Returns when it is ready; `close`, from another thread, ends the wait.
+
+        Raises `FleetError` when it does not come up (another try may help) and the engine's own `GLM5Error` when it
+        refuses what it was given (no other try will).
+        """
 
     def begin(self, order: Order) -> None:
         """Starts a request."""
@@ -72,14 +80,10 @@ class Executor(Protocol):
     """Where engines run."""
 
     def launch(self, name: str, events: Events, config: FleetConfig) -> Member:
-        """Starts an engine and returns when it is ready.
-
-        Raises `FleetError` when it does not come up (another try may help) and the engine's own `GLM5Error` when it
-        refuses what it was given (no other try will).
-        """
+        """Starts an engine, which is still to be waited for. Raises `FleetError` when that cannot be done now."""
 
     def snapshot(self, version: int, tensors: Mapping[str, Tensor]) -> None:
         """Keeps weights for `Member.update`; `tensors` may change afterwards."""
 
     def close(self) -> None:
-        """Lets go what the executor itself holds. All engines have ended."""
+        """Lets go what the executor itself holds, and ends launches. All engines that it gave have ended."""

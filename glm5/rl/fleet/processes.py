@@ -9,10 +9,12 @@ a fleet does so under `if __name__ == "__main__":`.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
 import torch
@@ -57,7 +59,8 @@ class ProcessExecutor:
             target=_engine, args=(theirs, self.build, self.recompute, self.threads), name=f"glm5-engine-{name}",
             daemon=True,
         )  # fmt: skip
-        process.start()
+        with without_interrupts():
+            process.start()
         theirs.close()
 
         def gone(seconds: float) -> bool:
@@ -68,11 +71,7 @@ class ProcessExecutor:
             process.kill()
             process.join(KILL_SECONDS)
 
-        member = ChannelMember(
-            ours, events, config, weights=self._sources, kill=kill, gone=gone, process_id=process.pid
-        )
-        member.wait()
-        return member
+        return ChannelMember(ours, events, config, weights=self._sources, kill=kill, gone=gone, process_id=process.pid)
 
     def snapshot(self, version: int, tensors: Mapping[str, Tensor]) -> None:
         """Writes the weights into shared memory. Whole weights and adapters have a mapping each."""
@@ -89,6 +88,17 @@ class ProcessExecutor:
 
     def _sources(self) -> tuple[SharedSource, ...]:
         return tuple(SharedSource(p.name) for p in sorted(self._publishers.values(), key=lambda p: p.version or 0))
+
+
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches all processes of a terminal. Those begun here, and what forks them, do not hear it."""
+    resource_tracker.ensure_running()  # it would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _engine(connection: Connection, build: Build, recompute: bool | None, threads: int) -> None:

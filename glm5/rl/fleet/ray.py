@@ -141,7 +141,6 @@ class RayExecutor:
             connection, events, config, weights=tuple, kill=lambda: self._kill(actor), gone=lambda seconds: False
         )
         member.actor, member.weights_of = actor, self
-        member.wait()
         return member
 
     def snapshot(self, version: int, tensors: Mapping[str, Tensor]) -> None:

@@ -17,8 +17,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -27,9 +26,10 @@ from torch import Tensor
 from glm5.engine import SamplingParams, TokenDelta
 from glm5.engine.admission import admit, check_queueing
 from glm5.engine.sequence import fresh_seed
-from glm5.errors import FleetError, GLM5Error
+from glm5.errors import FleetError
 from glm5.rl.fleet.config import FleetConfig
 from glm5.rl.fleet.job import Delivery, FleetStream, Job
+from glm5.rl.fleet.launches import Launches
 from glm5.rl.fleet.member import Executor, Facts, Member
 from glm5.rl.fleet.protocol import FleetStats
 from glm5.rl.fleet.routing import Router
@@ -69,6 +69,7 @@ class SupervisedFleet:
         self._started = self._closed = False
         self._changed = threading.Condition(threading.RLock())
         """Guards all of the above."""
+        self._launches = Launches(executor, self.config, self._changed)
         self._publishing = threading.Lock()
 
     # ---- the source ---------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ class SupervisedFleet:
                 raise FleetError("This fleet was started before; make a new one.")
             self._started = True
         for seat in self._seats:
-            self._fill(seat)
+            self._launches.begin(seat, self)
         threading.Thread(target=self._watch, name="glm5-fleet", daemon=True).start()
         await in_thread(self._settled)
 
@@ -141,8 +142,10 @@ class SupervisedFleet:
             for seat in self._seats:
                 seat.member = None
             self._changed.notify_all()
-        await asyncio.gather(*(in_thread(partial(member.close, kill=False)) for member in members))
+        ends: list[Callable[[], None]] = [partial(member.close, kill=False) for member in members]
+        await asyncio.gather(*(in_thread(end) for end in [self._launches.end, *ends]))
         await in_thread(self._executor.close)
+        await in_thread(self._launches.wait)
 
     async def ready(self) -> bool:
         """Whether an engine is there; without one, requests wait."""
@@ -181,7 +184,7 @@ class SupervisedFleet:
             self._router.ring.remove(seat.name)
             threading.Thread(target=partial(member.close, kill=True), daemon=True).start()
             orphans = [job for job in self._jobs.values() if job.member is member]
-            self._failed(seat, reason)
+            self.failed(seat, reason, final=False)
             self._moved += len(orphans)
             free = self._suspects.judge(orphans)
             for job in orphans:
@@ -235,36 +238,13 @@ class SupervisedFleet:
             self._acquit(job)
 
     # ---- seats --------------------------------------------------------------------------------------------------
-    def _fill(self, seat: Seat, delay: float = 0.0) -> None:
-        threading.Thread(target=self._launch, args=(seat, delay), name=f"glm5-seat-{seat.name}", daemon=True).start()
-
-    def _launch(self, seat: Seat, delay: float) -> None:
-        """Starts an engine and seats it with the newest weights (in a thread of its own)."""
-        member = None
-        with self._changed:
-            if self._changed.wait_for(lambda: self._closed, delay):
-                return
-        try:
-            member = self._executor.launch(seat.name, self, self.config)
-            has = member.facts.version
-            while not self._seated(seat, member, has):
-                has = member.update(self._snapshot).result(self.config.update_seconds)
-        except Exception as error:
-            if member is not None:
-                member.close(kill=True)
-            final = isinstance(error, GLM5Error) and not isinstance(error, FleetError)
-            timeout = isinstance(error, FutureTimeout)
-            with self._changed:
-                self._failed(seat, "it took no weights in time" if timeout else str(error) or repr(error), final=final)
-
-    def _seated(self, seat: Seat, member: Member, has: int) -> bool:
-        """Seats an engine unless there are newer weights than it has; True also when nobody needs it any more."""
+    def take(self, seat: Seat, member: Member, has: int) -> int | None:
+        """Seats an engine with weights of version `has`; or gives the newer version that it must take before."""
         with self._changed:
             if self._closed:
-                threading.Thread(target=partial(member.close, kill=True)).start()
-                return True
+                raise FleetError("the fleet was closed")
             if has < self._snapshot:
-                return False
+                return self._snapshot
             seat.member, seat.version, self._facts = member, has, self._facts or member.facts
             self._version = max(self._version, has)
             self._router.ring.add(seat.name)
@@ -273,21 +253,22 @@ class SupervisedFleet:
                 if job.number in self._jobs:
                     self._place(job)
             self._changed.notify_all()
-            return True
+            return None
 
-    def _failed(self, seat: Seat, reason: str, *, final: bool = False) -> None:
-        """Another engine is started on the seat, or it is given up (under the lock)."""
-        if self._closed:
-            return
-        delay = seat.failed(reason, time.monotonic(), self.config, final=final)
-        if delay is not None:
-            self._fill(seat, delay)
-            return
-        log.error("%s; its seat is given up", seat.given_up)
-        if all(other.given_up for other in self._seats):
-            for job in list(self._jobs.values()):
-                self._finish(job, FleetError(f"No engine is left: {seat.given_up}"))
-        self._changed.notify_all()
+    def failed(self, seat: Seat, reason: str, *, final: bool) -> None:
+        """Another engine is started on the seat, or it is given up."""
+        with self._changed:
+            if self._closed:
+                return
+            delay = seat.failed(reason, time.monotonic(), self.config, final=final)
+            if delay is not None:
+                self._launches.begin(seat, self, delay)
+                return
+            log.error("%s; its seat is given up", seat.given_up)
+            if all(other.given_up for other in self._seats):
+                for job in list(self._jobs.values()):
+                    self._finish(job, FleetError(f"No engine is left: {seat.given_up}"))
+            self._changed.notify_all()
 
     def _settled(self) -> None:
         """Waits until every seat is taken or given up; each try has its own time limit."""
