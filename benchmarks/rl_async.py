@@ -43,7 +43,7 @@ from glm5.rl.config import RLRunConfig
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.losses import DDIS, IcePop
 from glm5.rl.orchestrator import train_rl
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.rollout_config import RolloutConfig
 from glm5.rl.tasks import TaskSource
 
 Part = Literal["compute", "latency"]

@@ -37,7 +37,8 @@ from glm5.rl.codec import turns_to_json
 from glm5.rl.forward import fixed_logprobs, run
 from glm5.rl.packing import Example, Passes, examples_of, judged, micro_batches
 from glm5.rl.records import Batch, Group, Lesson, Rollout, Ticket
-from glm5.rl.runner import RolloutConfig, play
+from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.runner import play
 from glm5.text import Tokenizer
 from glm5.train.run_directory import model_of
 

@@ -39,7 +39,7 @@ from glm5.rl.journal import read_journal
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.records import Rollout
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.rollout_config import RolloutConfig
 from glm5.rl.session import JOURNAL
 from glm5.rl.simulation import EngineSpeed, Measured, SimulationConfig, records_of, simulate
 from glm5.scoring import Grade

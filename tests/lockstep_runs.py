@@ -1,5 +1,6 @@
 """Deterministic runs for the tests, in functions that a process of its own can be told to call."""
 
+import copy
 import hashlib
 import multiprocessing
 import os
@@ -17,10 +18,12 @@ from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import events_of
 from glm5.rl.journal import read_journal
-from glm5.rl.learner import LearnerConfig
+from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.replay import batches_of
+from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.strict import strict_differences
 
 
 def chat():
@@ -101,3 +104,20 @@ def fingerprint(path: Path) -> tuple:
     for name in sorted(weights):
         digest.update(weights[name].numpy().tobytes())
     return consumed(path), (path / "metrics.jsonl").read_text(), digest.hexdigest()
+
+
+def differences(config, run):
+    """Over every trained token: sampler minus trainer under the weights that made it. And how many swaps there were
+    inside a trajectory."""
+    learner = Learner(glm5.load_model(config.parent, dtype=torch.float32), config.learner)
+    snapshots, found, swaps = {}, [], 0
+    for batch in batches_of(run.path / "journal"):
+        snapshots[batch.version] = copy.deepcopy(learner.model).eval()
+        snapshots.pop(batch.version - config.scheduler.max_staleness - 1, None)
+        trajectories = [t for rollout in batch.rollouts for t in rollout.trajectories]
+        found += strict_differences(snapshots.__getitem__, trajectories)
+        # Every token that counts has more before it than the indexer keeps, so it selects.
+        assert all(t.sampled.index(True) > learner.model.config.index_topk for t in trajectories)
+        swaps += sum(len({v for v in t.versions if v >= 0}) > 1 for t in trajectories)
+        learner.step(batch)
+    return torch.cat(found), swaps

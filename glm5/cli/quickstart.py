@@ -30,7 +30,7 @@ from glm5.optim import OptimizerConfig, Schedule
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.learner_config import LearnerConfig
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.rollout_config import RolloutConfig
 from glm5.train import PretrainConfig, SFTConfig
 from glm5.train.dsa import NANO_LOOP as INDEXER_LOOP
 from glm5.train.dsa import DSAConfig

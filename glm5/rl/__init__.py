@@ -8,7 +8,7 @@ from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.replay import replay_step
 from glm5.rl.report import write_rl_report
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.rollout_config import RolloutConfig
 from glm5.rl.tasks import TaskSource
 
 __all__ = [

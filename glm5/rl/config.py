@@ -18,7 +18,7 @@ from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.held_out import HeldOut
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.losses import AnyLoss
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.rollout_config import RolloutConfig
 from glm5.train import RunDirectory
 from glm5.train.checks import check_choice, check_counts, check_numbers
 from glm5.train.watch import Watcher
@@ -50,7 +50,8 @@ class RLRunConfig:
     learning_ticks: int = 8
     """In deterministic mode: tokens that every rollout gets while a batch is learnt from."""
     patience: float = 600.0
-    """Seconds without a token, a finished rollout or a step, after which the run stops and says what it waits for."""
+    """Seconds without a token, a finished rollout or a step, after which the run stops and says what it waits for.
+    While somebody is away, `rollout.outage_seconds` come on top."""
     groups_in_vain: int = 256
     """Groups in a row that teach nothing (all rewards equal, or too many failures), after which the run stops."""
     keep_logprobs: bool = True

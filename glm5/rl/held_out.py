@@ -18,7 +18,8 @@ from glm5.envs import Environment
 from glm5.model import GLM5
 from glm5.rl.records import Rollout, Ticket
 from glm5.rl.retention import Measure, Retention
-from glm5.rl.runner import RolloutConfig, play
+from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.runner import play
 from glm5.text import Tokenizer
 from glm5.train.checks import check_counts
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from glm5.engine import SamplingParams
 from glm5.engine.choices import joined
@@ -24,11 +23,12 @@ from glm5.errors import InputError
 from glm5.rl.asking import Asking, reason_of
 from glm5.rl.outage import pauses
 from glm5.rl.records import Outcome, Rollout, Ticket, Turn
+from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.stops import SpokenText
 from glm5.rl.streamed import StreamedTurn
 from glm5.rl.tree import EpisodeTree
 from glm5.serve.generation import Source
-from glm5.text import Detokenizer, Tokenizer, parse_assistant
-from glm5.train.checks import check_counts, check_numbers
+from glm5.text import Tokenizer, parse_assistant
 
 OPEN = ""
 """Finish reason of a turn that still runs."""
@@ -37,49 +37,6 @@ Progress = Callable[[Ticket, int, int, Turn], None]
 then, and once when it ended. Told from 0 on, a turn and those after it begin anew."""
 Away = Callable[[str], None]
 """Told why an environment's server could not be asked, each time before it is asked again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """How rollouts are sampled: with nothing cut off, as the losses assume."""
-
-    seed: int = 0
-    """Of the tasks and of every random number; a ticket and this seed fix both."""
-    temperature: float = 1.0
-    """At which the policy samples. It is the distribution at this temperature that is learnt: engines report its
-    log-probabilities, and the trainer divides its logits by the same number."""
-    max_tokens: int = 1024
-    """Of one turn."""
-    max_episode_tokens: int | None = None
-    """Of the longest prompt with its answer; None: as many as the model takes."""
-    thinking: bool = False
-    """Whether each prompt opens a thought; a model must have been taught to."""
-    keep_thoughts: bool = True
-    """Whether thoughts of earlier turns stay in the prompt when a new user message comes."""
-    replay_experts: bool = False
-    """Record which experts the engine's routers chose, and let the trainer's choose the same (routing replay, R3). A
-    token costs a byte or two for each expert of each sparse layer, in the journal too."""
-    report_every: int = 32
-    """Tokens between two reports of an unfinished turn; what was not reported is sampled again after a crash."""
-    episode_seconds: float | None = 3600.0
-    """From reset to score, where the environment sets no limit of its own; past it the outcome is `timeout`."""
-    step_seconds: float | None = 120.0
-    """The same for each call of the environment (a step with its tools, a score); past it that has failed."""
-    outage_seconds: float = 300.0
-    """For which an environment's server may be away when an episode begins, and a server of engines may be away or
-    refuse requests: it is asked again after growing pauses, and only then has it failed. 0: at once. The run's
-    patience bounds it too."""
-
-    def __post_init__(self) -> None:
-        check_counts(self, "seed", least=0)
-        check_numbers(self, "temperature", above=0)
-        check_numbers(self, "outage_seconds")
-        check_counts(self, "max_tokens", "report_every")
-        if self.max_episode_tokens is not None:
-            check_counts(self, "max_episode_tokens", least=2)
-        for name in ("episode_seconds", "step_seconds"):
-            if getattr(self, name) is not None:
-                check_numbers(self, name, above=0)
 
 
 async def play(
@@ -220,9 +177,8 @@ class _Player:
             )
         while True:
             turn = await self._sampled(prompt)
-            message = parse_assistant(
-                self._text(turn), tools or None, self.config.thinking, f"{self.ticket.id}/{len(self.turns)}"
-            )
+            text, closed = self._read(turn)
+            message = parse_assistant(text, tools or None, self.config.thinking, f"{self.ticket.id}/{len(self.turns)}")
             self.messages.append(message)
             said = len(self.messages)
             observation = await self.asking.step(episode, message)
@@ -230,7 +186,7 @@ class _Player:
             cut = turn.finish_reason == "length"
             if observation.done or cut:
                 return cut
-            prompt = self._continued(turn, tools, said)
+            prompt = self._continued(turn, closed, tools, said)
             if len(self.turns) >= self.most_turns or self._room(prompt) < 1:
                 return True
 
@@ -252,11 +208,13 @@ class _Player:
 
     async def _streamed(self, number: int, begun: Turn, started: float) -> Turn:
         """The rest of a turn. The random numbers hang on the position alone, so it goes on as if never interrupted."""
-        answer, finish_reason = StreamedTurn(begun, started), OPEN
+        answer, finish_reason, spoken = StreamedTurn(begun, started), OPEN, self._spoken()
+        spoken.take(begun.output_ids)
         params = SamplingParams(
             temperature=self.config.temperature,
             tempered_logprobs=self.config.temperature != 1.0,
             max_tokens=self._room(begun.prompt_ids) - len(begun.output_ids),
+            stop_token_ids=self.config.stop_token_ids,
             seed=self.ticket.seed(self.config.seed, number),
             experts_from=self._unknown_from(begun) if self.config.replay_experts else None,
         )
@@ -266,9 +224,13 @@ class _Player:
         try:
             async for delta in stream:
                 length, finish_reason = answer.add(delta), delta.finish_reason or OPEN
+                if spoken.take([delta.token_id]):
+                    finish_reason = "stop"
                 due = finish_reason or length == 1 or length % self.config.report_every == 0
                 if self.progress is not None and due:
                     self.progress(self.ticket, number, *answer.news(finish_reason))
+                if spoken.stopped:
+                    break
         finally:
             stream.close()
         return answer.turn(finish_reason or "abort", stream.cached_tokens)
@@ -289,11 +251,22 @@ class _Player:
         """Tokens that the next turn may have."""
         return min(self.config.max_tokens, self._longest - len(prompt))
 
-    def _text(self, turn: Turn) -> str:
-        """What was said, as the engine makes text of tokens: without the token that ended the turn."""
-        ids = turn.output_ids[:-1] if turn.finish_reason == "stop" else turn.output_ids
-        detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=True)
-        return "".join(map(detokenizer.feed, ids)) + detokenizer.finish()
+    def _spoken(self) -> SpokenText:
+        return SpokenText(self.tokenizer, self.config.stop, keep=self.config.keep_stop)
+
+    def _read(self, turn: Turn) -> tuple[str, bool]:
+        """What was said, as the engine makes text of tokens; and whether the model closed its turn with the last one,
+        which then is no part of it."""
+        *before, last = turn.output_ids
+        spoken = self._spoken()
+        if spoken.take(before) or turn.finish_reason != "stop":
+            spoken.take([last])
+            return spoken.whole(), False
+        if last in self.config.stop_token_ids and last not in self.tokenizer.eos_ids:
+            spoken.take([last] if self.config.keep_stop else ())
+            return spoken.whole(), False
+        met = self._spoken()
+        return (met.whole(), False) if met.take(turn.output_ids) else (spoken.whole(), True)
 
     # ---- prompts ------------------------------------------------------------------------------------------------
     def _rendered(self, tools: list[Tool], count: int, *, answer: bool) -> tuple[int, ...]:
@@ -314,15 +287,18 @@ class _Player:
                 f"messages and tools cannot be rendered: {str(error) or type(error).__name__}"
             ) from error
 
-    def _continued(self, turn: Turn, tools: list[Tool], said: int) -> tuple[int, ...]:
-        """The prompt after the messages that came behind the first `said`, the newest of which is the turn's own."""
+    def _continued(self, turn: Turn, closed: bool, tools: list[Tool], said: int) -> tuple[int, ...]:
+        """The prompt after the messages that came behind the first `said`, the newest of which is the turn's own.
+
+        closed: whether the model closed it with its last token.
+        """
         before = self._rendered(tools, said, answer=False)
         whole = self._rendered(tools, len(self.messages), answer=True)
         # Every message begins with a special token, so texts that continue each other do so as tokens too.
         if whole[: len(before)] != before:
             return whole
         added = whole[len(before) :]
-        if turn.finish_reason == "stop":
+        if closed:
             if turn.output_ids[-1] == added[0]:  # the model itself said whose turn is next
                 return turn.prompt_ids + turn.output_ids + added[1:]
             return turn.prompt_ids + turn.output_ids[:-1] + added

@@ -11,7 +11,8 @@ from glm5.envs import EpisodeLimits
 from glm5.errors import ConfigError, InputError
 from glm5.rl.event_log import Unfinished
 from glm5.rl.records import Ticket, Turn
-from glm5.rl.runner import RolloutConfig, play
+from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.runner import play
 
 TICKET = Ticket("chat", 3, sample=1)
 CALL = (

@@ -14,11 +14,9 @@ import glm5
 from glm5.engine import Engine
 from glm5.errors import RunError
 from glm5.rl.fleet import InProcessFleet
-from glm5.rl.learner import Learner
 from glm5.rl.losses import CISPO, DDIS
 from glm5.rl.orchestrator import train_rl
-from glm5.rl.replay import batches_of, replay_step
-from glm5.rl.strict import strict_differences
+from glm5.rl.replay import replay_step
 
 
 @pytest.fixture(scope="module")
@@ -59,25 +57,8 @@ def test_another_loss_with_the_same_settings_is_not_that_of_the_run(resumed, par
         replay_step(config, resumed.path, 0)
 
 
-def differences(config, run):
-    """Over every trained token: sampler minus trainer under the weights that made it. And how many swaps there were
-    inside a trajectory."""
-    learner = Learner(glm5.load_model(config.parent, dtype=torch.float32), config.learner)
-    snapshots, found, swaps = {}, [], 0
-    for batch in batches_of(run.path / "journal"):
-        snapshots[batch.version] = copy.deepcopy(learner.model).eval()
-        snapshots.pop(batch.version - config.scheduler.max_staleness - 1, None)
-        trajectories = [t for rollout in batch.rollouts for t in rollout.trajectories]
-        found += strict_differences(snapshots.__getitem__, trajectories)
-        # Every token that counts has more before it than the indexer keeps, so it selects.
-        assert all(t.sampled.index(True) > learner.model.config.index_topk for t in trajectories)
-        swaps += sum(len({v for v in t.versions if v >= 0}) > 1 for t in trajectories)
-        learner.step(batch)
-    return torch.cat(found), swaps
-
-
 def test_sampler_and_trainer_agree_exactly_over_turns_swaps_and_resumption(resumed, parent):
-    found, swaps = differences(lockstep_runs.config_of(parent), resumed)
+    found, swaps = lockstep_runs.differences(lockstep_runs.config_of(parent), resumed)
     assert len(found) > 400 and swaps > 3
     assert torch.equal(found, torch.zeros_like(found))
 
@@ -88,5 +69,5 @@ def test_so_they_do_in_a_strict_asynchronous_run(parent, tmp_path):
 
     config = lockstep_runs.config_of(parent, steps=4)
     run = train_rl(config, [lockstep_runs.chat()], tmp_path / "run", make_fleet=strict_fleet)
-    found, _ = differences(config, run)
+    found, _ = lockstep_runs.differences(config, run)
     assert len(found) > 300 and torch.equal(found, torch.zeros_like(found))

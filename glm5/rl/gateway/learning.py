@@ -63,6 +63,8 @@ def outside(config: RLRunConfig, *, patience: float) -> RLRunConfig:
         raise ConfigError("Sessions of outside agents hold no experts; leave rollout.replay_experts out.")
     if config.rollout.temperature != 1.0:
         raise ConfigError("Outside agents are sampled at temperature 1; leave rollout.temperature at it.")
+    if config.rollout.stop or config.rollout.stop_token_ids:
+        raise ConfigError("Outside agents say themselves where answers stop; leave rollout.stop and its token ids out.")
     scheduler = config.scheduler
     places = scheduler.groups_per_batch * scheduler.group_size * (scheduler.max_staleness + 1)
     asynchronous = replace(scheduler, mode="async", stale="drop", max_attempts=1, max_running=places)
