@@ -21,8 +21,9 @@ little where it stays near. Their trials: `--tasks count_bits_rare prime_factori
 
 The judged number is the mean reward of the finished model, sampled at temperature 1 on the same `--questions` of the
 task. `ddis` reaches `sync` when its mean lies within one standard deviation of sync's seeds, or above; `naive` does
-worse when its seed-by-seed difference to `ddis` lies two standard errors below 0. Finished runs stay below --work and
-are not done again.
+worse when its seed-by-seed difference to `ddis` lies two standard errors below 0. A run that meets nothing to learn
+from any more (its task is learnt, or its policy sure) is judged as it stands, and named. Finished runs stay below
+--work and are not done again.
 """
 
 from __future__ import annotations
@@ -41,17 +42,21 @@ import tyro
 
 from benchmarks.measure import machine
 from benchmarks.rl_tasks import ONE_DIGIT, TASKS, GymTask, environment, warmed
+from glm5.checkpoint import load_model, save_model
 from glm5.engine import Engine, SamplingParams
 from glm5.envs import SingleTurn
 from glm5.files import write_json
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.rl.admission import Mode, SchedulerConfig
 from glm5.rl.config import RLRunConfig
-from glm5.rl.learner import LearnerConfig
+from glm5.rl.learner import Learner, LearnerConfig
+from glm5.rl.learnt import Learnt
 from glm5.rl.losses import DDIS, PPO, AnyLoss, IcePop
 from glm5.rl.orchestrator import train_rl
-from glm5.rl.runner import RolloutConfig
-from glm5.text import parse_assistant
+from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.vain import NothingLearnt
+from glm5.text import Tokenizer, parse_assistant
+from glm5.train import RunDirectory
 
 EVALUATION_SEED = 5_000_001
 HALF = {
@@ -151,23 +156,44 @@ def done(task: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
     file = path.with_suffix(path.suffix + ".json")
     if not file.exists():
         parent = warmed(ALL[task], options.work)
-        config = config_of(arm, parent, seed, options)
-        run = train_rl(config, [SingleTurn(environment(ALL[task]))], path, resume=(path / "run.json").exists())
-        lines = run.read("metrics")
+        model, end = finished(config_of(arm, parent, seed, options), ALL[task], path)
+        lines = RunDirectory.open(path).read("metrics")
         write_json(
             file,
             {
                 "rewards": [line["reward"] for line in lines if line["reward"] is not None],
-                "last": sampled_reward(run.model_directory, task, options.questions),
+                "last": sampled_reward(model, task, options.questions),
                 "first": sampled_reward(parent, task, options.questions),
-                "held": statistics.fmean(line.get("masked", 0.0) + line.get("clipped", 0.0) for line in lines),
-                "age": statistics.fmean(line["mean_staleness"] for line in lines),
-                "oldest": max(line["max_staleness"] for line in lines),
+                "held": mean([line.get("masked", 0.0) + line.get("clipped", 0.0) for line in lines]),
+                "age": mean([line["mean_staleness"] for line in lines]),
+                "oldest": max((line["max_staleness"] for line in lines), default=0),
+                "steps": len(lines),
+                "end": end,
             },
         )
         shutil.rmtree(path)  # a run holds its journal and its models
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
+
+
+def finished(config: RLRunConfig, task: GymTask, path: Path) -> tuple[Path, str]:
+    """The model that a run has made, and how it ended. One that meets nothing to learn from any more ends as it stands:
+    a policy that is sure of its answers is a result of the arm, as a task that is learnt is."""
+    environments, resume = [SingleTurn(environment(task))], (path / "run.json").exists()
+    try:
+        run = train_rl(config, environments, path, resume=resume)
+    except NothingLearnt as error:
+        learner = Learner(load_model(config.parent, dtype=torch.float32), config.learner, steps=config.steps)
+        learner.load(RunDirectory.open(path))
+        save_model(learner.whole_model().eval(), path / "stands", Tokenizer.from_pretrained(config.parent))
+        return path / "stands", str(error)
+    learnt = Learnt.read(path)
+    return run.model_directory, "" if learnt is None else learnt.sentence
+
+
+def mean(values: list[float]) -> float:
+    """0 for none."""
+    return statistics.fmean(values) if values else 0.0
 
 
 def sampled_reward(model: Path, task: str, questions: int) -> float:
@@ -185,6 +211,11 @@ def sampled_reward(model: Path, task: str, questions: int) -> float:
         for question, output in zip(tasks, outputs, strict=True)
         for completion in output.outputs
     )
+
+
+def early(result: dict[str, Any]) -> str:
+    """Where and why a run ended before its last step."""
+    return f", step {result['steps']}: {result['end']}" if result.get("end") else ""
 
 
 def spread(values: list[float]) -> str:
@@ -239,7 +270,7 @@ def main(options: Options) -> None:
                 newest = results[task][arm][-1]
                 print(
                     f"{task} {arm} seed {seed}: {newest['first']:.3f} -> {newest['last']:.3f}, "
-                    f"age {newest['age']:.1f}, held {newest['held']:.2f}",
+                    f"age {newest['age']:.1f}, held {newest['held']:.2f}{early(newest)}",
                     flush=True,
                 )
     rows = ["| task | arm | reward before | reward after | mean age | oldest | held |", "|---" * 7 + "|"]
@@ -248,6 +279,13 @@ def main(options: Options) -> None:
             first, last, age, held = (spread([run[key] for run in runs]) for key in ("first", "last", "age", "held"))
             oldest = max(run["oldest"] for run in runs)
             rows.append(f"| {task} | {arm} | {first} | {last} | {age} | {oldest} | {held} |")
+    ends = [
+        f"- {task} {arm} seed {options.first_seed + number}{early(run)}"
+        for task, arms in results.items()
+        for arm, runs in arms.items()
+        for number, run in enumerate(runs)
+        if early(run)
+    ]
     verdicts = "\n".join(f"- {task}: {verdict(arms)}" for task, arms in results.items())
     here = machine()
     text = "\n\n".join(
@@ -261,6 +299,7 @@ def main(options: Options) -> None:
             "batch. Mean ± standard deviation over the seeds; ages in weight versions.",
             "\n".join(rows),
             verdicts,
+            *(["Runs that ended before their last step, judged as they stood:", "\n".join(ends)] if ends else []),
             "Mean reward of the rollouts over all seeds, by tenths of the run (asynchronous ones were sampled some "
             "versions earlier):",
             curves(results),

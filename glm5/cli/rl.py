@@ -38,6 +38,7 @@ from glm5.envs.protocol import UniformGroups
 from glm5.errors import InputError
 from glm5.rl.config import RLRunConfig
 from glm5.rl.gateway.session import ENVIRONMENT
+from glm5.rl.learnt import Learnt
 from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.replay import ReplayedStep, replay_step
@@ -205,7 +206,7 @@ def sources_of(environments: Sequence[Named], uniform_groups: UniformGroups | No
 
 def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
     """Rewards at the beginning and at the end, and where the report is."""
-    metrics = run.read("metrics")
+    metrics, learnt = run.read("metrics"), Learnt.read(run.path)
     rewards = [line["reward"] for line in metrics if line["reward"] is not None]
     fifth = max(1, len(rewards) // 5)
     result: dict[str, Any] = {
@@ -214,6 +215,7 @@ def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
         "reward_first_fifth": mean(rewards[:fifth]),
         "reward_last_fifth": mean(rewards[-fifth:]),
         "max_staleness": max((line.get("max_staleness", 0) for line in metrics), default=0),
+        "learnt": learnt.sentence if learnt is not None and learnt.step == len(metrics) else None,
     }
     if as_json:
         print(json.dumps(result))

@@ -6,10 +6,13 @@ batch; the scheduler journals each change (`Scheduler.limit`), so a resumed run 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from glm5.errors import ConfigError
 from glm5.rl.admission import SchedulerConfig
+from glm5.rl.fleet.protocol import FleetStats
 from glm5.train.checks import check_counts, check_numbers
 
 
@@ -78,3 +81,21 @@ def next_limit(config: ConcurrencyConfig, scheduler: SchedulerConfig, limit: int
     elif load.ready > scheduler.groups_per_batch:
         limit -= config.increase
     return max(config.least, min(config.most, limit))
+
+
+def load_of(stats: FleetStats, preempted: int, speed: Mapping[str, Any]) -> tuple[int, Load]:
+    """What the concurrency control sees; `preempted`: sequences put back before the last batch. Also gives the new one.
+
+    speed: the line of the step. Engines that say nothing of themselves count as idle.
+    """
+    said = [state.engine for state in stats.engines if state.engine is not None]
+    now = sum(engine.preemptions for engine in said)
+    load = Load(
+        running=speed["running"],
+        waiting=sum(engine.waiting for engine in said),
+        cache_used=max((engine.blocks_used / engine.blocks_total for engine in said), default=0.0),
+        preemptions=max(0, now - preempted),
+        trainer_idle=speed["trainer_idle"],
+        ready=speed["queue"],
+    )
+    return now, load

@@ -30,9 +30,8 @@ from glm5.rl.around import AroundSource
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece
 from glm5.rl.executors import engine_settings
-from glm5.rl.orchestrator import aborted
-from glm5.rl.records import Rollout, Ticket, Turn
-from glm5.rl.run_ends import finish_run, how_to_go_on, open_session, reopened, started_run
+from glm5.rl.records import Rollout, Ticket, Turn, aborted
+from glm5.rl.run_ends import check_end, finish_run, how_to_go_on, open_session, reopened, started_run
 from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
@@ -80,7 +79,7 @@ def train_in_lockstep(
                 f"Stopped in step {session.version} of {config.steps} of rl; all is in {run.path}.",
                 how_to_go_on(config, run),
             ) from None
-        finish_run(session, tokenizer)
+        finish_run(session, tokenizer, console)
     return run
 
 
@@ -118,10 +117,11 @@ class Lockstep:
                     admitted.append(ticket)
             await self._settle()
             await self._after_tokens()
-            while session.version < self.config.steps:
+            while session.version < self.config.steps and not (session.vain.full and session.batch is None):
                 await self._tick(admitted)
                 admitted = []
             session.checkpoint()
+            check_end(session)
         finally:
             for task in self.playing.values():
                 task.cancel()

@@ -55,13 +55,20 @@ class Meter:
         """Tries at environments that were away."""
         self.moved_at = time.monotonic()
         """When something was seen to move."""
+        self.somebody_away = False
+        """Whether an environment's server or all engines were seen to be away since then."""
         self._last = time.perf_counter()
         self._before = (0.0, 0.0, 0, 0)
         self._lock = threading.Lock()
 
     def moved(self) -> None:
         """Something other than a token moved."""
-        self.moved_at = time.monotonic()
+        self.moved_at, self.somebody_away = time.monotonic(), False
+
+    def away(self) -> None:
+        """An environment's server was asked in vain."""
+        self.refused += 1
+        self.somebody_away = True
 
     def sampled(self) -> None:
         """A token came."""

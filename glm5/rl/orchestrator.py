@@ -10,25 +10,24 @@ it through a queue.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from torch import Tensor
 
-from glm5.envs import Environment, Task
-from glm5.errors import RunError
+from glm5.envs import Environment
 from glm5.rl.aids import Aids
-from glm5.rl.concurrency import Load, next_limit
+from glm5.rl.concurrency import load_of, next_limit
 from glm5.rl.config import RLRunConfig
 from glm5.rl.episode_task import leave
 from glm5.rl.executors import MakeFleet, one_engine
-from glm5.rl.fleet import Fleet, FleetStats
+from glm5.rl.fleet import Fleet
 from glm5.rl.meter import Meter, Metered
-from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
-from glm5.rl.run_ends import finish_run, how_to_go_on, open_session, reopened, started_run
+from glm5.rl.patience import Patience
+from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn, aborted
+from glm5.rl.run_ends import check_end, finish_run, how_to_go_on, open_session, reopened, started_run
 from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
@@ -94,7 +93,7 @@ def train_rl(
             every = config.scheduler.publish_every
             mirror = None if publish_to is None else Mirror(publish_to, after=session.version, every=every)
             asyncio.run(Orchestrator(session, fleet, watch, player, meter, mirror).run(stopped))
-        finish_run(session, tokenizer)
+        finish_run(session, tokenizer, console)
     return run
 
 
@@ -110,6 +109,7 @@ class Orchestrator:
         self.mirror = mirror
         self.config = session.config
         self.meter = meter or Meter()
+        self.patience = Patience(self.config, self.meter)
         self.source = Metered(fleet, self.meter)
         self.playing: dict[str, asyncio.Task[None]] = {}
         self._most = self._preempted = 0
@@ -125,25 +125,37 @@ class Orchestrator:
         session = self.session
         self.meter.lap()  # what was before is no part of the first step
         try:
-            await self.fleet.start()
+            await self._unless(stopped, self.fleet.start())
             if self.fleet.version < session.version:  # the engines began with the run's first weights
-                await self.fleet.publish(session.version, session.learner.weights())
+                await self._unless(stopped, self.fleet.publish(session.version, session.learner.weights()))
             if session.scheduler.version < session.version:
                 self._cancel(session.published(session.version))
             await self._mirrored()
             for ticket in session.under_way():
                 self._begin(ticket)
             while session.version < self.config.steps:
-                stop = stopped()
+                stop = stopped() or session.vain.full
                 if stop and self._learning is None:
+                    if session.vain.full:
+                        break
                     self._interrupted()
                 await self._advance(sampling=not stop)
                 await self._take_news()
                 self.watch.glance(len(self.playing), self._ready(), lambda: self.fleet.stats().engines)
-            session.check_end()
+            await self._mirrored(last=True)
             await self._in_learners_thread(session.checkpoint)
+            check_end(session)
         finally:
             await self._end()
+
+    async def _unless(self, stopped: Callable[[], bool], engines: Coroutine[Any, Any, None]) -> None:
+        """Waits for the engines, which may take long to come up, but no longer than until Ctrl-C."""
+        waiting = asyncio.create_task(engines)
+        while not (await asyncio.wait([waiting], timeout=GLANCE))[0]:
+            if stopped():
+                waiting.cancel()
+                self._interrupted()
+        await waiting
 
     async def _advance(self, *, sampling: bool) -> None:
         """Everything that can be done now is begun."""
@@ -215,7 +227,7 @@ class Orchestrator:
             self.session.began(ticket, turn.versions[0])
 
     def _away(self, reason: str) -> None:
-        self.meter.refused += 1
+        self.meter.away()
         self.watch.failed(reason)
 
     def _cancel(self, tickets: Sequence[Ticket]) -> None:
@@ -270,10 +282,10 @@ class Orchestrator:
             self._unpublished = None
             self._cancel(self.session.published(version))
 
-    async def _mirrored(self) -> None:
+    async def _mirrored(self, *, last: bool = False) -> None:
         """The newest version where others find it, as a plain model."""
         version, mirror = self.session.version, self.mirror
-        if mirror is not None and version and mirror.wants(version, last=version == self.config.steps):
+        if mirror is not None and version and mirror.wants(version, last=last or version == self.config.steps):
             await mirror.write(version, self.session.learner.whole_model().state_dict())
 
     # ---- ends -----------------------------------------------------------------------------------------------------
@@ -287,23 +299,16 @@ class Orchestrator:
         )
 
     def _check_patience(self) -> None:
-        """A run in which nothing moves says what it waits for."""
-        waited = time.monotonic() - self.meter.moved_at
-        if waited < self.config.patience:
+        """A run in which nothing moves says what it waits for; a learner that is at work is only reported."""
+        stats = self.fleet.stats()
+        waited = self.patience.outlasted(stats)
+        if waited is None:
             return
         if self._learning is not None:
             self.watch.note(f"the learner has been at work for {waited // 60:.0f} minutes")
             return
         self.session.journal.commit()
-        asking = self.meter.sampling.open
-        states = ", ".join(
-            f"engine {s.name} is {'up' if s.up else 'down'} at version {s.version}" for s in self.fleet.stats().engines
-        )
-        raise RunError(
-            f"Nothing has moved for {waited:.0f} s: {asking} rollouts wait for tokens, "
-            f"{len(self.playing) - asking} are in their environments, the learner is idle, {states}. Mend what hangs "
-            "and resume the run, or give it more patience."
-        )
+        raise self.patience.exhausted(waited, len(self.playing), stats)
 
     async def _end(self) -> None:
         """Ends what runs; nothing of it is news any more."""
@@ -325,27 +330,3 @@ async def _ended(rollouts: Collection[asyncio.Task[None]]) -> None:
         _, hung = await asyncio.wait(rollouts, timeout=END_SECONDS)
         for task in hung:
             leave(task)
-
-
-def load_of(stats: FleetStats, preempted: int, speed: Mapping[str, Any]) -> tuple[int, Load]:
-    """What the concurrency control sees; `preempted`: sequences put back before the last batch. Also gives the new one.
-
-    speed: the line of the step. Engines that say nothing of themselves count as idle.
-    """
-    said = [state.engine for state in stats.engines if state.engine is not None]
-    now = sum(engine.preemptions for engine in said)
-    load = Load(
-        running=speed["running"],
-        waiting=sum(engine.waiting for engine in said),
-        cache_used=max((engine.blocks_used / engine.blocks_total for engine in said), default=0.0),
-        preemptions=max(0, now - preempted),
-        trainer_idle=speed["trainer_idle"],
-        ready=speed["queue"],
-    )
-    return now, load
-
-
-def aborted(ticket: Ticket) -> Rollout:
-    """What comes back of a rollout that was called off."""
-    task: Any = Task(f"{ticket.environment}/{ticket.task_index}", (), "", "")
-    return Rollout(ticket, task, (), "aborted", None, failure="it was called off")

@@ -162,6 +162,12 @@ class Rollout:
         return version - min(self.versions, default=version)
 
 
+def aborted(ticket: Ticket) -> Rollout:
+    """What comes back of a rollout that was called off."""
+    task: Any = Task(f"{ticket.environment}/{ticket.task_index}", (), "", "")
+    return Rollout(ticket, task, (), "aborted", None, failure="it was called off")
+
+
 @dataclass(frozen=True, slots=True)
 class Lesson:
     """A rollout that is learnt from. In a repaired group (GLM-5 report, section 4.1.2) one may stand for several."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from glm5.files import replacing
+from glm5.rl.learnt import Learnt
 from glm5.rl.retention import PREFIX
 from glm5.rl.session import JOURNAL
 from glm5.rl.view.of_run import view_run
@@ -41,6 +42,7 @@ def write_rl_report(run_directory: Path) -> Path:
     parts = [
         f"<h1>rl: {name}</h1>",
         _summary(metrics),
+        _learnt(run, metrics),
         _link(run),
         "<h2>Reward</h2>",
         reward_figure(metrics),
@@ -76,6 +78,12 @@ def _summary(metrics: Lines) -> str:
         f"<p>{len(metrics)} steps; {said}. "
         f"Largest mismatch of trainer and sampler: {max(line.get('mismatch', 0.0) for line in metrics):.1e} nats.</p>"
     )
+
+
+def _learnt(run: RunDirectory, metrics: Lines) -> str:
+    """Why it ended before its last step."""
+    learnt = Learnt.read(run.path)
+    return "" if learnt is None or learnt.step != len(metrics) else f"<p>{html.escape(learnt.sentence)}</p>"
 
 
 def _link(run: RunDirectory) -> str:

@@ -18,9 +18,11 @@ from glm5.files import write_json
 from glm5.rl.aids import Aids, open_aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.held_out import held_out_rewards
+from glm5.rl.learnt import Learnt, ended
 from glm5.rl.report import REPORT, RETENTION, write_rl_report
 from glm5.rl.session import Session, task_stream
 from glm5.rl.tasks import TaskSource
+from glm5.rl.vain import NothingLearnt
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory
 from glm5.train.run_directory import directory_sha256, exclusive, model_of
@@ -111,18 +113,22 @@ def reopened(run: RunDirectory, config: RLRunConfig, console: Console | None = N
     A run that was killed after its model was saved and before its pages were gets these now.
     """
     done = len(run.read("metrics"))
-    if run.finished and done < config.steps:
+    learnt = Learnt.read(run.path)
+    if run.finished and done < config.steps and not ended(run.path, config.steps):
         for page in (RETENTION, REPORT):  # they tell of the model that is put aside
             (run.path / page).unlink(missing_ok=True)
         run.reopen()
     if run.finished and not (run.path / REPORT).exists():
         write_rl_report(run.path)
     if run.finished:
-        (console or Console(stderr=True)).print(
-            f"{run.path} is finished: it has made all of its {done} steps. --steps with more lets it go on.",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        how = f"it has made all of its {done} steps." if learnt is None or done > learnt.step else learnt.sentence
+        say(f"{run.path} is finished: {how} --steps with more lets it go on.", console)
     return not run.finished
+
+
+def say(sentence: str, console: Console | None) -> None:
+    """On the console, by default that of errors."""
+    (console or Console(stderr=True)).print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
 def how_to_go_on(config: RLRunConfig, run: RunDirectory) -> str:
@@ -153,9 +159,28 @@ def open_session(
     return Session(config, environments, run, model, sources, opened)
 
 
-def finish_run(session: Session, tokenizer: Tokenizer) -> None:
+def check_end(session: Session) -> None:
+    """Raises `NothingLearnt` where a run ends, saved, that met too much in vain or has learnt from nothing at all."""
+    nothing = session.scheduler.accounts.metrics()["trained"] == 0
+    config, version = session.config, session.version
+    if session.vain.all_right or not (nothing or (session.vain.full and version < config.steps)):
+        return
+    model = ""
+    if config.learner.schedule.shape == "constant" and 0 < version < config.steps:
+        model = f" With {version} for its steps it is finished as it stands, and can be the parent of another run."
+    raise NothingLearnt(
+        f"{session.vain.in_vain(session.failure)} All is saved in {session.run.path} after step {version} of "
+        f"{config.steps}. {how_to_go_on(config, session.run)}{model}"
+    )
+
+
+def finish_run(session: Session, tokenizer: Tokenizer, console: Console | None = None) -> None:
     """The model, and then the pages: whatever is wrong with these, what was learnt is there."""
     session.journal.close()
+    if session.version < session.config.steps:
+        learnt = Learnt.of(session.vain, session.version, session.config.steps)
+        learnt.write(session.run.path)
+        say(learnt.sentence, console)
     save_model(session.learner.whole_model().eval(), session.run.model_directory, tokenizer)
     try:
         learner = session.learner

@@ -17,13 +17,15 @@ from glm5.model import GLM5
 from glm5.rl.aids import Aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece, Unfinished, events_of, pieces_of, write_events, write_pieces
-from glm5.rl.events import Accepted, BatchMade, Cancelled, Dropped, Event, Finished, Published, Started
+from glm5.rl.events import BatchMade, Cancelled, Event, Finished, Published, Started
 from glm5.rl.journal import Journal, Record
 from glm5.rl.learner import Learner
+from glm5.rl.learnt import Learnt, ended
 from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn
 from glm5.rl.scheduler import Scheduler
 from glm5.rl.seen import write_seen
 from glm5.rl.tasks import TaskSource, TaskStream
+from glm5.rl.vain import Vain
 from glm5.rl.window import Window
 from glm5.train import RunDirectory
 
@@ -65,10 +67,8 @@ class Session:
         """Handed out and not learnt from."""
         self.batch_tick = 0
         self._window, self._figures = Window(), dict[str, Any]()
-        self._in_vain: Counter[str] = Counter()
-        """Samples that were dropped since a group was accepted, by reason."""
-        self._in_vain_before = 0
-        """Those of them that an earlier sitting of the run dropped: what failed then may be mended now."""
+        size = config.scheduler.group_size
+        self.vain = Vain(size, config.groups_in_vain * size)
         self.failure = ""
         """Of the newest rollout that failed: environment and reason."""
         self._failed: Counter[str] = Counter()
@@ -80,7 +80,8 @@ class Session:
                 "file, or start a new run."
             )
         self._failed.clear()  # what was broken may be mended now
-        self._in_vain_before = self._in_vain.total()
+        asked_for_more = Learnt.read(run.path) is not None and not ended(run.path, config.steps)
+        self.vain.resumed(go_on=asked_for_more)
 
     # ---- coming back ----------------------------------------------------------------------------------------------
     def _replay(self, record: Record) -> None:
@@ -93,6 +94,7 @@ class Session:
             if isinstance(event, BatchMade):
                 batch = self._batch_of(event)
                 self.scheduler.apply(event)
+                self.vain.note(event)
                 self._handed_out(batch, record["tick"])
             else:
                 self.scheduler.apply(event)
@@ -140,9 +142,6 @@ class Session:
             cancelled += self._written()
         for rollout in rollouts:
             self._check_environment(rollout)
-        most = self.config.groups_in_vain * self.config.scheduler.group_size
-        if self._in_vain.total() - self._in_vain_before >= most:
-            raise self._nothing_learnt()
         return cancelled
 
     def _check_environment(self, newest: Rollout) -> None:
@@ -155,22 +154,6 @@ class Session:
                 f"The last {self._failed[name]} rollouts of {name} all failed, the newest with {newest.failure}. "
                 "Mend the environment, then resume the run."
             )
-
-    def check_end(self) -> None:
-        """A run that has learnt from nothing does not end as if it had: its model would be the parent's."""
-        if self.scheduler.accounts.metrics()["trained"] == 0:
-            raise self._nothing_learnt()
-
-    def _nothing_learnt(self) -> RunError:
-        self.journal.commit()
-        groups = self._in_vain.total() // self.config.scheduler.group_size
-        counts = " and ".join(f"{count} {reason}" for reason, count in sorted(self._in_vain.items()))
-        newest = f" The newest failure was in {self.failure}." if self._in_vain["env_failure"] else ""
-        return RunError(
-            f"Nothing could be learnt from the last {groups} groups: their samples were dropped ({counts}); take "
-            "easier or harder tasks or larger groups, keep uniform ones (--uniform-groups keep), or mend an "
-            f"environment that fails.{newest}"
-        )
 
     def next_batch(self) -> tuple[Batch | None, list[Ticket]]:
         """What to learn from next, if there is enough and nothing waits to be learnt; and who is called off."""
@@ -216,17 +199,13 @@ class Session:
         """What is kept beside the scheduler's own state, alike for events that happen and for those of the journal."""
         self.unfinished.forget(events)
         for event in events:
+            self.vain.note(event)
             if isinstance(event, Started):
                 self.started_at[event.ticket.id] = tick
             elif isinstance(event, Finished):
                 self._window.add(event.rollout)
                 self.started_at.pop(event.rollout.id, None)
                 self._note_failure(event.rollout)
-            elif isinstance(event, Dropped):
-                self._in_vain[event.reason] += 1
-            elif isinstance(event, Accepted):
-                self._in_vain.clear()
-                self._in_vain_before = 0
             elif isinstance(event, Published):
                 while self.version < event.version:
                     self.learn()

@@ -9,9 +9,11 @@ import glm5
 from glm5.cli.main import main
 from glm5.cli.rl_environments import named_environment, settings
 from glm5.cli.rl_flags import loss, written
+from glm5.envs import Reward, Sums
 from glm5.errors import InputError
 from glm5.rl.losses import DDIS, IcePop
 from glm5.rl.simulation import settings_of
+from glm5.scoring import Grade
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,18 @@ def test_a_run_its_resume_and_a_step_again(parent, tmp_path, capsys):
     capsys.readouterr()
     assert main(flags(parent, tmp_path / "run", "--replay-step", "1")) == 0
     assert json.loads(capsys.readouterr().out)["same"] is True
+
+
+def test_a_task_that_is_learnt_is_a_success(parent, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Sums, "score", lambda self, task, response: Reward(1.0, Grade("correct", "said")))
+    command = ["rl", "--parent", str(parent), "--env", "sums", "--out", str(tmp_path / "run"), "--rollout.max-tokens",
+               "4", "--scheduler.group-size", "2", "--groups-in-vain", "4", "--threads", "1"]  # fmt: skip
+    assert main([*command, "--json"]) == 0
+    heard = capsys.readouterr()
+    said = json.loads(heard.out)["learnt"]
+    assert said.startswith("All of the last ") and said.endswith("stopped after step 0 of 20.") and said in heard.err
+    assert main(["rl", "--resume", "--out", str(tmp_path / "run"), "--threads", "1"]) == 0
+    assert f"run is finished: {said} --steps with more" in capsys.readouterr().out
 
 
 def test_nothing_to_learn_from_is_refused(parent, tmp_path, capsys):

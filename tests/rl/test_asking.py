@@ -15,7 +15,8 @@ from glm5.errors import ConfigError
 from glm5.rl import episode_task
 from glm5.rl.codec import rollout_from_json, rollout_to_json
 from glm5.rl.records import Ticket
-from glm5.rl.runner import RolloutConfig, play
+from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.runner import play
 from glm5.scoring import Grade
 
 TICKET = Ticket("chat", 3, sample=1)

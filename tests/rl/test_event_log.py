@@ -6,8 +6,7 @@ from glm5.engine import ExpertChoices
 from glm5.rl.event_log import Unfinished, events_of, pieces_of, write_events, write_pieces
 from glm5.rl.events import Cancelled, Finished, Started
 from glm5.rl.journal import Journal, read_journal
-from glm5.rl.orchestrator import aborted
-from glm5.rl.records import Ticket, Turn
+from glm5.rl.records import Ticket, Turn, aborted
 
 A, B = Ticket("env", 0), Ticket("env", 0, 0, 1)
 

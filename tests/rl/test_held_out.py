@@ -23,7 +23,8 @@ from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.records import Ticket
 from glm5.rl.retention import forgetting
-from glm5.rl.runner import RolloutConfig, play
+from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.runner import play
 from glm5.rl.view import snapshot_of
 from glm5.rl.view.live import line, render
 

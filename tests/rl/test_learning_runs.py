@@ -20,7 +20,7 @@ from glm5.rl.losses import IcePop
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.replay import replay_step
 from glm5.rl.retention import Retention, forgetting
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.rollout_config import RolloutConfig
 from glm5.rl.tasks import TaskSource
 from glm5.scoring import Grade
 

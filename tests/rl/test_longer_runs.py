@@ -29,7 +29,7 @@ from glm5.rl.orchestrator import train_rl
 from glm5.rl.reference import KL
 from glm5.rl.replay import replay_step
 from glm5.rl.report import write_rl_report
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.rollout_config import RolloutConfig
 from glm5.rl.tasks import Band, TaskSource
 
 

@@ -7,7 +7,7 @@ from glm5.envs import Reward, SingleTurn, Task
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.orchestrator import train_rl
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.rollout_config import RolloutConfig
 from glm5.rl.simulation import Measured, SimulationConfig, records_of, simulate
 from glm5.scoring import Grade
 

@@ -19,12 +19,15 @@ from glm5.rl import outage
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.executors import engine_servers
-from glm5.rl.fleet import FleetConfig, SupervisedFleet
+from glm5.rl.fleet import EngineState, FleetConfig, FleetStats, SupervisedFleet
 from glm5.rl.fleet.external import ServerExecutor
 from glm5.rl.fleet.seat import FIRST_DELAY, Seat
+from glm5.rl.meter import Meter
 from glm5.rl.orchestrator import train_rl
+from glm5.rl.patience import Patience
 from glm5.rl.records import Ticket
-from glm5.rl.runner import RolloutConfig, play
+from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.runner import play
 from glm5.serve.backend import Backend
 from glm5.serve.backend_api import backend_api
 from glm5.train import RunDirectory
@@ -189,3 +192,39 @@ def test_a_run_with_servers_waits_as_long_as_for_environments(directory, tmp_pat
     RunDirectory.start(tmp_path / "run", stage="rl", config=config, inputs={})
     make = engine_servers(config, ["http://there"], tmp_path / "weights", tmp_path / "run", api="sglang")
     assert make(speaker_model(), speaker_tokenizer(), 0).config.outage_seconds == 77.0
+
+
+# ---- patience -----------------------------------------------------------------------------------------------------
+def test_patience_begins_behind_an_outage_that_is_borne(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    meter = Meter()
+    patience = Patience(RLRunConfig(parent=".", patience=10.0, rollout=RolloutConfig(outage_seconds=60.0)), meter)
+    up, down = (FleetStats((EngineState("0", there, 3, 1, 0, None),)) for there in (True, False))
+
+    def after(seconds, stats=up):
+        clock[0] = meter.moved_at + seconds
+        return patience.outlasted(stats)
+
+    assert after(9.0) is None and after(11.0) == 11.0
+    meter.away()
+    assert after(69.0) is None and after(71.0) == 71.0  # the whole outage, and then as long as ever
+    meter.moved()
+    assert after(11.0) == 11.0
+    assert after(11.0, down) is None and after(69.0) is None and after(71.0, down) == 71.0
+    assert patience.outlasted(FleetStats(())) == 71.0  # nobody samples: nobody is away
+    error = patience.exhausted(71.0, 5, down)
+    assert "moved for 71 s: 0 rollouts wait for tokens, 5 are in their env" in str(error) and "0 is down" in str(error)
+
+
+def test_an_outage_longer_than_the_patience_is_borne(monkeypatch, tmp_path):
+    monkeypatch.setattr(outage, "jittered", lambda seconds: 2.5)
+    glm5.save_model(brief_model(), tmp_path / "parent", speaker_tokenizer())
+    config = RLRunConfig(
+        parent=tmp_path / "parent", steps=1, rollout=RolloutConfig(max_tokens=6), patience=2.0,
+        scheduler=SchedulerConfig(mode="sync", groups_per_batch=2, group_size=3, max_running=6),
+    )  # fmt: skip
+    environment = AwayAtFirst(6, reward=lambda said: len(said[-1]["content"] or "") / 10)
+    environment.uniform_groups = "keep"
+    run = train_rl(config, [environment], tmp_path / "run")
+    assert run.finished and sum(line["refused"] for line in run.read("speed")) == 6

@@ -21,7 +21,7 @@ from glm5.rl.executors import engine_processes, engine_servers
 from glm5.rl.learner import LearnerConfig
 from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.rollout_config import RolloutConfig
 from glm5.rl.weights import DirectorySubscriber
 from glm5.rl.weights.directory import versions
 from glm5.rl.weights.follow import Follower

@@ -31,7 +31,8 @@ from glm5.rl.packing import examples_of, judged, packed, padded
 from glm5.rl.records import Batch, Group, Lesson, Ticket
 from glm5.rl.reference import KL
 from glm5.rl.replay import batches_of, replay_step
-from glm5.rl.runner import RolloutConfig, play
+from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.runner import play
 from glm5.rl.strict import strict_differences
 
 

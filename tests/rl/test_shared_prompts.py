@@ -9,7 +9,8 @@ from speaker import speaker_model, speaker_tokenizer
 from glm5.engine import Engine
 from glm5.rl.fleet import InProcessFleet
 from glm5.rl.records import Ticket
-from glm5.rl.runner import RolloutConfig, play
+from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.runner import play
 
 BLOCK, GROUP = 4, 8
 

@@ -23,7 +23,7 @@ from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.reference import KL
 from glm5.rl.replay import replay_step
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.rollout_config import RolloutConfig
 from glm5.rl.strict import strict_differences
 
 HALF = 0.5

@@ -13,7 +13,7 @@ from glm5.rl.config import RLRunConfig
 from glm5.rl.executors import engine_processes
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.orchestrator import train_rl
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.rollout_config import RolloutConfig
 
 
 @pytest.fixture(scope="module")

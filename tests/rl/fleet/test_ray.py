@@ -23,7 +23,7 @@ from glm5.rl.executors import engine_actors
 from glm5.rl.fleet import FleetConfig, SupervisedFleet
 from glm5.rl.learner import Learner
 from glm5.rl.orchestrator import train_rl
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.rollout_config import RolloutConfig
 
 ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
 CONFIG = FleetConfig(start_seconds=120, silence_seconds=20, update_seconds=60)

@@ -25,7 +25,7 @@ from glm5.rl.fleet import InProcessFleet
 from glm5.rl.journal import read_journal
 from glm5.rl.learner import LearnerConfig
 from glm5.rl.orchestrator import train_rl
-from glm5.rl.runner import RolloutConfig
+from glm5.rl.rollout_config import RolloutConfig
 from glm5.rl.view import snapshot_of, trainer_logprobs, view_run, watch_run
 from glm5.train import RunDirectory
 
