@@ -182,7 +182,7 @@ class Scheduler:
 
         So a sequence never needs more blocks than admission has counted for it.
         """
-        return sequence.drafts[: max(0, min(left, sequence.max_tokens - len(sequence.deltas) - 1))]
+        return sequence.drafts[: max(0, min(left, sequence.most_rows - len(sequence.token_ids)))]
 
     def _make_room(self, sequence: Sequence, tokens: int, step: Step) -> bool:
         """Blocks for so many tokens, taken from others if need be; False if it must wait with what it has."""
@@ -216,7 +216,8 @@ class Scheduler:
             promised = sum(1 + max(self.blocks.blocks_for(len(s.token_ids)) - len(s.table), 0) for s in self.running)
             if len(self.running) < self.max_num_seqs and promised < self.blocks.free:
                 found = self.blocks.match(self._reusable(sequence))
-                if self.blocks.blocks_for(len(sequence.token_ids) + 1) - len(found) + promised <= self.blocks.free:
+                needed = self.blocks.blocks_for(min(len(sequence.token_ids) + 1, sequence.most_rows))
+                if needed - len(found) + promised <= self.blocks.free:
                     break
                 self.blocks.release(found)
             victim = self._victim(None, step)

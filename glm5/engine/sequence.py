@@ -71,6 +71,11 @@ class Sequence:
         return len(self.token_ids) - self.computed
 
     @property
+    def most_rows(self) -> int:
+        """Rows that it ever needs in the cache: its last token is sampled and never put there."""
+        return len(self.prompt_ids) + self.max_tokens - 1
+
+    @property
     def position(self) -> int:
         """Position of the token that is sampled next; the random number depends on it."""
         return len(self.token_ids)

@@ -202,3 +202,20 @@ def test_drafts_beyond_the_end_take_no_blocks_that_admission_has_not_counted():
         request.sequences[0].drafts = [1, 2, 3, 4, 5, 6]
     assert request.sequences[0].done and tokens_and_logprobs(request) == alone([5, 6, 7, 8], params)
     assert core.drafted_tokens > 0
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("asked", [{}, {"n": 3}, {"prompt_logprobs": 1}])
+@pytest.mark.parametrize("new", [1, 2, 6])
+def test_requests_that_fill_the_cache_to_its_last_row_end_wherever_they_are_interrupted(new, asked, prefix_caching):
+    params = replace(SAMPLED, **{"n": 1, "max_tokens": new, **asked})
+    prompt = list(range(5, 5 + 16 - (new - 1)))  # with all sampled tokens but the last: 16 rows, the whole cache
+    for weights_after in range(new + 6):
+        core = toy_core(num_blocks=4, block_size=4, budget=7, prefix_caching=prefix_caching)
+        requests = [submit(core, prompt, params), submit(core, [1, 2], GREEDY)]
+        for _ in range(weights_after):
+            core.step(0)
+        core.scheduler.new_weights(1, recompute=True)
+        run(core)
+        assert [tokens_and_logprobs(r) for r in requests] == [alone(prompt, params), alone([1, 2])]
+        assert core.scheduler.blocks.used == 0 and not core.requests
