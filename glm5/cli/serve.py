@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from glm5.bundled import bundled_model
 from glm5.cli.engine_options import EngineOptions
 from glm5.engine import Engine, SamplingDefaults, follow
+from glm5.engine.admission import MOST_SECONDS
 from glm5.engine.sampling_params import MAX_SAMPLES
 from glm5.errors import InputError, ParallelError
 from glm5.parallel import InferencePlan
@@ -102,8 +103,10 @@ class ServeOptions(EngineOptions):
                   "max-messages": self.max_messages, "max-n": self.max_n,
                   "max-unsent-bytes": self.max_unsent_bytes}  # fmt: skip
         for name, value in {**seconds, **counts}.items():
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise InputError(f"--{name} is {value}; it must be more than 0.")
+        if self.deadline is not None and self.deadline > MOST_SECONDS:
+            raise InputError(f"--deadline is {self.deadline:g}; give at most {MOST_SECONDS:g} seconds, or none.")
         if self.max_waiting < 0:
             raise InputError(f"--max-waiting is {self.max_waiting}; it must be at least 0.")
         if self.max_n > MAX_SAMPLES:

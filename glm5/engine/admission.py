@@ -17,6 +17,8 @@ from glm5.errors import InputError
 from glm5.text import Detokenizer, Tokenizer
 
 MOST_PRIORITY = 1000
+MOST_SECONDS = 7 * 86_400.0
+"""Longest deadline: a week."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,21 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
             "give the model's own tokenizer."
         )
     return found
+
+
+def one_each(
+    prompts: SequenceOf[SequenceOf[int]], params: SamplingParams | SequenceOf[SamplingParams] | None
+) -> list[tuple[SequenceOf[int], SamplingParams]]:
+    """Every prompt with its settings: those of all, or its own. Raises InputError."""
+    if not isinstance(prompts, SequenceOf) or any(isinstance(prompt, int) for prompt in prompts):
+        raise InputError("prompts must be a list of lists of token ids; wrap a single prompt in a list.")
+    if params is None:
+        params = SamplingParams()
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    if not isinstance(each, SequenceOf) or len(each) != len(prompts):
+        given = f"{len(each)} SamplingParams" if isinstance(each, SequenceOf) else f"a {type(each).__name__}"
+        raise InputError(f"There are {len(prompts)} prompts and {given}; give one SamplingParams, or one each.")
+    return list(zip(prompts, each, strict=True))
 
 
 def admit(
@@ -140,4 +157,4 @@ def check_queueing(session_id: str | None, priority: int, deadline: float | None
         raise InputError(f"session_id is {session_id!r}; give a text or None.")
     check_whole("priority", priority, -MOST_PRIORITY, MOST_PRIORITY)
     if deadline is not None:
-        check_number("deadline", deadline, 0.0, above=True)
+        check_number("deadline", deadline, 0.0, MOST_SECONDS, above=True)

@@ -69,12 +69,11 @@ class Core:
                 self.scheduler.remove(sequence)
             request.mailbox.finish(error)
 
-    def fail(self, error: BaseException) -> None:
-        """Ends every request with the error and gives all blocks back, whatever state the error left them in."""
-        for request in self.requests.values():
-            request.mailbox.finish(error)
-        self.requests.clear()
+    def take_all(self) -> list[Request]:
+        """Gives every request up, for the caller to end, and all blocks back, whatever state an error left them in."""
+        requests, self.requests = list(self.requests.values()), {}
         self.scheduler.clear()
+        return requests
 
     @property
     def next_deadline(self) -> float | None:

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from glm5.checkpoint import load_model
-from glm5.engine.admission import Limits, admit, check_queueing, end_ids, go_on, tokenizer_in
+from glm5.engine.admission import Limits, admit, check_queueing, end_ids, go_on, one_each, tokenizer_in
 from glm5.engine.backend import CacheSize, StorageName, build_backend
 from glm5.engine.block_manager import BlockManager
 from glm5.engine.checks import check_whole
@@ -29,12 +30,12 @@ from glm5.engine.core import Core
 from glm5.engine.grammar import GrammarCompiler
 from glm5.engine.leader import leader_of
 from glm5.engine.outputs import EngineStats, RequestOutput, TokenDelta
-from glm5.engine.request import BUFFERED_TOKENS, Mailbox, Request
+from glm5.engine.request import BUFFERED_TOKENS, Mailbox, Request, finish_all
 from glm5.engine.sampling_params import SamplingParams
 from glm5.engine.scheduler import PRIORITY_SECONDS, Scheduler
 from glm5.engine.sessions import group_of
 from glm5.engine.stream import TokenStream
-from glm5.errors import InputError
+from glm5.errors import InputError, UnavailableError
 from glm5.model import GLM5
 from glm5.parallel import InferencePlan
 from glm5.text import Tokenizer
@@ -113,10 +114,11 @@ class Engine:
         self._core = Core(backend.runner, backend.cache, scheduler, backend.speculator)
         # What the threads share: all of it changes under `_changed` only.
         self._changed = threading.Condition()
-        self._arrived: list[Request] = []
+        self._arrived: deque[Request] = deque()
         self._count = self._swaps = 0
         self._woken = self._closed = False
         self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
         self._step_lock = threading.Lock()
         """Held while a step runs and while weights are swapped. Taken before `_changed`, never after it."""
 
@@ -125,6 +127,11 @@ class Engine:
         """Of the weights that the next step uses."""
         return self._core.scheduler.version
 
+    @property
+    def failed(self) -> bool:
+        """Whether the engine's thread has ended by a mistake of its own; no more requests are taken then."""
+        return self._failure is not None
+
     # ---- requests -----------------------------------------------------------------------------------------------
     def generate(
         self,
@@ -132,15 +139,7 @@ class Engine:
         params: SamplingParams | SequenceOf[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Runs every prompt (a list of token ids) to its end; `params` is one for all or one for each."""
-        if not isinstance(prompts, SequenceOf) or any(isinstance(prompt, int) for prompt in prompts):
-            raise InputError("prompts must be a list of lists of token ids; wrap a single prompt in a list.")
-        if params is None:
-            params = SamplingParams()
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        if not isinstance(each, SequenceOf) or len(each) != len(prompts):
-            given = f"{len(each)} SamplingParams" if isinstance(each, SequenceOf) else f"a {type(each).__name__}"
-            raise InputError(f"There are {len(prompts)} prompts and {given}; give one SamplingParams, or one each.")
-        requests = [self._request(ids, p, buffered=None) for ids, p in zip(prompts, each, strict=True)]
+        requests = [self._request(ids, own, buffered=None) for ids, own in one_each(prompts, params)]
         self._submit(requests)
         try:
             while not self.threaded and not all(request.mailbox.finished for request in requests):
@@ -151,15 +150,7 @@ class Engine:
         finally:  # an error or Ctrl-C ends them all
             for request in requests:
                 self._abort(request)
-        return [
-            RequestOutput(
-                request.sequences[0].prompt_ids,
-                tuple(sequence.output() for sequence in request.sequences),
-                request.cached_tokens or 0,
-                None if request.prompt_logprobs is None else tuple(request.prompt_logprobs),
-            )
-            for request in requests
-        ]
+        return [request.output() for request in requests]
 
     def stream(
         self,
@@ -280,14 +271,17 @@ class Engine:
 
     def _submit(self, requests: list[Request]) -> None:
         with self._changed:
+            if self._failure is not None:
+                kind = type(self._failure).__name__  # a message might quote somebody's prompt
+                raise UnavailableError(f"This engine has ended by a mistake of its own ({kind}); make a new one.")
             if self._closed:
                 raise InputError("This engine is closed; make a new one.")
-            self._arrived += requests
             if self._thread is None and self.threaded:
-                self._thread = threading.Thread(target=self._run, name="glm5-engine", daemon=True)
-                # A thread inside the model must not meet the end of the interpreter.
-                atexit.register(self.close)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="glm5-engine", daemon=True)
+                thread.start()  # where the system has no more, that is the caller's error, and nothing was taken
+                self._thread = thread
+                atexit.register(self.close)  # a thread inside the model must not meet the end of the interpreter
+            self._arrived += requests
             self._wake()
 
     def _abort(self, request: Request) -> None:
@@ -305,20 +299,29 @@ class Engine:
     def _run(self) -> None:
         """The engine's thread: steps while there is work, waits for more, and ends when none comes."""
         busy = False
-        while self._wait(busy):
-            busy = self._step()
+        try:
+            while self._wait(busy):
+                busy = self._step()
+            if self._closed:
+                self._end_all()
+        except BaseException as error:  # nobody may wait for a thread that is gone
+            with self._changed:
+                self._closed, self._failure = True, error
+            atexit.unregister(self.close)
+            self._end_all(error)
+            raise
 
     def _step(self) -> bool:
         """Takes over what has arrived and runs one step."""
         with self._step_lock:
-            with self._changed:
-                arrived, self._arrived = self._arrived, []
-            for request in arrived:
-                self._core.add(request)
             try:
+                while self._arrived:
+                    with self._changed:
+                        request = self._arrived.popleft()
+                    self._core.add(request)
                 return self._core.step(time.monotonic())
             except BaseException as error:  # a mistake of the engine itself: nobody may wait for it
-                self._core.fail(error)
+                finish_all(self._core.take_all(), error)
                 return False
 
     def _wait(self, busy: bool) -> bool:
@@ -334,17 +337,12 @@ class Engine:
                     if self._core.requests:  # all paused, or a deadline has come
                         self._woken = True
                     elif not self._swaps and not self._woken:  # a request may come between timeout and lock
+                        self._thread = None
                         break
-            if self._closed:
-                self._end_all()
-            self._thread = None
             atexit.unregister(self.close)
             return False
 
-    def _end_all(self) -> None:
-        """Of a closed engine that does not run any more."""
-        for request in self._arrived:
-            request.mailbox.finish()
-        for request in list(self._core.requests.values()):
-            self._core.end(request)
+    def _end_all(self, error: BaseException | None = None) -> None:
+        """Of an engine that takes no more requests and runs no more."""
+        finish_all([*self._core.take_all(), *self._arrived], error)
         self._arrived.clear()

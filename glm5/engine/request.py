@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from glm5.engine.outputs import PromptLogprob, TokenDelta
+from glm5.engine.outputs import PromptLogprob, RequestOutput, TokenDelta
 from glm5.engine.sequence import Sequence
 
 BUFFERED_TOKENS = 256
@@ -118,3 +119,19 @@ class Request:
 
     def __post_init__(self) -> None:
         self.place = (self.rank, self.number)
+
+    def output(self) -> RequestOutput:
+        """What there is of it."""
+        return RequestOutput(
+            self.sequences[0].prompt_ids,
+            tuple(sequence.output() for sequence in self.sequences),
+            self.cached_tokens or 0,
+            None if self.prompt_logprobs is None else tuple(self.prompt_logprobs),
+        )
+
+
+def finish_all(requests: Iterable[Request], error: BaseException | None) -> None:
+    """Nothing more will come of any of them."""
+    for request in requests:
+        with contextlib.suppress(Exception):  # of a reader's callback, which must not keep others from their end
+            request.mailbox.finish(error)

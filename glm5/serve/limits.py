@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from glm5.engine.admission import MOST_SECONDS
 from glm5.serve.errors import ApiError, error_response
 
 LINGER_BYTES, LINGER_SECONDS = 256 * 2**20, 30.0
@@ -53,8 +54,9 @@ def deadline_of(headers: Mapping[str, str], limits: Limits) -> float | None:
         seconds = float(asked)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ApiError(400, "The header X-Request-Timeout must be a number of seconds above 0.")
+    if not 0 < seconds <= MOST_SECONDS:
+        sentence = f"The header X-Request-Timeout must be a number of seconds above 0, at most {MOST_SECONDS:g}."
+        raise ApiError(400, sentence)
     return seconds if limits.deadline_seconds is None else min(seconds, limits.deadline_seconds)
 
 

@@ -48,9 +48,10 @@ def install_outside(
     @app.get("/health")
     async def health() -> JSONResponse:
         away = backend_ready is not None and not await backend_ready()
+        trouble = "engine failed" if getattr(source, "failed", False) else "backend away" if away else None
         body: dict[str, Any] = {
-            "status": "backend away" if away and not lifecycle.draining else lifecycle.status,
+            "status": lifecycle.status if trouble is None or lifecycle.draining else trouble,
             "model": service.model_name, "weight_version": source.version,
             "running": gate.running, "waiting": gate.waiting,
         }  # fmt: skip
-        return JSONResponse(body, 503 if lifecycle.draining or away else 200)
+        return JSONResponse(body, 503 if lifecycle.draining or trouble else 200)

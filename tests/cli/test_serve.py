@@ -107,6 +107,17 @@ def test_flags_become_options():
     assert (named.limits().max_n, named.limits().max_messages) == (256, 9)
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "sentence"),
+    [("--deadline", "1e300", "at most 604800 seconds"), ("--deadline", "nan", "more than 0"),
+     ("--deadline", "0", "more than 0"), ("--stall", "nan", "more than 0")],
+)  # fmt: skip
+def test_times_that_no_clock_can_wait_for_are_refused(flag, value, sentence):
+    with pytest.raises(InputError, match=sentence):
+        tyro.cli(ServeOptions, args=[flag, value]).limits()
+    assert tyro.cli(ServeOptions, args=["--deadline", "604800"]).limits().deadline_seconds == 604800
+
+
 def test_a_directory_without_a_model_is_refused(tmp_path):
     with pytest.raises(RunError, match="neither a run nor a model directory"):
         run(ServeOptions(model=tmp_path))

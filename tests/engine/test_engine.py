@@ -222,7 +222,8 @@ def test_other_refusals(tiny_model):
         Engine(tiny_model, max_num_seqs=0)
     for wrong, sentence in (
         ({"priority": 1.5}, "priority is 1.5"), ({"priority": 2000}, "priority is 2000"),
-        ({"deadline": 0}, "deadline is 0"), ({"session_id": 3}, "session_id is 3"),
+        ({"deadline": 0}, "deadline is 0"), ({"deadline": 1e300}, "at most 604800"),
+        ({"session_id": 3}, "session_id is 3"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=sentence):
             Engine(tiny_model).stream([1], **wrong)

@@ -12,7 +12,8 @@ from plain import GREEDY, ToyModel
 from speaker import speaker_tokenizer
 
 from glm5.engine import Engine, SamplingParams
-from glm5.errors import InputError
+from glm5.engine.core import Core
+from glm5.errors import InputError, UnavailableError
 
 
 def wait_for(condition):
@@ -194,6 +195,46 @@ def test_a_mistake_of_the_engine_itself_ends_every_request_and_the_next_ones_run
     assert idle(engine)
     assert len(engine.generate([[1]], GREEDY)[0].token_ids) == 12
     scheduler.check()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_mistake_between_two_steps_ends_every_request_and_the_engine_says_so(monkeypatch):
+    monkeypatch.setattr("glm5.engine.engine.BUFFERED_TOKENS", 8)
+    engine = Engine(ToyModel())
+    streams = [engine.stream([i], replace(GREEDY, max_tokens=100)) for i in (1, 2)]
+    assert next(streams[0]) and not engine.failed
+    with monkeypatch.context() as broken:
+        broken.setattr(Core, "next_deadline", property(lambda core: 1 / 0))  # asked when both are full
+        wait_for(lambda: engine.failed)
+        for stream in streams:
+            with pytest.raises(ZeroDivisionError):
+                list(stream)
+    assert idle(engine)
+    for request in (lambda: engine.generate([[1]], GREEDY), lambda: engine.stream([1])):
+        with pytest.raises(UnavailableError, match=r"mistake of its own \(ZeroDivisionError\); make a new one"):
+            request()
+    engine.close()
+
+
+def test_a_thread_that_cannot_be_started_is_the_callers_error_and_the_next_request_tries_again(monkeypatch):
+    engine = Engine(ToyModel())
+
+    def none_left(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as crowded:
+        crowded.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(RuntimeError, match="can't start"):
+            engine.generate([[1]], GREEDY)
+    assert idle(engine) and len(engine.generate([[1]], GREEDY)[0].token_ids) == 12
+
+
+def test_a_reader_whose_callback_raises_keeps_no_other_from_its_end():
+    engine = Engine(ToyModel(), threaded=False)
+    readers = [engine.stream([i], GREEDY) for i in range(3)]
+    readers[0]._mailbox.call_when_ready(lambda: 1 / 0)
+    engine.close()
+    assert [reader.finish_reasons for reader in readers] == [("abort",)] * 3
 
 
 def test_stats_count_what_was_done():

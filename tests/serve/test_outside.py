@@ -10,6 +10,7 @@ from asgi_client import Call, scope_of
 from chat_client import USER, ask, client_of
 from prometheus_client.parser import text_string_to_metric_families
 
+from glm5.engine.core import Core
 from glm5.errors import InputError
 from glm5.serve import Limits
 from glm5.serve.access_log import JsonLines
@@ -143,6 +144,32 @@ def test_metrics_count_requests_by_route():
 def test_health_answers_a_question_without_a_body():
     reply = client_of("ok", api_key=KEY).head("/health")
     assert reply.status_code == 200 and int(reply.headers["content-length"]) > 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_has_failed_shows_in_health_and_takes_nothing_new(monkeypatch):
+    client = client_of("</think>ok")
+    assert client.get("/health").json()["status"] == "ready"
+    with monkeypatch.context() as broken:
+        broken.setattr(Core, "next_deadline", property(lambda core: 1 / 0))  # what its thread asks between two steps
+        assert ask(client).status_code == 200  # the first step is the whole answer
+        client.app.state.service.source._thread.join(20)
+    health = client.get("/health")
+    assert health.status_code == 503 and health.json()["status"] == "engine failed"
+    refused = ask(client)
+    assert refused.status_code == 503 and refused.headers["retry-after"]
+    assert "ended by a mistake of its own (ZeroDivisionError)" in refused.json()["error"]["message"]
+    client.app.state.lifecycle.draining = True
+    assert client.get("/health").json()["status"] == "draining"
+
+
+@pytest.mark.parametrize("seconds", ["1e300", "inf", "nan", "-1", "0", "soon", "604801"])
+def test_times_that_no_clock_can_wait_for_are_refused(seconds):
+    client = client_of("</think>ok")
+    body = {"model": "tiny", "messages": USER}
+    refused = client.post("/v1/chat/completions", json=body, headers={"X-Request-Timeout": seconds})
+    assert refused.status_code == 400 and "above 0, at most 604800" in refused.json()["error"]["message"]
+    assert client.post("/v1/chat/completions", json=body, headers={"X-Request-Timeout": "604800"}).status_code == 200
 
 
 # ---- draining ----------------------------------------------------------------------------------------------------
