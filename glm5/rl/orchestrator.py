@@ -144,6 +144,7 @@ class Orchestrator:
                 self.watch.glance(len(self.playing), self._ready(), lambda: self.fleet.stats().engines)
             await self._mirrored(last=True)
             await self._in_learners_thread(session.checkpoint)
+            await self.fleet.hand_over(session.version, session.learner.weights())
             check_end(session)
         finally:
             await self._end()

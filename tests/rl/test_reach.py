@@ -138,7 +138,9 @@ def test_servers_sample_and_take_new_weights(parent, tmp_path, capsys):
         assert status == 0, capsys.readouterr().err
     follower.close(), engine.close()
     assert json.loads(capsys.readouterr().out)["steps"] == 3
-    assert engine.version == 2  # the last one is the run's own
+    assert engine.version == 3 == versions(weights)[-1]  # they go on without the run
+    trained = glm5.load_model(tmp_path / "run" / "model", dtype=torch.float32).state_dict()
+    assert all(torch.equal(t, trained[n]) for n, t in DirectorySubscriber(weights).newest().tensors.items())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(line["mismatch"] for line in lines if line["max_staleness"] == 0) < 1e-4
 

@@ -296,6 +296,7 @@ class ServerExecutor:
 
     def __init__(self, backends: Sequence[Backend], delivery: WeightDelivery | None = None) -> None:
         self.backends, self.delivery = list(backends), delivery
+        self.outlived = delivery is not None
 
     def launch(self, name: str, events: Events, config: FleetConfig) -> ServerMember:
         """The server of the seat, whether it answers yet or not."""

@@ -85,6 +85,9 @@ class InProcessFleet:
         for engine in self.engines.values():
             engine.update_weights(version, state_dict, recompute=self.recompute)
 
+    async def hand_over(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
+        """The engines end with the fleet."""
+
     async def close(self) -> None:
         """Ends every request and engine."""
         for engine in self.engines.values():

@@ -79,6 +79,9 @@ class Member(Protocol):
 class Executor(Protocol):
     """Where engines run."""
 
+    outlived: bool
+    """Whether its engines go on when the fleet is closed."""
+
     def launch(self, name: str, events: Events, config: FleetConfig) -> Member:
         """Starts an engine, which is still to be waited for. Raises `FleetError` when that cannot be done now."""
 

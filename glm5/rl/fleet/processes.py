@@ -45,6 +45,8 @@ class SharedSource:
 class ProcessExecutor:
     """Starts engines as processes. recompute: as in `Engine.update_weights`. threads: torch's, of each engine."""
 
+    outlived = False
+
     def __init__(self, build: Build, *, recompute: bool | None = None, threads: int = 1) -> None:
         if threads < 1:
             raise InputError(f"An engine computes with at least one thread, not {threads}.")

@@ -86,6 +86,9 @@ class Fleet(Protocol):
         Raises `InputError` for weights that engines refuse; they then keep the earlier ones.
         """
 
+    async def hand_over(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
+        """Leaves the last weights of a run to engines that go on without it. What does not reach them is noted only."""
+
     async def close(self) -> None:
         """Ends all requests (finish reason "abort") and all engines."""
 

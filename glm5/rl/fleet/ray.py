@@ -97,6 +97,8 @@ class RayExecutor:
     recompute: as in `Engine.update_weights`. threads: torch's, of each engine.
     """
 
+    outlived = False
+
     def __init__(
         self, build: Build, *, recompute: bool | None = None, threads: int = 1, num_cpus: float = 1.0,
         num_gpus: float = 0.0, resources: Mapping[str, float] | None = None,

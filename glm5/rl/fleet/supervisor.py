@@ -26,7 +26,7 @@ from torch import Tensor
 from glm5.engine import SamplingParams, TokenDelta
 from glm5.engine.admission import admit, check_queueing
 from glm5.engine.sequence import fresh_seed
-from glm5.errors import FleetError
+from glm5.errors import FleetError, GLM5Error
 from glm5.rl.fleet.config import FleetConfig
 from glm5.rl.fleet.job import Delivery, FleetStream, Job
 from glm5.rl.fleet.launches import Launches
@@ -128,6 +128,14 @@ class SupervisedFleet:
         with self._changed:
             self._snapshot = version
         await in_thread(self._hand_out, version)
+
+    async def hand_over(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
+        """See `Fleet.hand_over`."""
+        if self._executor.outlived and version > max(self._version, self._snapshot):
+            try:
+                await self.publish(version, state_dict)
+            except (GLM5Error, OSError) as error:
+                log.warning("The last weights, version %d, did not reach the servers: %s", version, error)
 
     async def close(self) -> None:
         """Ends all requests and engines."""

@@ -197,7 +197,7 @@ class OpenFleet(AroundSource[Fleet]):
         )  # fmt: skip
         self._doors = ExitStack()
         self.stream = fleet.stream
-        self.publish = fleet.publish
+        self.publish, self.hand_over = fleet.publish, fleet.hand_over
 
     async def start(self) -> None:
         """Opens when the engines are ready."""
@@ -276,6 +276,9 @@ class NoEngines:
     async def publish(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
         """Only the number."""
         self.version = version
+
+    async def hand_over(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
+        """To nobody."""
 
     async def close(self) -> None:
         """Nothing is there."""
