@@ -6,8 +6,8 @@ and each completion gets a `GrammarState` of its own, whose mask of allowed toke
 
 **Special tokens in Lark.** Every added token of the tokenizer is a terminal of its own, written as it looks:
 `<think>`, `</think>`, `<tool_call>`, `</tool_call>`, `<arg_key>`, `</arg_key>`, `<arg_value>`, `</arg_value>`,
-`<|user|>`. Texts and expressions never match them (a JSON string may spell `</arg_value>` in plain characters; exclude
-`<` where that would confuse a parser). A GLM call of one tool, in thinking mode, is
+`<|user|>`. Texts and expressions never match them (a JSON string may spell `</arg_value>` in plain characters, unless
+`unspelled` names it: `glm5.engine.spellings`). A GLM call of one tool, in thinking mode, is
 
     start: /[^<]*/ </think> call
     call: <tool_call> "get_weather" city days </tool_call>
@@ -44,8 +44,9 @@ import llguidance
 
 from glm5.engine.grammar_probe import LIMITS, AbandonedError, GrammarProbe, NotStartedError
 from glm5.engine.grammar_state import GrammarState, one_line
-from glm5.engine.lazy_grammar import LazyGrammar, Spellings, named_tags
+from glm5.engine.lazy_grammar import LazyGrammar
 from glm5.engine.sampling_params import StructuredOutputs
+from glm5.engine.spellings import GuardedGrammar, Spellings
 from glm5.errors import InputError, UnavailableError
 from glm5.text import Tokenizer
 
@@ -83,7 +84,7 @@ class GrammarCompiler:
 
     def compile(
         self, outputs: StructuredOutputs, wanted: Callable[[], bool] = lambda: True
-    ) -> GrammarState | LazyGrammar:
+    ) -> GrammarState | GuardedGrammar | LazyGrammar:
         """The beginning of a structure. Raises InputError with llguidance's reason for one that cannot be used.
 
         A refusal is kept too, for a while: who asks again does not hold up the others again. Raises UnavailableError
@@ -102,22 +103,30 @@ class GrammarCompiler:
                         self._keep(self._refused, outputs, (time.monotonic() + REFUSED_SECONDS, str(error)))
                         raise
                     self._keep(self._kept, outputs, matcher)
-        if outputs.begins_at is not None:
-            return self._lazy(matcher, outputs.text, outputs.begins_at)
-        return GrammarState(matcher.deep_copy(), self._vocab_size)
+        tags = tuple(outputs.unspelled)
 
-    def _lazy(self, matcher: llguidance.LLMatcher, grammar: str, begins_at: str) -> LazyGrammar:
-        """Free text in which the grammar begins at a token. Raises InputError if it is none."""
-        tags = named_tags(grammar, self._backend)
-        begin = self._backend.token_to_id(begins_at)
-        fresh = lambda: GrammarState(matcher.deep_copy(), self._vocab_size)
-        if begin is None or begins_at not in tags or not fresh().allowed()[begin]:
+        def fresh() -> GrammarState | GuardedGrammar:
+            state = GrammarState(matcher.deep_copy(), self._vocab_size)
+            return GuardedGrammar(state, self._spelled(tags), tags) if tags else state
+
+        if outputs.begins_at is None:
+            return fresh()
+        begin = self._backend.token_to_id(outputs.begins_at)
+        if begin is None or not fresh().allowed()[begin]:
             raise InputError(
-                f"structured_outputs.begins_at is {begins_at!r}; name the added token that begins the grammar."
+                f"structured_outputs.begins_at is {outputs.begins_at!r}; name the added token that begins the grammar."
             )
+        return LazyGrammar((begin, outputs.begins_at), fresh, self._vocab_size, self._spelled(()))
+
+    def _spelled(self, tags: Iterable[str]) -> Spellings:
+        """The spellings of added tokens. Raises InputError for one that is none."""
         with self._lock:
-            self._spellings = self._spellings or Spellings(self._backend)
-        return LazyGrammar((begin, begins_at), fresh, self._vocab_size, self._spellings, tags)
+            if self._spellings is None:
+                self._spellings = Spellings(self._backend)
+        for tag in tags:
+            if not self._spellings.known(tag):
+                raise InputError(f"structured_outputs.unspelled has {tag!r}, which is no added token; leave it out.")
+        return self._spellings
 
     def has(self, outputs: StructuredOutputs) -> bool:
         """Whether `compile` would find this structure, or its refusal, among the kept ones, at once."""

@@ -44,6 +44,9 @@ class StructuredOutputs:
     begins_at: str | None = None
     """With a `grammar`: the added token, such as `<tool_call>`, that is its first symbol. The grammar then holds from
     each such token to its end; before, between and after, the text is free (`glm5.engine.lazy_grammar`)."""
+    unspelled: Iterable[str] = ()
+    """With a `grammar`: added tokens that none of its texts spells in plain characters (`glm5.engine.spellings`), where
+    a reader of the text would take them for the token; stored as a tuple."""
 
     def __post_init__(self) -> None:
         fields = {"json": self.json, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
@@ -53,6 +56,7 @@ class StructuredOutputs:
             raise InputError(f"structured_outputs has {named}; give exactly one of json, regex, choice and grammar.")
         if self.begins_at is not None and (self.grammar is None or not isinstance(self.begins_at, str)):
             raise InputError("structured_outputs.begins_at is the text of a token and belongs to a grammar.")
+        object.__setattr__(self, "unspelled", _unspelled(self.unspelled, self.grammar))
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
         if self.choice is not None:
@@ -222,3 +226,11 @@ def _choices(given: Any) -> tuple[str, ...]:
         what = f"holds {wrong[0]!r}" if wrong else "is empty"
         raise InputError(f"structured_outputs.choice {what}; give texts of at least one character.")
     return choices
+
+
+def _unspelled(given: Any, grammar: Any) -> tuple[str, ...]:
+    """The tags of `unspelled`."""
+    tags = as_tuple("structured_outputs.unspelled", given, "texts")
+    if tags and (grammar is None or not all(isinstance(tag, str) for tag in tags)):
+        raise InputError("structured_outputs.unspelled has texts of added tokens and belongs to a grammar.")
+    return tags

@@ -13,6 +13,7 @@ from glm5.engine.lazy_grammar import LazyGrammar
 from glm5.engine.outputs import CompletionOutput, FinishReason, TokenDelta
 from glm5.engine.sampler import SampledToken
 from glm5.engine.sampling_params import SamplingParams
+from glm5.engine.spellings import GuardedGrammar
 from glm5.engine.stop_strings import StopStrings
 from glm5.engine.token_sampler import TokenSampler
 from glm5.text import Detokenizer
@@ -34,7 +35,7 @@ class Sequence:
         max_tokens: int,
         eos_ids: frozenset[int],
         detokenizer: Detokenizer | None,
-        grammar: GrammarState | LazyGrammar | None = None,
+        grammar: GrammarState | GuardedGrammar | LazyGrammar | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.params = params

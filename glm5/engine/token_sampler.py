@@ -32,6 +32,7 @@ from glm5.engine.grammar_state import GrammarState
 from glm5.engine.lazy_grammar import LazyGrammar
 from glm5.engine.sampler import SampledToken, sample_token, token_logprobs, uniforms
 from glm5.engine.sampling_params import SamplingParams
+from glm5.engine.spellings import GuardedGrammar
 
 BLOCK = 64
 """Positions whose random numbers are drawn together: starting the generator costs more than drawing."""
@@ -48,7 +49,7 @@ class TokenSampler:
         seed: int,
         index: int = 0,
         stop_ids: Set[int] = frozenset(),
-        grammar: GrammarState | LazyGrammar | None = None,
+        grammar: GrammarState | GuardedGrammar | LazyGrammar | None = None,
     ) -> None:
         """`stop_ids`: what `min_tokens` holds back. `grammar`: the completion's own state of its structure."""
         self.params = params

@@ -12,7 +12,7 @@ are tested against stand-ins; `generate` is tested against this project's own se
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from glm5.engine import SamplingParams
@@ -68,8 +68,8 @@ def settings(params: SamplingParams) -> dict[str, Any]:
     if params.structured_outputs is not None:
         if params.structured_outputs.begins_at is not None:
             raise InputError("structured_outputs.begins_at is not passed on to a backend; leave it out.")
-        wanted = asdict(params.structured_outputs)
-        given["structured_outputs"] = {name: value for name, value in wanted.items() if value is not None}
+        wanted = asdict(replace(params.structured_outputs, unspelled=()))  # a promise of this project's engine alone
+        given["structured_outputs"] = {name: value for name, value in wanted.items() if value not in (None, ())}
     return given
 
 

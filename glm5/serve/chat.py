@@ -15,8 +15,7 @@ from glm5.serve.fields import bad_sequences
 from glm5.serve.generation import Generation, Sample, Step
 from glm5.serve.schema import ChatRequest
 from glm5.serve.service import DONE, Service, data_event
-from glm5.serve.strict_tools import as_held
-from glm5.serve.structure import reasoning_share
+from glm5.serve.structure import as_held, reasoning_share
 from glm5.serve.unfinished import Unfinished
 from glm5.serve.wording import chat_logprobs, envelope, finish_reason, prompt_logprobs, usage
 from glm5.text import AssistantStream
@@ -65,7 +64,7 @@ class ChatReply:
             bad_sequences=bad_sequences(request.bad_words, service.tokenizer),
         )  # fmt: skip
         params = service.under_tools(params, tools, parallel=request.parallel_tool_calls)
-        read = as_held(tools, held=params.structured_outputs is not None)
+        read = as_held(tools, params.structured_outputs)
         self.generation = Generation(
             service.source, [prompt], params,
             parser=lambda seed: AssistantStream(read, thinking, seed, bool(tools), inside),

@@ -25,8 +25,7 @@ from glm5.serve.errors import ApiError, anthropic_error_body
 from glm5.serve.event_stream import PING
 from glm5.serve.generation import Generation, Step
 from glm5.serve.service import Service, named_event
-from glm5.serve.strict_tools import as_held
-from glm5.serve.structure import Structure
+from glm5.serve.structure import Structure, as_held
 from glm5.text import AssistantStream
 
 DEFAULT_BUDGET = 1024
@@ -88,7 +87,7 @@ class MessagesReply:
             raise InputError(f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum; send a shorter one.")
         self.cut = request.max_tokens > limit - len(prompt)
         params, thinking = self._params(min(request.max_tokens, limit - len(prompt))), request.enable_thinking
-        tools = as_held(request.visible_tools, held=params.structured_outputs is not None)
+        tools = as_held(request.visible_tools, params.structured_outputs)
         self.generation = Generation(
             service.source,
             [prompt],

@@ -19,8 +19,7 @@ from glm5.serve.response_store import ResponseStore
 from glm5.serve.responses_schema import ResponsesRequest, input_messages
 from glm5.serve.responses_tools import shown_tools
 from glm5.serve.service import Service, named_event
-from glm5.serve.strict_tools import as_held
-from glm5.serve.structure import Structure, answer_schema, reasoning_share
+from glm5.serve.structure import Structure, answer_schema, as_held, reasoning_share
 from glm5.serve.wording import SpokenTokens
 from glm5.text import AssistantStream
 from glm5.text.messages import results_in_order
@@ -93,7 +92,7 @@ class ResponseReply:
             effort=request.reasoning.effort,
         )  # fmt: skip
         params = self._params(len(prompt))
-        self.read = as_held(self.tools, held=params.structured_outputs is not None)
+        self.read = as_held(self.tools, params.structured_outputs)
         self.generation = Generation(
             service.source, [prompt], params, parser=self._parser, session_id=session_id,
             salt=request.cache_salt, priority=request.priority, messages=[*opening, *self.messages],

@@ -18,12 +18,14 @@ from llguidance import regex_to_lark
 
 from glm5.engine import SamplingParams, StructuredOutputs
 from glm5.errors import InputError
+from glm5.serve.json_schemas import json_terminal
 from glm5.serve.strict_tools import is_strict
-from glm5.serve.tool_rules import call_rules, json_terminal
+from glm5.serve.tool_rules import CLOSING, call_rules
 from glm5.text import Tokenizer
 
 Calls = Literal["none", "one", "many"]
 
+FORMAT = "The schema of the answer's format"
 REASONING = r"/(?s:.*)/ & ~/(?s:.*)(<\/think>|<tool_call>)(?s:.*)/"
 """Any text but the tags that would end it, spelled in plain characters."""
 
@@ -45,29 +47,32 @@ class Structure:
             return self.whole
         if self.whole is None and self.answer is None and self.calls == "none":
             return None
-        try:
-            rules, bodies = [], []
-            if self.answer is not None:
-                bodies.append("answer")
-                rules.append(f"answer: {json_terminal(self.answer, {})}")
-            if self.whole is not None:
-                bodies.append("answer")
-                rules.append(f"answer: {_behind_reasoning(self.whole)}")
-            if self.calls != "none":
-                bodies.append("call+" if self.calls == "many" else "call")
-                rules += call_rules(self.tools)
-        except RecursionError:
-            raise InputError("A JSON schema of this request is nested too deeply; send a flatter one.") from None
+        rules: list[str] = []
+        bodies: list[str] = []
+        unspelled: list[str] = []
+        if self.answer is not None:
+            bodies.append("answer")
+            unspelled.append("</think>")  # which a reader drops
+            rules.append(f"answer: {json_terminal(self.answer, self.answer, FORMAT)}")
+        if self.whole is not None:
+            bodies.append("answer")
+            rules.append(f"answer: {_behind_reasoning(self.whole)}")
+        if self.calls != "none":
+            bodies.append("call+" if self.calls == "many" else "call")
+            rules += call_rules(self.tools)
+            unspelled += CLOSING if len(bodies) == 1 else (*CLOSING, "<tool_call>")
         head = "reasoning </think> " if thinking else ""
         if thinking:
             rules += [f"reasoning[max_tokens={max(1, reasoning_tokens)}]: REASONING", f"REASONING: {REASONING}"]
-        return StructuredOutputs(grammar="\n".join([f"start: {head}({' | '.join(bodies)})", *rules]))
+        grammar = "\n".join([f"start: {head}({' | '.join(bodies)})", *rules])
+        return StructuredOutputs(grammar=grammar, unspelled=unspelled)
 
 
 def _behind_reasoning(outputs: StructuredOutputs) -> str:
     """The right side of a rule for a JSON schema, an expression or some texts."""
     if outputs.json is not None:
-        return json_terminal(json.loads(outputs.text), {})
+        schema = json.loads(outputs.text)
+        return json_terminal(schema, schema, "The schema of structured_outputs.json")
     if outputs.regex is not None:
         return f"/{regex_to_lark(outputs.regex, '')}/"
     return " | ".join(json.dumps(text, ensure_ascii=False) for text in outputs.choice or ())
@@ -90,10 +95,21 @@ def with_calls_as_allowed(
         return params
     if grammars and not exact and any(map(is_strict, tools)):
         grammar = "\n".join(["start: call", *call_rules(tools, strict_only=True)])
-        params = replace(params, structured_outputs=StructuredOutputs(grammar=grammar, begins_at="<tool_call>"))
+        params = replace(
+            params, structured_outputs=StructuredOutputs(grammar=grammar, begins_at="<tool_call>", unspelled=CLOSING)
+        )
     if parallel:
         return params
     return replace(params, stop_token_ids=(*params.stop_token_ids, tokenizer.token_to_id("</tool_call>")))
+
+
+def as_held(tools: Sequence[Mapping[str, Any]], outputs: StructuredOutputs | None) -> list[Mapping[str, Any]]:
+    """The tools for the reader of their calls. What the rules for calls have held it takes to the letter, as it does
+    where a tool is `strict`: every call, or of a grammar that begins in the middle those of strict tools."""
+    held = outputs is not None and set(CLOSING) <= set(outputs.unspelled)
+    every = held and outputs is not None and outputs.begins_at is None
+    marked = lambda function: {**function, "strict": every or (held and is_strict(function))}
+    return [{**tool, "function": marked(tool["function"])} if "function" in tool else marked(tool) for tool in tools]
 
 
 def reasoning_share(prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> int:

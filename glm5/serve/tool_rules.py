@@ -8,26 +8,31 @@ schema. An argument that may be a string or something else is either, and a text
 string. A tool without declared properties takes any arguments, unless `properties` is there and empty, or
 `additionalProperties` is false, which means none; others beside the declared ones come where it asks for them.
 
-Refused with a sentence: names that the format cannot spell, and parameters whose top level is a combination (`anyOf`,
-`$ref`) instead of a list of properties; of a `strict` tool also what these rules would not hold (`strict_tools`).
+Refused with a sentence: names that the format cannot spell, parameters whose top level is a combination (`anyOf`) and
+no list of properties, and JSON that cannot be held (`json_schemas`); of a `strict` tool also what these rules would not
+hold (`strict_tools`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llguidance import regex_to_lark
 
-from glm5.engine.grammar import JSON_SPACING
 from glm5.errors import InputError
-from glm5.serve.strict_tools import ANNOTATIONS, check_strict, is_strict, resolved
-from glm5.text.values import argument_types, exact_json
+from glm5.serve.json_schemas import spelled, standalone
+from glm5.serve.strict_tools import check_strict, is_strict
+from glm5.serve.string_schemas import Alternative, StringSchema
+from glm5.text.values import at_top, exact_json, schema_types
 
 _NUMBERS = {"integer": r"/-?(0|[1-9][0-9]{0,17})/", "number": r"/-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?/"}
 """Plain numbers, of a length that every JSON reader takes."""
+CLOSING = ("</arg_value>", "</tool_call>")
+"""What ends a value for a reader of the text."""
 _NO_TAGS = r"~/(?s:.*)(<\/arg_value>|<\/tool_call>)(?s:.*)/"
 _TEXT = rf"/(?s:.*)/ & {_NO_TAGS}"
 _KEY = r"/[^<\s\x1c-\x1f]([^<]*[^<\s\x1c-\x1f])?/"
@@ -49,24 +54,19 @@ def call_rules(tools: Sequence[Mapping[str, Any]], *, strict_only: bool = False)
     rules, calls = [], []
     for number, tool in enumerate(tools):
         function = tool.get("function", tool)
-        parameters = function.get("parameters") or {}
-        if is_strict(tool):
-            check_strict(function["name"], parameters)
-        elif strict_only:
-            if not _spellable(function["name"]):
+        name, parameters = function["name"], function.get("parameters") or {}
+        if strict_only and not is_strict(tool):
+            if not _spellable(name):
                 continue
             parameters = {}
         calls.append(f"call_{number}")
-        rules += _tool(f"call_{number}", function["name"], parameters)
+        try:
+            if is_strict(tool):
+                check_strict(name, parameters)
+            rules += _tool(f"call_{number}", name, parameters)
+        except RecursionError:
+            raise InputError(f"The tool {name!r} has a schema that is nested too deeply; send a flatter one.") from None
     return ["call: " + " | ".join(calls), *rules]
-
-
-def json_terminal(schema: Any, root: Mapping[str, Any]) -> str:
-    """`%json` of a schema, with the definitions of the schema that it is part of."""
-    if not isinstance(schema, Mapping):
-        schema = {} if schema is not False else {"not": {}}
-    shared = {name: root[name] for name in ("$defs", "definitions") if name in root and name not in schema}
-    return "%json " + json.dumps({**shared, **schema, "x-guidance": JSON_SPACING}, ensure_ascii=False)
 
 
 def _tool(rule: str, name: str, parameters: Any) -> list[str]:
@@ -77,6 +77,7 @@ def _tool(rule: str, name: str, parameters: Any) -> list[str]:
         )
     if not isinstance(parameters, Mapping):
         raise InputError(f"{where} has parameters that are no JSON schema; give an object.")
+    root, parameters = parameters, at_top(parameters)
     properties = parameters.get("properties", {})
     if not isinstance(properties, Mapping) or (
         "properties" not in parameters and any(key in parameters for key in ("anyOf", "oneOf", "allOf", "$ref"))
@@ -96,21 +97,21 @@ def _tool(rule: str, name: str, parameters: Any) -> list[str]:
                 )
             continue
         argument = f"{rule}_{number}"
-        value = _value(properties.get(key, more), key, parameters)
+        value = _value(properties.get(key, more), root, f"The argument {key!r} of the tool {name!r}")
         if value is None:
             if key in required:
                 raise InputError(
                     f"{where} cannot be held to its schema: no value fits the schema of its argument {key!r}."
                 )
             continue
-        spelled, choices = _choices(argument.upper(), value)
-        rules += spelled
+        made, choices = _choices(argument.upper(), value)
+        rules += made
         rules.append(f"{argument}: <arg_key> {json.dumps(key)} </arg_key> <arg_value> {choices} </arg_value>")
         arguments.append(argument if key in required else f"{argument}?")
-    if more is not False and (value := _value(more, "", {**parameters, "properties": {}})):
-        spelled, choices = _choices(f"{rule.upper()}_MORE", value)
+    if more is not False and (value := _value(more, root, f"An argument beside those listed of the tool {name!r}")):
+        made, choices = _choices(f"{rule.upper()}_MORE", value)
         taken = "".join(f" & ~/{regex_to_lark(re.escape(key), '')}/" for key in properties)
-        rules += [*spelled, f"{rule.upper()}_KEY: {_KEY}{taken}"]
+        rules += [*made, f"{rule.upper()}_KEY: {_KEY}{taken}"]
         arguments.append(f"(<arg_key> {rule.upper()}_KEY </arg_key> <arg_value> {choices} </arg_value>)*")
     return [f"{rule}: <tool_call> {json.dumps(name)} {' '.join(arguments)} </tool_call>", *rules]
 
@@ -126,67 +127,53 @@ def _spellable(name: str) -> bool:
     return bool(name) and name == name.strip() and "<" not in name
 
 
-def _value(
-    schema: Any, key: str, parameters: Mapping[str, Any], depth: int = 0, beside: frozenset[str] = frozenset()
-) -> list[str] | None:
-    """Alternatives for an argument's text: terminals, or `%json`; None when nothing fits. beside: types of others."""
-    types = argument_types({**parameters, "properties": {key: schema}}, key)
-    plain, beside = resolved(schema, parameters), beside | types
+def _value(schema: Any, root: Mapping[str, Any], where: str) -> list[str] | None:
+    """Alternatives for an argument's text: terminals, or `%json`; None when nothing fits. Raises `InputError`."""
+    types = schema_types(schema, root)
     if not types:
-        return [_TEXT]
+        return None if schema is False else [_TEXT]
     if "string" not in types:
-        kind = plain.get("type")
-        if isinstance(kind, str) and kind in _NUMBERS and plain.keys() <= ANNOTATIONS:
-            return [_NUMBERS[kind]]
-        return [json_terminal(plain, parameters)]
-    if values := _listed(plain):
-        return [text for value in values if (text := _literal(value, beside))] or None
-    if isinstance(plain.get("type"), list) and (kinds := [kind for kind in plain["type"] if kind != "string"]):
-        return [_string(plain, beside), json_terminal({**plain, "type": kinds}, parameters)]
-    alternatives: list[str] = []
-    for branch in _branches(plain) if depth < 4 and "type" not in plain else ():
-        alternatives += _value(branch, key, parameters, depth + 1, beside) or []
-    return alternatives or [_string(plain, beside)]
+        return [_json(schema, root, where)]
+    strings = StringSchema(schema, root)
+    found: list[str] = []
+    for one in strings.alternatives:
+        if one.texts is None:
+            found.append(_string(one, types))
+        else:
+            found += [written for text in one.texts if (written := _literal(text, types))]
+    if others := types & frozenset().union(*(one.others for one in strings.alternatives)):
+        found.append(_json({"allOf": [schema, {"type": sorted(others)}]}, root, where))
+    return list(dict.fromkeys(found)) or None
 
 
-def _listed(schema: Mapping[str, Any]) -> list[Any]:
-    """The values of `enum` or `const`."""
-    if "const" in schema:
-        return [schema["const"]]
-    values = schema.get("enum")
-    return list(values) if isinstance(values, list) else []
+def _json(schema: Any, root: Mapping[str, Any], where: str) -> str:
+    alone = standalone(schema, root, where)
+    if alone.keys() == {"type"} and isinstance(kind := alone["type"], str) and kind in _NUMBERS:
+        return _NUMBERS[kind]
+    text = spelled(alone)
+    if any(tag in text for tag in CLOSING):
+        raise InputError(f"{where} cannot be held to its schema, which spells a tag that ends an argument; change it.")
+    return text
 
 
-def _literal(value: Any, types: frozenset[str]) -> str | None:
-    """One given value as the model writes it; None where it would read as a tag, or as another value."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    if isinstance(value, str) and types != {"string"} and exact_json(text, types) is not None:
+def _literal(text: str, types: frozenset[str]) -> str | None:
+    """A given string as the model writes it; None where it would read as a tag, or as another value."""
+    if types != {"string"} and exact_json(text, types) is not None:
         return None
-    return None if "</arg_value>" in text or "</tool_call>" in text else json.dumps(text, ensure_ascii=False)
+    return None if any(tag in text for tag in CLOSING) else json.dumps(text, ensure_ascii=False)
 
 
-def _branches(schema: Mapping[str, Any]) -> Iterator[Any]:
-    for name in ("anyOf", "oneOf", "allOf"):
-        branches = schema.get(name)
-        yield from branches if isinstance(branches, list) else ()
-
-
-def _string(schema: Mapping[str, Any], types: frozenset[str]) -> str:
-    """A string's text: its length and pattern, no tag that ends it early, and nothing that reads as another type."""
+def _string(one: Alternative, types: frozenset[str]) -> str:
+    """A string's text: its length and patterns, no tag that ends it early, and nothing that reads as another type."""
     parts = []
-    low, high = schema.get("minLength"), schema.get("maxLength")
-    low = low if isinstance(low, int) and not isinstance(low, bool) and low > 0 else 0
-    if isinstance(high, int) and not isinstance(high, bool):
-        parts.append(f"/(?s:.{{{low},{max(low, high)}}})/")
-    elif low:
-        parts.append(f"/(?s:.{{{low},}})/")
-    pattern = schema.get("pattern")
-    if isinstance(pattern, str) and pattern:
+    if one.high < math.inf or one.low:
+        parts.append(f"/(?s:.{{{one.low},{'' if one.high == math.inf else one.high}}})/")
+    for pattern in one.patterns:
         begins = pattern.startswith("^")
         ends = pattern.endswith("$") and not pattern.endswith("\\$")
         body = pattern[begins : len(pattern) - ends]
-        pattern = ("" if begins else "(?s:.*)") + f"({body})" + ("" if ends else "(?s:.*)")
-        parts.append(f"/{regex_to_lark(pattern, 'dw')}/")
+        whole = ("" if begins else "(?s:.*)") + f"({body})" + ("" if ends else "(?s:.*)")
+        parts.append(f"/{regex_to_lark(whole, 'dw')}/")
     for kind in sorted(types - {"string"}):
         parts.append(f"~/{_SPACE}{_READ_AS[kind]}{_SPACE}/")
     return " & ".join(["/(?s:.*)/", *parts, _NO_TAGS])

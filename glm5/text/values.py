@@ -11,6 +11,7 @@ import ast
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 JSON_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
 _LONGEST_LITERAL = 100_000  # characters; Python's parser is slow and fragile beyond
@@ -19,18 +20,22 @@ STRING = frozenset({"string"})
 
 
 def argument_types(parameters: Mapping[str, Any], name: str) -> frozenset[str]:
-    """The JSON types that a tool's schema allows for the argument; empty when it says nothing.
-
-    Follows `type` (also a list), `enum`, `const`, `anyOf`, `oneOf`, `allOf`, and `$ref` inside the same schema, each
-    reference once. Parts that are no schema say nothing.
-    """
-    if not isinstance(parameters, Mapping):
-        return frozenset()
-    properties = parameters.get("properties")
+    """The JSON types that a tool's schema allows for the argument; empty when it says nothing."""
+    listed = at_top(parameters)
+    properties = listed.get("properties")
     schema = properties.get(name) if isinstance(properties, Mapping) else None
+    return schema_types(listed.get("additionalProperties") if schema is None else schema, parameters)
+
+
+def schema_types(schema: Any, root: Any) -> frozenset[str]:
+    """The JSON types that a schema inside the root allows; empty when it says nothing.
+
+    Follows `type` (also a list), `enum`, `const`, `anyOf`, `oneOf`, `allOf`, and `$ref` inside the root, each reference
+    once. Parts that are no schema say nothing.
+    """
     found: set[str] = set()
     followed: set[str] = set()
-    waiting = [parameters.get("additionalProperties") if schema is None else schema]
+    waiting = [schema]
     while waiting:
         schema = waiting.pop()
         if not isinstance(schema, Mapping):
@@ -46,8 +51,38 @@ def argument_types(parameters: Mapping[str, Any], name: str) -> frozenset[str]:
         reference = schema.get("$ref")
         if isinstance(reference, str) and reference not in followed:
             followed.add(reference)
-            waiting.append(_resolve(reference, parameters))
+            waiting.append(referred(reference, root))
     return frozenset(found & JSON_TYPES)
+
+
+def at_top(parameters: Any) -> Mapping[str, Any]:
+    """The keywords at the top of a tool's schema, those behind a `$ref` with them: pydantic writes a model that holds
+    itself as `{"$ref": "#/$defs/Node", "$defs": ...}`. Empty for what is no schema."""
+    top = dict(parameters) if isinstance(parameters, Mapping) else {}
+    followed: set[Any] = set()
+    while isinstance(reference := top.get("$ref"), str) and reference not in followed and "properties" not in top:
+        followed.add(reference)
+        target = referred(reference, parameters)
+        if not isinstance(target, Mapping):
+            break
+        del top["$ref"]
+        top = {**target, **top}
+    return top
+
+
+def referred(reference: Any, root: Any) -> Any:
+    """The schema (a mapping or a bool) to which a JSON pointer leads inside the root: `#`, `#/$defs/Node`,
+    `#/properties/a/anyOf/0`. None if there is none."""
+    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+        return None
+    node: Any = root
+    for part in unquote(reference).split("/")[1:]:
+        part = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(node, list):
+            node = node[int(part)] if part.isdecimal() and int(part[:9]) < len(node) else None
+        else:
+            node = node.get(part) if isinstance(node, Mapping) else None
+    return node if isinstance(node, Mapping | bool) else None
 
 
 def typed(text: str, types: frozenset[str]) -> Any:
@@ -93,16 +128,6 @@ def to_json(value: Any) -> str:
 def _list(value: Any) -> list[Any]:
     """The value if it is a list, else nothing: a schema comes from a client and may hold anything anywhere."""
     return list(value) if isinstance(value, list | tuple) else []
-
-
-def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
-    """What a JSON pointer inside the schema leads to; None if nothing."""
-    if not reference.startswith("#/"):
-        return None
-    node: Any = root
-    for part in reference[2:].split("/"):
-        node = node.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(node, Mapping) else None
-    return node
 
 
 def json_types(value: Any) -> frozenset[str]:

@@ -15,7 +15,7 @@ VALUE = """{"type": "object", "properties": {"b": {"type": "string", "maxLength"
     "\n", ""
 )
 CALL = f'start: <tool_call> "f" <arg_key> "a" </arg_key> <arg_value> %json {VALUE} </arg_value> </tool_call>'
-LAZY = StructuredOutputs(grammar=CALL, begins_at="<tool_call>")
+LAZY = StructuredOutputs(grammar=CALL, begins_at="<tool_call>", unspelled=["</arg_value>", "</tool_call>"])
 WRITTEN = '<tool_call>f<arg_key>a</arg_key><arg_value>{"b": "</x"}</arg_value></tool_call>'
 V = speaker_config().vocab_size + 8
 
@@ -103,6 +103,47 @@ def test_speculation_changes_no_token(temperature):
     assert said[0] == said[1] and said[0].count(tokenizer.token_to_id("</tool_call>")) > 1
     calls = parse_assistant(output.text, thinking=False)["tool_calls"]
     assert {call["function"]["name"] for call in calls} == {"f"}
+
+
+def test_a_grammar_of_the_whole_spells_no_tag_either(compiler):
+    tokenizer = speaker_tokenizer()
+    state = compiler.compile(StructuredOutputs(grammar=CALL, unspelled=["</arg_value>"]))
+    written = tokenizer.encode('<tool_call>f<arg_key>a</arg_key><arg_value>{"b": "</arg_value')
+    (closing,) = tokenizer.encode(">", allow_special=False)
+    for token in written:
+        assert state.allowed()[token]
+        state.accept(token)
+    assert not state.allowed()[closing] and not state.complete
+    state.rollback(1)
+    state.accept(written[-1])
+    assert not state.allowed()[closing]
+    state.rollback(2)
+    assert state.allowed()[closing]
+    for token in tokenizer.encode('"}</arg_value></tool_call>'):
+        state.accept(token)
+    assert state.complete
+
+
+def test_where_nothing_else_is_left_a_tag_is_spelled(compiler):
+    tokenizer = speaker_tokenizer()
+    state = compiler.compile(StructuredOutputs(grammar=r"start: /<\/thin(k|g)>/", unspelled=("</think>",)))
+    for token in tokenizer.encode("</think>", allow_special=False):
+        assert state.allowed()[token]
+        state.accept(token)
+    assert state.complete
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"regex": "a", "unspelled": ["</think>"]}, "belongs to a grammar"),
+        ({"grammar": CALL, "unspelled": [5]}, "belongs to a grammar"),
+        ({"grammar": CALL, "unspelled": ["</no>"]}, "'</no>', which is no added token"),
+    ],
+)
+def test_what_is_no_tag_is_refused(compiler, given, sentence):
+    with pytest.raises(InputError, match=sentence):
+        compiler.compile(StructuredOutputs(**given))
 
 
 @pytest.mark.parametrize("begins_at", ["<tool_response>", "<no>", "tool", "</tool_call>"])

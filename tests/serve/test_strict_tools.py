@@ -1,9 +1,11 @@
 """`strict: true` under a free choice: whatever the model would like, a call has arguments of its schema."""
 
 import json
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
+import torch
 from chat_client import USER, ask, client_of
 from speaker import ScriptedModel, speaker_config, speaker_model, speaker_tokenizer
 from wild import WildModel
@@ -12,7 +14,6 @@ from glm5.bundled import bundled_model
 from glm5.engine import Engine, StructuredOutputs
 from glm5.engine.grammar import GrammarCompiler
 from glm5.errors import InputError
-from glm5.serve.strict_tools import check_strict
 from glm5.serve.tool_rules import call_rules
 
 V = speaker_config().vocab_size
@@ -69,13 +70,69 @@ def of_chat(client, seed, **fields):
     return calls[: len(calls) - (choice["finish_reason"] == "length")]
 
 
+CHOICES = ["auto", "required", {"type": "function", "function": {"name": "book"}}]
+
+
 @pytest.mark.parametrize("thinking", [True, False])
-def test_no_call_of_a_strict_tool_is_invalid(thinking):
+@pytest.mark.parametrize("choice", CHOICES, ids=["auto", "required", "named"])
+def test_no_call_of_a_strict_tool_is_invalid(choice, thinking):
+    """The model likes to spell closing tags in plain characters, inside JSON too."""
     found = 0
     for seed in range(3, 6):
         client, kwargs = client_of(model=WildModel(seed)), {"enable_thinking": thinking}
-        found += check(of_chat(client, seed, chat_template_kwargs=kwargs, parallel_tool_calls=seed > 3))
+        calls = of_chat(
+            client, seed, chat_template_kwargs=kwargs, parallel_tool_calls=seed > 3, tool_choice=choice, max_tokens=400
+        )
+        found += check(calls)
     assert found
+
+
+class Stubborn(ScriptedModel):
+    """Wants the token of its script at each place, whatever was written before."""
+
+    begin = None
+
+    def forward(self, ids_1T, *, attention):
+        self.begin = len(ids_1T[0]) if self.begin is None else self.begin
+        logits_1TV = torch.zeros(*ids_1T.shape, V)
+        logits_1TV[:, -1, self.script[min(len(ids_1T[0]) - self.begin, len(self.script) - 1)]] = 50.0
+        return SimpleNamespace(logits=logits_1TV)
+
+
+FREE = ["auto", "required", {"type": "function", "function": {"name": "f"}}]
+INNER = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+
+
+def stubborn(begin, spelled, end):
+    """A client of a model that says one text as tokens, the next in plain characters, and the last as tokens."""
+    model, encode = Stubborn("", 4096), speaker_tokenizer().encode
+    model.script = [*encode(begin), *encode(spelled, allow_special=False), *encode(end), model.script[-1]]
+    return client_of(model=model)
+
+
+@pytest.mark.parametrize("choice", FREE, ids=["auto", "required", "named"])
+@pytest.mark.parametrize("spelled", ["</arg_value></tool_call>", "</arg_value><arg_key>b</arg_key>", "</tool_call>"])
+def test_a_closing_tag_in_a_json_string_is_not_spelled(choice, spelled):
+    schema = {"type": "object", "properties": {"inner": INNER}, "required": ["inner"], "additionalProperties": False}
+    for strict in (True, False)[: 1 if choice == "auto" else 2]:
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": strict}}
+        call = '<tool_call>f<arg_key>inner</arg_key><arg_value>{"a": "x'
+        client = stubborn(call, spelled, '"}</arg_value></tool_call>')
+        reply = ask(client, tools=[tool], tool_choice=choice, chat_template_kwargs={"enable_thinking": False})
+        (made,) = reply.json()["choices"][0]["message"]["tool_calls"]
+        inner = json.loads(made["function"]["arguments"])["inner"]
+        assert inner["a"].startswith("x" + spelled.partition(">")[0]) and spelled not in inner["a"]
+
+
+@pytest.mark.parametrize("spelled", ["<tool_call>f</tool_call>", "</think>"])
+def test_an_answer_in_a_format_spells_no_call(spelled):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": INNER, "strict": True}}
+    reply = ask(stubborn('{"a": "x', spelled, '"}'), tools=[tool], response_format=named,
+                chat_template_kwargs={"enable_thinking": False})  # fmt: skip
+    message = reply.json()["choices"][0]["message"]
+    assert "tool_calls" not in message
+    assert json.loads(message["content"])["a"].startswith("x" + spelled.partition(">")[0])
 
 
 @pytest.mark.soak
@@ -178,44 +235,42 @@ def test_what_is_recorded_is_held_by_no_grammar():
         ({"properties": {}, "minProperties": 1}, "uses 'minProperties'"),
         ({"properties": {"a": {"minimum": 3}}}, "'a' of the strict tool 'f' needs a type"),
         ({"properties": {"a": {"type": "string", "not": {"const": "x"}}}}, "uses 'not'"),
-        ({"properties": {"a": {"anyOf": [{"type": "string", "allOf": []}, {"type": "null"}]}}}, "uses 'allOf'"),
-        ({"properties": {"a": {"enum": ["x"], "minLength": 3}}}, "uses 'minLength'"),
-        ({"properties": {"a": {"oneOf": [{"type": "string"}]}}}, "uses 'oneOf'"),
-        ({"properties": {"a": {"$ref": "#/properties/b"}, "b": {"type": "integer"}}}, r"uses '\$ref'"),
-        ({"properties": {"a": {"type": "array", "items": {"$ref": "#"}}}}, r"uses '\$ref'"),
-        ({"properties": {"a": {"$ref": "#/$defs/none"}}}, r"refers to nothing, uses '\$ref'"),
-        ({"properties": {"a": {"type": "object", "$defs": {"N": {"type": "string"}}}}}, r"uses '\$defs'"),
+        ({"properties": {"a": {"anyOf": [{"type": "string", "if": {}}, {"type": "null"}]}}}, "uses 'if'"),
+        ({"properties": {"a": {"enum": ["x"], "pattern": "x"}}}, "uses 'pattern'"),
+        ({"properties": {"a": {"enum": ["x"], "const": "x"}}}, "uses 'enum'"),
+        ({"properties": {"a": {"oneOf": [{"type": "string"}, {"enum": ["x"]}]}}}, "uses 'oneOf'"),
+        ({"properties": {"a": {"type": "string", "anyOf": {}}}}, "uses 'anyOf'"),
+        ({"properties": {"a": {"type": "string", "$ref": "#/properties/b"}}}, r"uses '\$ref'"),
+        ({"properties": {"a": {"$ref": "#/$defs/none"}}}, r"uses '\$ref'"),
+        ({"properties": {"a": {"type": "string", "$ref": "#/properties/a"}}}, r"uses '\$ref'"),
+        ({"properties": {"a": {"type": "array", "items": {"$ref": "other.json"}}}}, r"uses '\$ref'"),
+        ({"properties": {"a": {"type": "array", "items": {"$id": "x"}}}}, r"uses '\$id'"),
+        ({"properties": {"a": {"type": "array", "uniqueItems": True}}}, "uses 'uniqueItems'"),
+        ({"properties": {"a": {"type": "object", "properties": {"b": {"not": {}}}}}}, "uses 'not'"),
+        ({"properties": {"a": {"type": "object", "propertyNames": {"maxLength": 3}}}}, "uses 'propertyNames'"),
         (
-            {"properties": {"a": {"$ref": "#/$defs/N", "minimum": 3}}, "$defs": {"N": {"type": "integer"}}},
-            "is a reference, uses 'minimum'",
-        ),
-        ({"properties": {"a": {"type": ["string", "null"], "anyOf": [{"enum": ["c"]}]}}}, "uses 'type'"),
-        (
-            {"properties": {"a": {"type": "string", "anyOf": [{"type": "string", "enum": ["c"]}]}}},
-            "one of several, uses 'type'",
+            {
+                "properties": {
+                    "a": {"type": "integer", "enum": [1], "description": "</arg_value>"},
+                    "b": {"type": "array", "items": {"enum": ["</arg_value>"]}},
+                }
+            },
+            "'b' of the tool 'f' cannot be held to its schema, which spells a tag",
         ),
         ({"properties": {"a": {"type": "string", "minLength": 3.0}}}, "uses 'minLength'"),
         ({"properties": {"a": {"type": "string", "maxLength": True}}}, "uses 'maxLength'"),
-        ({"properties": {"a": {"type": "string", "minLength": 3, "maxLength": 2}}}, "maxLength is less"),
         ({"properties": {"a": {"type": "string", "pattern": 3}}}, "uses 'pattern'"),
-        ({"properties": {"a": {"type": ["string", "null"], "enum": ["x", 3]}}}, "uses 'enum'"),
-        ({"properties": {"a": {"type": "string", "const": 3}}}, "uses 'const'"),
+        ({"properties": {"a": {"type": "string", "minLength": 3, "maxLength": 2}}, "required": ["a"]}, "no value fits"),
+        ({"properties": {"a": {"type": "string", "const": 3}}, "required": ["a"]}, "no value fits"),
         ({"additionalProperties": {"type": "string", "not": {}}}, "additionalProperties of the strict tool"),
     ],
 )
 def test_what_would_not_be_held_is_refused(parameters, sentence):
-    with pytest.raises(InputError, match=sentence):
-        check_strict("f", parameters)
     strict = [{"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}]
+    with pytest.raises(InputError, match=sentence):
+        call_rules(strict)
     answer = ask(client_of("ok"), tools=strict)
-    assert answer.status_code == 400 and "strict tool 'f'" in answer.json()["error"]["message"]
-
-
-def test_annotations_beside_a_reference_and_properties_of_any_name_are_kept():
-    shared = {"$defs": {"N": {"type": "integer"}}}
-    check_strict("f", {"properties": {"a": {"$ref": "#/$defs/N", "description": "n", "default": 1}}, **shared})
-    inner = {"type": "object", "properties": {"$ref": {"$ref": "#/$defs/N"}, "$defs": {"const": {"$ref": "x"}}}}
-    check_strict("f", {"properties": {"a": inner}, **shared})
+    assert answer.status_code == 400 and "tool 'f'" in answer.json()["error"]["message"]
 
 
 def test_a_tool_that_is_not_strict_takes_keys_with_spaces_and_may_have_any_name():

@@ -141,7 +141,7 @@ def test_what_cannot_be_forced_has_a_sentence(parameters, sentence):
 def test_a_schema_that_cannot_be_compiled_is_the_clients_fault(client):
     bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/nowhere"}}}
     response = ask(client, **short(response_format=bad))
-    assert response.status_code == 400 and "cannot be used" in response.json()["error"]["message"]
+    assert response.status_code == 400 and "'#/nowhere' leads to no schema" in response.json()["error"]["message"]
 
 
 def test_no_structure_is_no_grammar():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm5.text.values import argument_types, exact_json, to_json, typed
+from glm5.text.values import argument_types, exact_json, referred, to_json, typed
 
 PARAMETERS: dict[str, Any] = {
     "type": "object",
@@ -49,6 +49,30 @@ def test_types_of_arguments_that_the_schema_does_not_name() -> None:
     assert argument_types({"additionalProperties": {"type": "string"}}, "x") == {"string"}
     assert argument_types({"additionalProperties": True, "properties": {"x": True}}, "x") == set()
     assert argument_types({}, "x") == set()
+
+
+NODE = {"type": "object", "properties": {"value": {"type": "string"}, "next": {"$ref": "#/$defs/Node"}}}
+
+
+def test_types_of_a_model_that_holds_itself() -> None:
+    """As pydantic writes it: the top is a reference."""
+    parameters = {"$ref": "#/$defs/Node", "$defs": {"Node": NODE}}
+    assert argument_types(parameters, "value") == {"string"} and argument_types(parameters, "next") == {"object"}
+    assert argument_types({"$ref": "#"}, "value") == argument_types({"$ref": "#/$defs/No"}, "value") == set()
+
+
+@pytest.mark.parametrize(
+    ("reference", "found"),
+    [
+        ("#", "whole"), ("#/anyOf/1", {"type": "null"}), ("#/anyOf/2", None), ("#/anyOf/x", None),
+        ("#/anyOf/" + "9" * 5000, None), ("#/$defs/a%20b~1c", False), ("#/$defs", "definitions"), ("#/type", None),
+        ("other.json", None), ("#anchor", None), (5, None),
+    ],
+)  # fmt: skip
+def test_where_a_reference_leads(reference: Any, found: Any) -> None:
+    root = {"type": "object", "anyOf": [{}, {"type": "null"}], "$defs": {"a b/c": False}}
+    expected = {"whole": root, "definitions": root["$defs"]}.get(found, found) if isinstance(found, str) else found
+    assert referred(reference, root) == expected
 
 
 BROKEN = [

@@ -1,0 +1,174 @@
+"""A JSON schema inside a larger one, written so that it stands alone: the `%json` of one argument in a grammar.
+
+References may lead anywhere in the larger schema (`#`, `#/$defs/Node`, `#/properties/a/items`), in circles too: what
+they lead to comes along under `$defs`, each once. What says nothing about a value is left out, `format`s that
+llguidance does not know among it (JSON Schema takes every format for an annotation), and so is what asks for nothing
+(`uniqueItems: false`, `propertyNames: {"type": "string"}`, which Zod writes for every record). Keywords that no grammar
+here can hold are refused by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from glm5.engine.grammar import JSON_SPACING
+from glm5.errors import InputError
+from glm5.text.values import referred, schema_types
+
+ANNOTATIONS = frozenset(
+    {"title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly", "$comment",
+     "$schema", "discriminator", "nullable", "contentEncoding", "contentMediaType", "contentSchema"}
+)  # fmt: skip
+DEFINITIONS = frozenset({"$defs", "definitions"})
+_FORMATS = frozenset(
+    {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
+)  # fmt: skip
+_UNHELD = frozenset(
+    {"uniqueItems", "contains", "minContains", "maxContains", "unevaluatedItems", "unevaluatedProperties", "not", "if",
+     "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames", "$dynamicRef",
+     "$recursiveRef"}
+)  # fmt: skip
+_MOVED = frozenset({"$id", "$anchor", "$dynamicAnchor", "$recursiveAnchor"})
+"""What references below it would mean is not followed."""
+_NAMED = frozenset({"properties", "patternProperties"})
+_VALUES = frozenset({"enum", "const", "required", "type", "x-guidance"})
+
+
+def json_terminal(schema: Any, root: Any, where: str) -> str:
+    """`%json` of a schema that is part of the root (or is it). Raises `InputError`, which says where."""
+    try:
+        return spelled(standalone(schema, root, where))
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply; send a flatter schema.") from None
+
+
+def spelled(alone: Mapping[str, Any]) -> str:
+    """`%json` of a schema that stands alone."""
+    return "%json " + json.dumps({**alone, "x-guidance": JSON_SPACING}, ensure_ascii=False)
+
+
+def standalone(schema: Any, root: Any, where: str) -> dict[str, Any]:
+    """The schema with all that it refers to in the root. Raises `InputError` for what cannot be followed or held."""
+    if schema is False:
+        return {"enum": []}
+    copy = _Copy(root, where)
+    alone = copy.schema(schema if isinstance(schema, Mapping) else {}, top=schema is root)
+    shared = copy.shared()
+    return {**alone, "$defs": shared} if shared else alone
+
+
+class _Copy:
+    """Schemas rewritten one after the other; what they refer to gets numbers."""
+
+    def __init__(self, root: Any, where: str) -> None:
+        self._root, self._where = root, where
+        self._numbers: dict[str, str] = {}
+
+    def shared(self) -> dict[str, Any]:
+        """All that was referred to, by number."""
+        found: dict[str, Any] = {}
+        while len(found) < len(self._numbers):  # each may refer to more
+            reference = list(self._numbers)[len(found)]
+            target = referred(reference, self._root)
+            found[self._numbers[reference]] = self._inner(target, top=target is self._root)
+        return found
+
+    def schema(self, schema: Mapping[str, Any], *, top: bool = False) -> dict[str, Any]:
+        """One, with those in it. top: the root itself, whose `$id` changes nothing."""
+        kept: dict[str, Any] = {}
+        for keyword, value in _as_held(schema, self._root).items():
+            if keyword in ANNOTATIONS | DEFINITIONS or (keyword == "format" and str(value) not in _FORMATS):
+                continue
+            if keyword in _MOVED and top:
+                continue
+            if keyword in _UNHELD | _MOVED:
+                raise InputError(f"{self._where} uses {keyword!r}, which cannot be held; leave it out.")
+            if keyword == "oneOf" and "anyOf" not in schema and _exclusive(value, self._root):
+                keyword = "anyOf"
+            kept[keyword] = self._value(keyword, value)
+        return kept
+
+    def _value(self, keyword: str, value: Any) -> Any:
+        if keyword == "$ref":
+            return f"#/$defs/{self._number(value)}"
+        if keyword in _VALUES:
+            return value
+        if keyword in _NAMED and isinstance(value, Mapping):
+            return {name: self._inner(each) for name, each in value.items()}
+        return [self._inner(each) for each in value] if isinstance(value, list) else self._inner(value)
+
+    def _inner(self, value: Any, *, top: bool = False) -> Any:
+        return self.schema(value, top=top) if isinstance(value, Mapping) else value
+
+    def _number(self, reference: Any) -> str:
+        if not isinstance(reference, str) or referred(reference, self._root) is None:
+            raise InputError(f"{self._where} uses '$ref': {reference!r} leads to no schema in it; mend it.")
+        return self._numbers.setdefault(reference, str(len(self._numbers)))
+
+
+def _as_held(schema: Mapping[str, Any], root: Any) -> Mapping[str, Any]:
+    """The same schema without what asks for nothing, and with names of properties in words that are held."""
+    held = dict(schema)
+    if held.get("uniqueItems") is False or held.get("maxItems") in (0, 1):
+        held.pop("uniqueItems", None)
+    names = held.get("propertyNames")
+    names = _behind(names, root) if isinstance(names, Mapping) else names
+    if names is True or (isinstance(names, Mapping) and names.get("type", "string") == "string"):
+        asked = {} if names is True else {k: v for k, v in names.items() if k not in ANNOTATIONS | {"type"}}
+        open_ = _NAMED.isdisjoint(held)
+        more = held.get("additionalProperties", True)
+        if not asked:
+            del held["propertyNames"]
+        elif asked.keys() == {"enum"} and open_ and _texts(asked["enum"]):
+            del held["propertyNames"]
+            held |= {"properties": dict.fromkeys(asked["enum"], more), "additionalProperties": False}
+        elif asked.keys() == {"pattern"} and open_ and isinstance(asked["pattern"], str):
+            del held["propertyNames"]
+            held |= {"patternProperties": {asked["pattern"]: more}, "additionalProperties": False}
+    return held
+
+
+def _texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(each, str) for each in values)
+
+
+def _exclusive(branches: Any, root: Any) -> bool:
+    """Whether no value can be two of the branches: they differ in type, or in a tag that each requires, as in the
+    tagged unions of pydantic and Zod. (llguidance sees that too, but not behind references.)"""
+    if not isinstance(branches, list):
+        return False
+    return all(_differ(one, other, root) for one, other in itertools.combinations(branches, 2))
+
+
+def _differ(one: Any, other: Any, root: Any) -> bool:
+    types, others = schema_types(one, root), schema_types(other, root)
+    if types and others and types.isdisjoint(others) and not {"integer", "number"} <= types | others:
+        return True
+    if not types == others == {"object"}:
+        return False
+    (tags, needed), (more, also) = _tags(one, root), _tags(other, root)
+    return any(tags[key].isdisjoint(more[key]) for key in tags.keys() & more.keys() & (needed | also))
+
+
+def _tags(schema: Any, root: Any) -> tuple[dict[str, set[str]], set[str]]:
+    """The values of the properties of an object that are listed, and which properties it must have."""
+    schema = _behind(schema, root)
+    properties, required, found = schema.get("properties"), schema.get("required"), {}
+    for key, inner in properties.items() if isinstance(properties, Mapping) else ():
+        inner = _behind(inner, root)
+        values = [inner["const"]] if "const" in inner else inner.get("enum")
+        if isinstance(values, list):
+            found[key] = set(map(json.dumps, values))
+    return found, set(required) if _texts(required) else set()
+
+
+def _behind(schema: Any, root: Any) -> Mapping[str, Any]:
+    """What a schema that is a reference leads to, some of them in a row."""
+    for _ in range(8):
+        if not isinstance(schema, Mapping) or "$ref" not in schema:
+            break
+        schema = referred(schema["$ref"], root)
+    return schema if isinstance(schema, Mapping) else {}
