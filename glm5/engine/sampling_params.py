@@ -118,6 +118,9 @@ class SamplingParams:
     """No stop token is sampled, and no stop string looked for, in this many tokens."""
     stop: str | Iterable[str] = ()
     """Strings that end the text; stored as a tuple. They need an engine with a tokenizer."""
+    stop_from: Iterable[str] = ()
+    """Stop strings are looked for from the first of these texts on (`</think>`: not in the reasoning), in which one may
+    begin too; stored as a tuple. None: from the beginning."""
     stop_token_ids: Iterable[int] = ()
     """Token ids that end the sequence, beside the model's own end-of-turn ids; stored as a tuple."""
     include_stop_str_in_output: bool = False
@@ -142,6 +145,8 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else as_tuple("stop", self.stop, "strings")
         stop_token_ids = as_tuple("stop_token_ids", self.stop_token_ids, "token ids")
         object.__setattr__(self, "stop", stop)
+        stop_from = as_tuple("stop_from", self.stop_from, "strings")
+        object.__setattr__(self, "stop_from", stop_from)
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "bad_sequences", _bad(self.bad_sequences))
@@ -169,11 +174,12 @@ class SamplingParams:
             raise InputError(
                 f"structured_outputs is a {type(self.structured_outputs).__name__}; give a StructuredOutputs."
             )
-        if len(stop) > MAX_STOPS or len(stop_token_ids) > MAX_STOPS:
-            raise InputError(f"stop and stop_token_ids hold at most {MAX_STOPS} entries each; give fewer.")
-        for text in stop:
-            if not isinstance(text, str) or not text:
-                raise InputError(f"stop holds {text!r}; each entry must be a text of at least one character.")
+        if max(map(len, (stop, stop_from, stop_token_ids))) > MAX_STOPS:
+            raise InputError(f"stop, stop_from and stop_token_ids hold at most {MAX_STOPS} entries each; give fewer.")
+        for name, texts in (("stop", stop), ("stop_from", stop_from)):
+            wrong = next((text for text in texts if not isinstance(text, str) or not text), None)
+            if wrong is not None:
+                raise InputError(f"{name} holds {wrong!r}; each entry must be a text of at least one character.")
         for token in stop_token_ids:
             check_whole("stop_token_ids entry", token, 0)
 

@@ -46,7 +46,9 @@ class Sequence:
         self.stop_ids = frozenset(params.stop_token_ids) | self.model_eos_ids
         self.detokenizer = detokenizer
         self.sampler = TokenSampler(params, prompt_ids, seed=seed, index=index, stop_ids=self.stop_ids, grammar=grammar)
-        self.stop_strings = StopStrings(tuple(params.stop), include=params.include_stop_str_in_output)
+        self.stop_strings = StopStrings(
+            tuple(params.stop), include=params.include_stop_str_in_output, begin=tuple(params.stop_from)
+        )
         self.choices = None if params.experts_from is None else SequenceChoices(params.experts_from)
         """The experts that its tokens were sent to; None where nobody asked."""
         self.deltas: list[TokenDelta] = []
@@ -108,6 +110,8 @@ class Sequence:
         text, stop = self.detokenizer.feed(token_id) if self.detokenizer else "", None
         if len(self.deltas) >= self.params.min_tokens:
             text, stop = self.stop_strings.feed(text)
+        else:
+            text = self.stop_strings.skip(text)
         if stop is not None:
             return text, "stop", stop
         if self.sampler.complete:

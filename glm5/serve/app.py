@@ -74,7 +74,7 @@ def install_models(app: FastAPI, service: Service) -> None:
         return {
             "id": name, "object": "model", "created": service.created, "owned_by": "glm5", "max_model_len": room,
             "weight_version": service.source.version, "type": "model", "display_name": name, "created_at": created_at,
-            "max_input_tokens": room, "max_tokens": room,
+            "max_input_tokens": room, "max_tokens": room, "lifecycle": "active",
         }  # fmt: skip
 
     @app.get("/v1/models")

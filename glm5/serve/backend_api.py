@@ -27,8 +27,8 @@ Token = tuple[int, float, TopLogprobs]
 REASONS: dict[str | None, FinishReason | None] = {
     None: None, "stop": "stop", "eos": "stop", "tool_calls": "stop", "length": "length", "abort": "abort",
 }  # fmt: skip
-NOT_SENT = ("stop", "include_stop_str_in_output", "structured_outputs", "logprobs", "prompt_logprobs", "experts_from",
-            "tempered_logprobs")  # fmt: skip
+NOT_SENT = ("stop", "stop_from", "include_stop_str_in_output", "structured_outputs", "logprobs", "prompt_logprobs",
+            "experts_from", "tempered_logprobs")  # fmt: skip
 
 
 @dataclass(frozen=True)

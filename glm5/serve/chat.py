@@ -63,7 +63,7 @@ class ChatReply:
             service.defaults, max_tokens=most, logprobs=request.top_logprobs or 0, structured_outputs=structure,
             bad_sequences=bad_sequences(request.bad_words, service.tokenizer),
         )  # fmt: skip
-        params = service.under_tools(params, tools, parallel=request.parallel_tool_calls)
+        params = service.under_tools(params, tools, parallel=request.parallel_tool_calls, thinking=thinking)
         read = as_held(tools, params.structured_outputs)
         self.generation = Generation(
             service.source, [prompt], params,
@@ -85,7 +85,7 @@ class ChatReply:
 
     def _choice(self, sample: Sample) -> dict[str, Any]:
         assert sample.parser is not None
-        message = sample.parser.finish()
+        message = {**sample.parser.finish(), "refusal": None}
         called = bool(message["tool_calls"])
         if not called:  # OpenAI's clients expect the field to be absent then
             del message["tool_calls"]
@@ -121,8 +121,7 @@ class ChatReply:
 
     def closing(self) -> Iterator[dict[str, Any]]:
         """The last chunk when the client asked for usage: no choices."""
-        options = self.request.stream_options
-        if options is not None and options.include_usage:
+        if self._says_usage:
             yield {**self._envelope("chat.completion.chunk"), "choices": [], "usage": usage(self.generation)}
 
     def failure(self, status: int, message: str) -> dict[str, Any]:
@@ -143,7 +142,13 @@ class ChatReply:
             if self.request.return_token_ids:
                 choice["token_ids"] = [step.token.token_id]
                 choice["weight_versions"] = [step.token.version]
-        return {**self._envelope("chat.completion.chunk"), "choices": [choice]}
+        said = {"usage": None} if self._says_usage else {}  # in every chunk, as OpenAI does
+        return {**self._envelope("chat.completion.chunk"), "choices": [choice], **said}
+
+    @property
+    def _says_usage(self) -> bool:
+        options = self.request.stream_options
+        return options is not None and options.include_usage
 
     def _logprobs(self, tokens: list[TokenDelta]) -> dict[str, Any]:
         return chat_logprobs(self.service.tokenizer, tokens, as_ids=self.request.return_tokens_as_token_ids)

@@ -151,7 +151,7 @@ class CompletionReply:
 
     def closing(self) -> Iterator[dict[str, Any]]:
         """The usage, when it was asked for."""
-        if self.request.stream_options is not None and self.request.stream_options.include_usage:
+        if self._says_usage:
             yield {**self._envelope(), "choices": [], "usage": self._usage()}
 
     def failure(self, status: int, message: str) -> dict[str, Any]:
@@ -216,7 +216,13 @@ class CompletionReply:
         return given if isinstance(given, str) else self.service.tokenizer.decode(given)
 
     def _chunk(self, sample: Sample, choice: dict[str, Any]) -> dict[str, Any]:
-        return {**self._envelope(), "choices": [{"index": sample.index, **choice}]}
+        said = {"usage": None} if self._says_usage else {}  # in every chunk, as OpenAI does
+        return {**self._envelope(), "choices": [{"index": sample.index, **choice}], **said}
+
+    @property
+    def _says_usage(self) -> bool:
+        options = self.request.stream_options
+        return options is not None and options.include_usage
 
     def _envelope(self) -> dict[str, Any]:
         return envelope(self.generation, "text_completion", "cmpl", self.service.model_name)

@@ -107,7 +107,9 @@ class MessagesReply:
             **self.service.defaults.under(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k),
         )
         parallel = not request.tool_choice.disable_parallel_tool_use
-        return self.service.under_tools(params, request.visible_tools, parallel=parallel)
+        return self.service.under_tools(
+            params, request.visible_tools, parallel=parallel, thinking=request.enable_thinking
+        )
 
     def _structure(self, max_tokens: int) -> StructuredOutputs | None:
         """The grammar of a forced call or of a JSON answer."""

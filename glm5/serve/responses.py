@@ -127,7 +127,9 @@ class ResponseReply:
                 temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, min_p=request.min_p
             ),
         )
-        return self.service.under_tools(params, self.tools, parallel=request.parallel_tool_calls)
+        return self.service.under_tools(
+            params, self.tools, parallel=request.parallel_tool_calls, thinking=self.thinking
+        )
 
     # ---- whole and streamed -------------------------------------------------------------------------------------
     def whole(self) -> dict[str, Any]:
@@ -230,7 +232,7 @@ class ResponseReply:
         generation = self.generation
         return {
             "input_tokens": generation.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": generation.cached_tokens},
+            "input_tokens_details": {"cached_tokens": generation.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": generation.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": generation.reasoning_tokens},
             "total_tokens": generation.prompt_tokens + generation.completion_tokens,

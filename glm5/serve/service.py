@@ -255,11 +255,11 @@ class Service:
         )  # fmt: skip
 
     def under_tools(
-        self, params: SamplingParams, tools: Sequence[Mapping[str, Any]], *, parallel: bool
+        self, params: SamplingParams, tools: Sequence[Mapping[str, Any]], *, parallel: bool, thinking: bool
     ) -> SamplingParams:
         """The settings of a request whose prompt shows these tools (`with_calls_as_allowed`)."""
         return with_calls_as_allowed(
-            params, self.tokenizer, tools, parallel=parallel, exact=self.recorder is not None,
+            params, self.tokenizer, tools, parallel=parallel, thinking=thinking, exact=self.recorder is not None,
             grammars=self._grammars is not None,
         )  # fmt: skip
 

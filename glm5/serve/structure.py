@@ -79,15 +79,18 @@ def _behind_reasoning(outputs: StructuredOutputs) -> str:
 
 
 def with_calls_as_allowed(
-    params: SamplingParams, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], *, parallel: bool, exact: bool,
-    grammars: bool,
+    params: SamplingParams, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], *, parallel: bool, thinking: bool,
+    exact: bool, grammars: bool,
 ) -> SamplingParams:  # fmt: skip
     """The settings under the tools that the prompt shows: where there are none no call begins, where one is strict a
     grammar holds every call, and where one call is allowed and no grammar of the whole holds it, its end ends the turn.
+    Where the prompt begins a reasoning, stop strings are looked for behind it: what they end is the answer.
 
     exact: what is sampled is recorded as the model's own, so nothing is forbidden; the parser takes the tag for text.
     grammars: whether the source has any. Raises `InputError` for strict tools that cannot be held.
     """
+    if thinking:
+        params = replace(params, stop_from=("</think>", "<tool_call>") if tools else ("</think>",))
     if not tools:
         begin = (tokenizer.token_to_id("<tool_call>"),)
         return params if exact else replace(params, bad_sequences=(*params.bad_sequences, begin))

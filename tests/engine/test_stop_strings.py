@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from glm5.engine.stop_strings import StopStrings
 
 
-def run(pieces, stops, *, include=False):
-    matcher = StopStrings(tuple(stops), include=include)
+def run(pieces, stops, *, include=False, begin=()):
+    matcher = StopStrings(tuple(stops), include=include, begin=tuple(begin))
     text = ""
     for piece in pieces:
         new, stop = matcher.feed(piece)
@@ -36,3 +36,27 @@ def test_text_goes_out_as_soon_as_it_is_certain():
     assert matcher.feed("#c") == ("##c", None)
     assert matcher.feed("##") == ("", None)
     assert matcher.feed("#d") == ("", "###")
+
+
+@given(
+    st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=2),
+    st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=2), st.data(),
+)  # fmt: skip
+def test_from_a_text_on_they_are_looked_for(text, stops, begin, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    found = run(pieces, stops, begin=begin)
+    assert found == run(list(text), stops, begin=begin)
+    ends = [(text.find(one) + len(one), -len(one)) for one in begin if one in text]
+    place = sum(min(ends)) if ends else len(text)
+    passed, (rest, stop) = text[:place], run([text[place:]], stops)
+    assert found == (passed + rest, stop)
+
+
+def test_what_is_skipped_may_hold_the_text_from_which_on_they_are_looked_for():
+    for pieces in (["a#</t", "h>b"], ["a#", "</th>b"]):
+        matcher = StopStrings(("#",), begin=("</th>",))
+        assert "".join(map(matcher.skip, pieces)) == "a#</th>b"
+        assert matcher.feed("c#") == ("c", "#")
+    matcher = StopStrings(("#",), begin=("</th>",))
+    assert matcher.skip("a</t") == "a" and matcher.feed("h>#") == ("</th>", "#")

@@ -48,7 +48,12 @@ def test_reasoning_and_content_are_told_apart():
     assert body["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "reasoning_content": "12 and 30", "content": "The answer is 42."},
+            "message": {
+                "role": "assistant",
+                "reasoning_content": "12 and 30",
+                "content": "The answer is 42.",
+                "refusal": None,
+            },
             "logprobs": None,
             "finish_reason": "stop",
         }
@@ -89,7 +94,7 @@ def test_the_stream_joins_to_the_whole_reply(text, n):
     usage = events[-1]["usage"]
     assert usage.pop("prompt_tokens_details")["cached_tokens"] >= 0  # the first request filled the prefix cache
     assert usage.items() <= whole["usage"].items() and events[-1]["choices"] == []
-    assert all("usage" not in event for event in events[:-1])
+    assert all(event["usage"] is None for event in events[:-1])  # OpenAI's say it in each
     for choice in whole["choices"]:
         message, mine = choice["message"], joined(events, choice["index"])
         assert mine["content"] == (message["content"] or "")
@@ -253,3 +258,38 @@ def test_the_work_of_a_client_that_went_away_stops(stream):
 def test_a_server_needs_a_tokenizer():
     with pytest.raises(GLM5Error, match=r"tokenizer\.json"):
         create_app(Engine(ScriptedModel("ok")))
+
+
+OVER = {
+    "/v1/chat/completions": ({"messages": USER, "stop": ["1", "42"]}, lambda body: (
+        body["choices"][0]["message"]["reasoning_content"], body["choices"][0]["message"]["content"],
+        body["choices"][0]["finish_reason"])),
+    "/v1/responses": ({"input": "?", "stop": ["1", "42"]}, lambda body: (
+        body["output"][0]["content"][0]["text"], body["output"][1]["content"][0]["text"],
+        "stop" if body["status"] == "completed" else body["status"])),
+    "/v1/messages": ({"messages": USER, "max_tokens": 200, "stop_sequences": ["1", "42"],
+                      "thinking": {"type": "enabled", "budget_tokens": 1024}}, lambda body: (
+        body["content"][0]["thinking"], body["content"][1]["text"],
+        "stop" if body["stop_sequence"] == "42" else body["stop_reason"])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", OVER)
+def test_a_stop_string_ends_the_answer_and_not_the_reasoning(path):
+    fields, read = OVER[path]
+    for text in ("12 is 1</think>The answer is 42, not 1.", "12 is 1, yes</think>The answer is 42."):
+        reasoning = text.partition("</think>")[0]
+        answer = client_of(text).post(path, json={"model": "tiny", **fields})
+        assert answer.status_code == 200, answer.text
+        assert read(answer.json()) == (reasoning, "The answer is", "stop")
+
+
+def test_a_stop_at_the_end_of_the_reasoning_and_one_behind_a_call():
+    client = client_of("12</think>The answer is 12.")
+    message = ask(client, stop=["</think>"]).json()["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("12", None)
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert ask(client_of("12 and 13"), stop=[" and"], **off).json()["choices"][0]["message"]["content"] == "12"
+    client = client_of(f"12{CALL}")  # a call ends the reasoning too
+    message = ask(client, stop=["12", "</tool_call>"], tools=[ADD]).json()["choices"][0]["message"]
+    assert message["reasoning_content"] == "12" and message["tool_calls"][0]["function"]["name"] == "add"
