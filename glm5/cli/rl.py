@@ -14,7 +14,7 @@ r"""`glm5 rl`: reinforcement learning from environments, from agents behind a ga
     glm5 rl --parent runs/rl --env sums --env facts --world world --out runs/distilled --learner.advantages none \
         --aids.teacher runs/sft --aids.teacher runs/math sums                     # each environment with its teacher
 
-Environments by name: `glm5.cli.rl_environments`. An environment of your own is passed in Python (`glm5.rl.train_rl`).
+Environments by name: `glm5.cli.rl_environments`; one of your own is `--env python:FILE.py:NAME`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class RLOptions:
     """What to do, beside the settings of the run."""
 
     env: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """An environment: sums, arithmetic, gym:TASK, calculator, lookup, facts, openenv:URL, gymnasium:ID, verifiers:ID;
-    @2 for twice the share. May be given several times."""
+    """An environment: sums, arithmetic, gym:TASK, calculator, lookup, facts, openenv:URL, gymnasium:ID, verifiers:ID,
+    python:FILE:NAME of your own; @2 for twice the share. May be given several times."""
     held_out_env: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """An environment, named as for --env, of which held-out tasks are measured on the way (--held-out.every) and never
     learnt from. May be given several times; none, for a resumed run, takes away those that were."""
@@ -115,14 +115,15 @@ def run(arguments: Sequence[str]) -> int:
     flags = parse(Flags, RLOptions, arguments, record)
     use_threads(flags.run.threads)
     check_parent(flags.config, record)
+    anew = any(argument.split("=")[0] in ("--env", "--held-out-env") for argument in arguments)
     try:
-        return again(flags, record) if flags.run.replay_step is not None else train(flags, record)
+        return again(flags, record) if flags.run.replay_step is not None else train(flags, record, anew=anew)
     except RunChanged as error:
         raise error if record is None else in_flags(error, flags.config, record) from None
 
 
-def train(flags: Flags, record: Record | None) -> int:
-    """A run, or the rest of one."""
+def train(flags: Flags, record: Record | None, *, anew: bool) -> int:
+    """A run, or the rest of one. anew: whether its environments are said again."""
     options, engines = flags.run, flags.engines
     environments = [named_environment(text, options.world) for text in options.env]
     engines.check(resume=options.resume)
@@ -130,7 +131,12 @@ def train(flags: Flags, record: Record | None) -> int:
         raise InputError("--deterministic runs in one process; leave --executor and --publish-to out.")
     if not environments:
         raise InputError(nothing_to_learn_from(record))
-    config = replace(with_full_names(flags.config, environments), command=noted(flags))
+    held_out = [named_environment(text, options.world, split="heldout") for text in options.held_out_env]
+    check_held_out(environments, held_out)
+    code = {named.environment.name: named.code for named in (*environments, *held_out) if named.code is not None}
+    if record is not None:
+        record.check_code(code, anew=anew)
+    config = replace(with_full_names(flags.config, environments), command=noted(flags, code))
     console = Console(stderr=options.json)
     play = train_in_lockstep
     if not options.deterministic:
@@ -139,7 +145,7 @@ def train(flags: Flags, record: Record | None) -> int:
         config,
         [named.environment for named in environments],
         options.out,
-        held_out=[named_environment(text, options.world, split="heldout").environment for text in options.held_out_env],
+        held_out=[named.environment for named in held_out],
         sources=sources_of(environments, options.uniform_groups or ("keep" if config.aids.teachers else None)),
         resume=options.resume,
         console=console,
@@ -196,6 +202,17 @@ def print_replay(replayed: ReplayedStep, console: Console, as_json: bool) -> int
             "the same to the bit" if replayed.same else "NOT the same: the code or the machine is another one"
         )
     return 0 if replayed.same else 1
+
+
+def check_held_out(learnt: Sequence[Named], held_out: Sequence[Named]) -> None:
+    """Raises InputError for an environment of one's own that would measure the tasks that are learnt from."""
+    names = {named.environment.name for named in learnt}
+    for named in held_out:
+        if named.code is not None and named.environment.name in names:
+            raise InputError(
+                f"{named.short} would measure the tasks that it is learnt from: let its function take `split`, which "
+                'is "heldout" here, and make other tasks under another name; or name another environment.'
+            )
 
 
 def sources_of(environments: Sequence[Named], uniform_groups: UniformGroups | None) -> list[TaskSource]:

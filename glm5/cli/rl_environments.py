@@ -6,8 +6,9 @@
     openenv:http://127.0.0.1:8001      an environment server
     gymnasium:FrozenLake-v1:is_slippery=false,actions=left+down+right+up,turns=20
     verifiers:my-taskset:level=3       an installed taskset of verifiers, with its settings
+    python:mine.py:capitals            an environment of your own, or a function that makes it (`rl_own.py`)
 
-Python callers pass objects instead; an environment of your own needs no name (docs/environments.md).
+Python callers pass objects instead (docs/environments.md).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glm5.cli.rl_own import KIND as OWN
+from glm5.cli.rl_own import code_of, own_environment
 from glm5.data.corpus import Split
 from glm5.data.world import World
 from glm5.data.world_text import open_world
@@ -50,6 +53,8 @@ class Named:
     weight: float
     short: str
     """Its name on the command line, without the weight."""
+    code: str | None = None
+    """The hash of the file that it is from, for one of your own."""
 
 
 def named_environment(text: str, world: Path | None = None, *, split: Split = "train") -> Named:
@@ -64,9 +69,14 @@ def named_environment(text: str, world: Path | None = None, *, split: Split = "t
     if float(weight) <= 0:
         raise InputError(f"The weight of {spec} is {weight}; it must be more than 0.")
     try:
-        return Named(KINDS[kind](rest, world, split), float(weight), spec)
+        environment = KINDS[kind](rest, world, split)
+        return Named(environment, float(weight), spec, code_of(Path(rest.partition(":")[0])) if _own(spec) else None)
     except TypeError as error:
         raise InputError(f"{spec}: {error}") from None
+
+
+def _own(spec: str) -> bool:
+    return spec.startswith(OWN)
 
 
 def _is_weight(text: str) -> bool:
@@ -109,19 +119,31 @@ def _gymnasium(rest: str, world: Path | None, split: Split) -> Environment:
 
 def _verifiers(rest: str, world: Path | None, split: Split) -> Environment:
     name, _, given = rest.partition(":")
-    chosen = settings(given)
-    for setting in chosen:
-        if setting.replace("-", "_").lower().rpartition("_")[2] in SECRET:
-            raise InputError(
-                f"The setting {setting} of verifiers:{name} looks like a secret, which run.json would show; let "
-                "the taskset read it from an environment variable, or make the taskset in Python (train_rl)."
-            )
+    chosen = _open_settings(f"verifiers:{name}", given)
     if split == "heldout" and "split" not in chosen:
         raise InputError(
             f"verifiers:{name} would measure the tasks that it is learnt from: say which split is held out "
             f"(verifiers:{name}:split=test, if it has that setting), or pass tasks in Python, train_rl(held_out=)."
         )
     return named_taskset(name, chosen)
+
+
+def _python(rest: str, world: Path | None, split: Split) -> Environment:
+    file, _, named = rest.partition(":")
+    name, _, given = named.partition(":")
+    return own_environment(file, name, _open_settings(f"{OWN}{file}:{name}", given), split)
+
+
+def _open_settings(of: str, given: str) -> dict[str, Any]:
+    """The settings of somebody's own code, none of which is a secret."""
+    chosen = settings(given)
+    for setting in chosen:
+        if setting.replace("-", "_").lower().rpartition("_")[2] in SECRET:
+            raise InputError(
+                f"The setting {setting} of {of} looks like a secret, which run.json would show; let its code read it "
+                "from an environment variable, or make the environment in Python (train_rl)."
+            )
+    return chosen
 
 
 def _openenv(rest: str, world: Path | None, split: Split) -> Environment:
@@ -148,5 +170,6 @@ KINDS: dict[str, Callable[[str, Path | None, Split], Environment]] = {
     "lookup": lambda rest, world, split: lookup_environment(_world("lookup", world), **settings(rest)),
     "facts": _facts,
     "openenv": _openenv,
+    "python": _python,
     "verifiers": _verifiers,
 }

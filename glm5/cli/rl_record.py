@@ -10,7 +10,7 @@ their defaults; what is given is then compared by `RunDirectory.start`, as for a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 
 from glm5.cli.rl_engines import EngineOptions
 from glm5.cli.rl_flags import REGISTRY, teacher_words, written, written_optional
+from glm5.cli.rl_own import whole_path
 from glm5.errors import InputError, RunError
 from glm5.rl.aids_config import Teacher
 from glm5.rl.config import RLRunConfig, recorded_config
@@ -106,8 +107,27 @@ class Record:
 
         A run that was resumed in Python since has it in the note of an earlier session.
         """
+        return next(iter(self._commands), {})
+
+    @property
+    def _commands(self) -> list[dict[str, Any]]:
+        """What was said at the beginning and then by each session, the newest first."""
         sessions = [session.get("settings", {}).get("command") for session in self.directory.description["sessions"]]
-        return next((command for command in [self.config.command, *reversed(sessions)] if command), {})
+        return [command for command in [self.config.command, *reversed(sessions)] if command]
+
+    def check_code(self, code: Mapping[str, str], *, anew: bool) -> None:
+        """Raises RunError for an environment of one's own whose file no session of the run had, unless it is said anew.
+
+        code: the hash of the file, by the name of the environment.
+        """
+        for name, newest in code.items():
+            known = [command["code"][name] for command in self._commands if name in command.get("code", {})]
+            if known and newest not in known and not anew:
+                raise RunError(
+                    f"The file of the environment {name} has changed since {self.directory.path} was started (its hash "
+                    f"is {newest[:12]} now, but {known[0][:12]} then); restore it, or say its --env again to go on "
+                    "with it as it is now."
+                )
 
     @property
     def outside(self) -> bool:
@@ -165,16 +185,20 @@ def _with(kind: Callable[..., AnyFlags], flags: AnyFlags, **changed: Any) -> Any
     return kind(**{"config": flags.config, "run": flags.run, "engines": flags.engines, **changed})
 
 
-def noted(flags: Flags) -> dict[str, Any]:
-    """What the run's record shall say of the command line."""
+def noted(flags: Flags, code: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What the run's record shall say of the command line. code: hashes of the files of one's own environments."""
     run = {name: value for name, value in plain(_resolved(flags.run)).items() if name not in NOW}
-    return {"run": run, "engines": plain(_resolved(flags.engines))}
+    return {"run": run, "engines": plain(_resolved(flags.engines)), **({"code": dict(code)} if code else {})}
 
 
 def _resolved(options: Any) -> Any:
     """The same paths from whatever directory the run is resumed."""
     paths = {name: getattr(options, name, None) for name in ("world", "from_records", "publish_to")}
-    return replace(options, **{name: path.resolve() for name, path in paths.items() if path is not None})
+    environments = {name: getattr(options, name) for name in ("env", "held_out_env") if hasattr(options, name)}
+    return replace(
+        options, **{name: path.resolve() for name, path in paths.items() if path is not None},
+        **{name: tuple(map(whole_path, texts)) for name, texts in environments.items()},
+    )  # fmt: skip
 
 
 def check_parent(given: RLRunConfig, record: Record | None) -> None:

@@ -1,0 +1,107 @@
+"""Environments of one's own, by their file: runs, resumes and replays know the code that they were begun with."""
+
+import json
+
+import pytest
+from speaker import speaker_model, speaker_tokenizer
+
+import glm5
+from glm5.cli.main import main
+from glm5.cli.rl_environments import named_environment
+from glm5.errors import InputError
+
+OWN = """
+from dataclasses import dataclass
+
+from glm5.envs import Sums, ToolEnvironment, single_questions
+
+
+@dataclass(frozen=True)
+class Kept:
+    name: str
+
+
+def long(task, message):
+    return float(len(message["content"] or ""))
+
+
+capitals = single_questions("capitals", [("Capital of France?", "Paris"), ("Capital of Peru?", "Lima")], long)
+
+
+def drawn(split, largest=9):
+    def pair(draw):
+        return f"{draw.randrange(largest)}?", "1"
+
+    return single_questions(f"drawn/{split}/{largest}", pair, long)
+
+
+questions = Sums()
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_an_object_or_a_function_that_makes_it(file):
+    named = named_environment(f"python:{file}:capitals@2")
+    assert (named.environment.name, named.weight, len(named.code)) == ("capitals", 2.0, 64)
+    named = named_environment(f"python:{file}:drawn:largest=5", split="heldout")
+    assert named.environment.name == "drawn/heldout/5"
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        ("none.py:capitals", r"There is no file '.*none\.py'"),
+        ("mine.py:capitls", "has no 'capitls'; write python:.*Did you mean 'capitals'"),
+        ("mine.py:capitals:largest=5", "is no function, so it takes no settings"),
+        ("mine.py:questions", r"no limits and no uniform_groups and no episode; SingleTurn\(questions\)"),
+        ("mine.py:drawn:smallest=5", "unexpected keyword argument 'smallest'"),
+        ("mine.py:drawn:api_key=5", "looks like a secret"),
+        ("broken.py:capitals", "cannot be read: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_is_refused_and_how(file, rest, says):
+    (file.parent / "broken.py").write_text("1 / 0")
+    with pytest.raises(InputError, match=says):
+        named_environment(f"python:{file.parent}/{rest}")
+
+
+def test_a_run_is_resumed_and_replayed_with_the_code_that_it_was_begun_with(file, tmp_path, capsys, monkeypatch):
+    def resumed(steps, *more):
+        args = ["rl", "--resume", "--out", str(tmp_path / "run"), "--steps", str(steps), "--threads", "1", "--json"]
+        status = main([*args, *more])
+        said = capsys.readouterr()
+        return json.loads(said.out)["steps"] if status == 0 else said.err
+
+    glm5.save_model(speaker_model(), tmp_path / "parent", speaker_tokenizer())
+    monkeypatch.chdir(tmp_path)
+    begin = ["rl", "--parent", str(tmp_path / "parent"), "--env", "python:mine.py:capitals", "--out", "run"]
+    begin += [
+        "--steps",
+        "1",
+        "--rollout.max-tokens",
+        "4",
+        "--scheduler.groups-per-batch",
+        "1",
+        "--scheduler.group-size",
+        "2",
+    ]
+    begin += ["--uniform-groups", "keep", "--threads", "1", "--json"]
+    assert main([*begin, "--held-out-env", "python:mine.py:capitals"]) == 1
+    assert "would measure the tasks that it is learnt from" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(begin) == 0
+    capsys.readouterr()
+    monkeypatch.chdir("/")
+    assert resumed(2) == 2
+    file.write_text(OWN.replace("float(len", "-float(len"))
+    assert "The file of the environment capitals has changed" in resumed(3)
+    assert main(["rl", "--replay-step", "1", "--out", str(tmp_path / "run"), "--threads", "1"]) == 0
+    capsys.readouterr()
+    assert resumed(3, "--env", f"python:{file}:capitals") == 3
+    assert resumed(4) == 4  # one of the files that it was learnt with
