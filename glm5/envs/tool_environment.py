@@ -8,8 +8,10 @@ infrastructure's is an `EnvironmentFailure` (`glm5.envs.toolbox`).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 from glm5.envs.protocol import EpisodeLimits, Message, Observation, Questions, Reward, Task, Tool, UniformGroups
 from glm5.envs.rewards import reward_of
@@ -30,11 +32,17 @@ class ToolEnvironment:
     uniform_groups: UniformGroups = "drop"
     judge: Judge | None = None
     """Instead of the questions' own score, which sees the last message only."""
+    name: str = ""
+    """As an environment's. By default those of the questions and tools and, of a judge, the hash of its source too."""
 
-    @property
-    def name(self) -> str:
-        """That of the questions, with tools."""
-        return f"{self.questions.name}/tools"
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", self._own_name())
+
+    def _own_name(self) -> str:
+        tools = _called(self.tools) if callable(self.tools) else "+".join(map(_called, self.tools)) or "no tools"
+        judge = [] if self.judge is None else [f"{_called(self.judge)}-{_source_hash(self.judge)}"]
+        return "/".join([self.questions.name, tools, *judge])
 
     def task(self, seed: int, index: int) -> Task:
         """As the questions give it."""
@@ -50,6 +58,19 @@ class ToolEnvironment:
             return self.questions.score(task, said[-1])
         given = self.judge(task, said)
         return given if isinstance(given, Reward) else reward_of(given, task)
+
+
+def _called(function: Callable[..., object]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _source_hash(function: Callable[..., object]) -> str:
+    """Of its text, or of its name where Python has none."""
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):
+        text = _called(function)
+    return sha256(text.encode()).hexdigest()[:8]
 
 
 class ToolEpisode:

@@ -54,7 +54,8 @@ class Calculations:
 
 def calculator_environment(split: Split = "train") -> ToolEnvironment:
     """The requests with the tool."""
-    return ToolEnvironment(Calculations(split), tools=[calculator])
+    questions = Calculations(split)
+    return ToolEnvironment(questions, tools=[calculator], name=f"{questions.name}/tools")
 
 
 @dataclass(frozen=True)
@@ -117,4 +118,4 @@ def lookup_environment(world: World, hops: Literal[1, 2] = 1) -> ToolEnvironment
     """The questions with the tool."""
     lookups = Lookups(world, hops)
     tools: list[Any] = [lookups.lookup]
-    return ToolEnvironment(lookups, tools=tools)
+    return ToolEnvironment(lookups, tools=tools, name=f"{lookups.name}/tools")

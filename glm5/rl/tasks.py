@@ -8,6 +8,7 @@ has a position, the lowest is next, and being chosen moves it on by 1 / weight.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -183,8 +184,11 @@ class TaskStream:
 
     def __init__(self, sources: Sequence[TaskSource], seed: int = 0) -> None:
         self.sources = {source.environment: source for source in sources}
-        if not sources or len(self.sources) < len(sources):
-            raise ConfigError("A run needs at least one environment, and each of its environments once.")
+        if not sources:
+            raise ConfigError("A run needs at least one environment.")
+        if len(self.sources) < len(sources):
+            name = Counter(source.environment for source in sources).most_common(1)[0][0]
+            raise ConfigError(f"Two environments of the run are called {name}; give each a name of its own, once.")
         for source in sources:
             if source.gate and source.gate.environment not in self.sources:
                 name = source.gate.environment

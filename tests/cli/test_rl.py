@@ -118,7 +118,7 @@ def test_engines_in_processes_and_a_simulation_of_the_run(parent, tmp_path, caps
         (["--engines", "2"], "--executor processes"),
         (["--executor", "servers", "--publish-to", "w", "--server", "http://u:hush@h"], "GLM5_BACKEND_API_KEY"),
         (["--deterministic", "--executor", "processes"], "one process"),
-        (["--env", "sums"], "each of its environments once"),
+        (["--env", "sums"], "Two environments of the run are called sums"),
     ],
 )
 def test_what_is_refused_leaves_no_directory_behind(parent, tmp_path, capsys, more, says):

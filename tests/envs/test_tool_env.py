@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from functools import partial
 from typing import Annotated, Literal
 
 import pytest
@@ -210,6 +211,29 @@ def test_tools_of_an_episode_may_share_a_state_and_a_judge_sees_everything():
         notes = [said("", ("note", json.dumps({"text": text}))) for text in "ab"]
         seen, reward = play(env, task, *notes, said("x"))
         assert [o.messages[0]["content"] for o in seen[1:3]] == ["1", "2"] and reward.value == -2.0
+
+
+def test_other_tools_and_another_judge_are_another_environment():
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    def rude(task, conversation):
+        return -1.0
+
+    def judge(task, conversation):
+        return 1.0
+
+    first = judge
+
+    def judge(task, conversation):
+        return 0.0
+
+    made = [ToolEnvironment(Sums(), [add], judge=one) for one in (None, first, judge, rude)]
+    made += [ToolEnvironment(Sums(), [add, calculator]), ToolEnvironment(Sums(), lambda task: [add])]
+    assert made[0].name == f"{Sums().name}/add" and len({environment.name for environment in made}) == len(made)
+    assert ToolEnvironment(Sums(), [add], judge=judge).name == made[2].name
+    assert ToolEnvironment(Sums(), [add], judge=judge, name="mine").name == "mine"
+    assert ToolEnvironment(Sums(), [add], judge=partial(judge)).name.startswith(f"{Sums().name}/add/partial-")
 
 
 def test_what_the_parser_gives_is_what_the_environment_takes():

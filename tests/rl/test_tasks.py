@@ -141,7 +141,7 @@ def test_settings_that_cannot_be():
         TaskStream([source("easy"), source("hard", gate=Gate(environment="eazy"))])
     with pytest.raises(ConfigError, match="without a gate"):
         TaskStream([source("a", gate=Gate(environment="a"))])
-    with pytest.raises(ConfigError, match="each of its environments once"):
+    with pytest.raises(ConfigError, match="Two environments of the run are called"):
         TaskStream([source("a"), source("a")])
     with pytest.raises(ConfigError, match="uniform_groups"):
         source("a", uniform_groups="hide")
