@@ -42,13 +42,13 @@ from typing import Any, TypeVar
 
 import llguidance
 
-from glm5.engine.grammar_probe import LIMITS, AbandonedError, GrammarProbe, NotStartedError
+from glm5.engine.grammar_probe import LIMITS, AbandonedError, GrammarProbe, NotStartedError, Vocabulary
 from glm5.engine.grammar_state import GrammarState, one_line
 from glm5.engine.lazy_grammar import LazyGrammar
 from glm5.engine.sampling_params import StructuredOutputs
 from glm5.engine.spellings import GuardedGrammar, Spellings
 from glm5.errors import InputError, UnavailableError
-from glm5.text import Tokenizer
+from glm5.text import Tokenizer, token_bytes
 
 T = TypeVar("T")
 KEPT = 128
@@ -70,7 +70,7 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int]) -> None:
         self._vocab_size = vocab_size
         self._eos_ids = sorted(eos_ids) or list(tokenizer.eos_ids)
-        self._backend = tokenizer.backend
+        self._text, self._backend = tokenizer, tokenizer.backend
         self._lock = threading.Lock()
         """Of what is kept, for moments."""
         self._compiling = threading.Lock()
@@ -167,9 +167,8 @@ class GrammarCompiler:
         except ValueError as error:  # a schema that is JSON and yet none, or text that is not Unicode
             raise InputError(f"{named} cannot be used: {one_line(str(error))}.") from None
         if self._tokenizer is None or self._probe is None:
-            tokens = _all_added_tokens_special(self._backend.to_str())
-            self._tokenizer = llguidance.LLTokenizer(tokens, n_vocab=self._vocab_size, eos_token=self._eos_ids)
-            self._probe = GrammarProbe(tokens, self._vocab_size, self._eos_ids)
+            vocabulary = vocabulary_of(self._text, self._vocab_size, self._eos_ids)
+            self._tokenizer, self._probe = vocabulary.tokenizer(), GrammarProbe(vocabulary)
         try:
             reason = self._probe.error(grammar, wanted)
         except NotStartedError as error:
@@ -196,9 +195,16 @@ def _grammar(outputs: StructuredOutputs) -> str:
     return llguidance.LLMatcher.grammar_from_lark(outputs.text)
 
 
-def _all_added_tokens_special(tokenizer_json: str) -> str:
-    """A `tokenizer.json` whose added tokens no text can match: GLM's tags of reasoning and calls are not marked so."""
-    state = json.loads(tokenizer_json)
+def vocabulary_of(tokenizer: Tokenizer, vocab_size: int, eos_ids: list[int]) -> Vocabulary:
+    """The tokenizer's, for a model of so many tokens. GLM's tags of reasoning and calls are not marked as special."""
+    state = json.loads(tokenizer.backend.to_str())
     for token in state["added_tokens"]:
         token["special"] = True
-    return json.dumps(state)
+    added = tokenizer.backend.get_added_tokens_decoder()
+    tokens = [added[i].content.encode() if i in added else token_bytes(tokenizer, i) for i in range(vocab_size)]
+    return Vocabulary(
+        tokenizer_json=json.dumps(state),
+        tokens=[(token or f"<[{i}]>".encode()).decode("latin-1") for i, token in enumerate(tokens)],
+        special_ids=[i for i, token in enumerate(tokens) if i in added or not token],
+        eos_ids=eos_ids,
+    )

@@ -8,6 +8,10 @@ more ends with the process, and the next grammar starts another.
 
 The process runs this very file, which imports nothing of the package: it starts in a third of a second, and reads the
 vocabulary of the published models in a second more. That is less than what a useless trial would take from the others.
+
+Where a grammar leaves one text only, llguidance has it tokenized and allows the first of these tokens alone. Tokenizers
+find added tokens in any text, and a `<|user|>` in quotes would so force the token of that name, which the text does not
+allow. `Vocabulary` therefore hands its own tokenizer over, in whose texts no added token is found.
 """
 
 from __future__ import annotations
@@ -19,9 +23,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import llguidance
+import tokenizers
 
 PROBE_SECONDS = 5.0
 """For one grammar: a hundred tools take 0.2 s, and a busy machine many times that."""
@@ -43,11 +49,47 @@ class AbandonedError(Exception):
     """Nobody waits for the grammar any more."""
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer as llguidance needs to know it."""
+
+    tokenizer_json: str
+    """Its `tokenizer.json`, in which every added token is marked as special."""
+    tokens: list[str]
+    """The bytes of every token of the model, each byte as the character of its number."""
+    special_ids: list[int]
+    """Of the added tokens, and of those that the tokenizer does not have: no text matches them."""
+    eos_ids: list[int]
+
+    def tokenizer(self) -> llguidance.LLTokenizer:
+        """llguidance's own form of it."""
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_PlainText(self)), eos_token=self.eos_ids)
+
+
+class _PlainText:
+    """What llguidance asks of a tokenizer; as a function, it tokenizes text without added tokens."""
+
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.eos_token_id = vocabulary.eos_ids[0]
+        self.special_token_ids = vocabulary.special_ids
+        self.tokens = [token.encode("latin-1") for token in vocabulary.tokens]
+        self._backend = tokenizers.Tokenizer.from_str(vocabulary.tokenizer_json)
+        self._backend.encode_special_tokens = True  # that is, as other text
+        self._backend.no_padding()
+        self._backend.no_truncation()
+
+    def __call__(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+
 class GrammarProbe:
     """Tries grammars with one tokenizer. Used by one thread at a time."""
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_ids: list[int]) -> None:
-        self._setting = {"tokenizer": tokenizer_json, "vocab_size": vocab_size, "eos_ids": eos_ids}
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str] = queue.Queue()
 
@@ -130,16 +172,13 @@ class GrammarProbe:
             answers.put("")
 
         threading.Thread(target=read, name="glm5-grammar-probe", daemon=True).start()
-        process.stdin.write(json.dumps(self._setting) + "\n")
+        process.stdin.write(json.dumps(asdict(self._vocabulary)) + "\n")
         process.stdin.flush()
 
 
 def main() -> None:
     """Says that it is ready, then answers each grammar on the standard input with its error, one JSON text a line."""
-    setting = json.loads(sys.stdin.readline())
-    tokenizer = llguidance.LLTokenizer(
-        setting["tokenizer"], n_vocab=setting["vocab_size"], eos_token=setting["eos_ids"]
-    )
+    tokenizer = Vocabulary(**json.loads(sys.stdin.readline())).tokenizer()
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         matcher = llguidance.LLMatcher(tokenizer, json.loads(line), log_level=0, limits=LIMITS)

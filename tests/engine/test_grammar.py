@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
+import llguidance
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from speaker import speaker_config, speaker_model, speaker_tokenizer
 from glm5 import parse_assistant
 from glm5.engine import SamplingParams, StructuredOutputs
 from glm5.engine import grammar as grammar_module
-from glm5.engine.grammar import GrammarCompiler
+from glm5.engine.grammar import GrammarCompiler, vocabulary_of
 from glm5.engine.grammar_probe import AbandonedError
 from glm5.engine.token_sampler import TokenSampler
 from glm5.errors import InputError, UnavailableError
@@ -299,6 +300,47 @@ def test_who_asks_for_a_kept_grammar_does_not_wait_for_a_new_one(monkeypatch):
         go_on.set()
         assert all(state.result().allowed().sum() == 1 for state in twice)
     compiler.close()
+
+
+SPELLED = "a value that is long and then <|user|> tail"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "texts"),
+    [({"choice": ["a<think>b", "c"]}, ["a<think>b", "c"]), ({"choice": ["<|user|>"]}, ["<|user|>"]),
+     ({"regex": r"x<\|user\|>y"}, ["x<|user|>y"]), ({"json": {"const": SPELLED}}, [f'"{SPELLED}"']),
+     ({"json": {"const": "<think>"}}, ['"<think>"']), ({"json": {"enum": ["<think>"]}}, ['"<think>"']),
+     ({"json": {"type": "object", "properties": {"<think>": {"const": 1}, SPELLED: {"const": True}},
+                "required": ["<think>", SPELLED], "additionalProperties": False}}, None)],
+)  # fmt: skip
+def test_structures_that_hold_the_text_of_an_added_token_spell_it(compiler, outputs, texts):
+    tokenizer = speaker_tokenizer()
+    for seed in range(3):
+        ids = written(compiler, StructuredOutputs(**outputs), seed)
+        text = tokenizer.decode(ids)
+        assert not set(ids) & set(tokenizer.backend.get_added_tokens_decoder())
+        assert json.loads(text) == {"<think>": 1, SPELLED: True} if texts is None else text in texts
+
+
+def test_a_grammar_tells_a_token_from_its_spelling(compiler):
+    tokenizer = speaker_tokenizer()
+    named = [tokenizer.special_ids[token] for token in ("<think>", "</think>")]
+    ids = written(compiler, StructuredOutputs(grammar='start: "a<think>" <think> "b</think>" </think>'), 0)
+    assert [token for token in ids if token in tokenizer.special_ids.values()] == named
+    assert tokenizer.decode(ids) == "a<think><think>b</think></think>"
+
+
+def test_the_vocabulary_is_the_one_that_llguidance_reads_from_the_tokenizers_file(compiler):
+    tokenizer, size = speaker_tokenizer(), speaker_config().vocab_size + 8
+    vocabulary = vocabulary_of(tokenizer, size, list(tokenizer.eos_ids))
+    ours = vocabulary.tokenizer()
+    theirs = llguidance.LLTokenizer(vocabulary.tokenizer_json, n_vocab=size, eos_token=vocabulary.eos_ids)
+    assert ours.vocab_size == theirs.vocab_size == size and ours.is_canonical
+    for token in range(size):
+        assert ours.is_special_token(token) == theirs.is_special_token(token)
+        assert ours.decode_bytes([token]) == theirs.decode_bytes([token])
+    for text in ("plain text, 12 + 30", "你好 wörld\n\n  x"):
+        assert ours.tokenize_str(text) == theirs.tokenize_str(text) == tokenizer.backend.encode(text).ids
 
 
 @pytest.mark.parametrize(
