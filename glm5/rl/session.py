@@ -7,6 +7,7 @@ bit. What was finished is not sampled again; what was under way goes on from the
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from glm5.envs import Environment
 from glm5.errors import ConfigError, RunError, did_you_mean
 from glm5.model import GLM5
+from glm5.rl.advice import think_first
 from glm5.rl.aids import Aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece, Unfinished, events_of, pieces_of, write_events, write_pieces
@@ -29,6 +31,7 @@ from glm5.rl.vain import Vain
 from glm5.rl.window import Window
 from glm5.train import RunDirectory
 
+log = logging.getLogger("glm5.rl")
 JOURNAL = "journal"
 BROKEN_GROUPS, BROKEN_LEAST = 4, 16
 """Groups, but at least so many rollouts, that fail in a row before an environment counts as broken: besides as many as
@@ -71,6 +74,7 @@ class Session:
         self.vain = Vain(size, config.groups_in_vain * size)
         self.failure = ""
         """Of the newest rollout that failed: environment and reason."""
+        self._advised = False
         self._failed: Counter[str] = Counter()
         """Rollouts that failed in an environment since one of it was scored, by its name."""
         self.journal = Journal(self.path, self._replay)
@@ -142,7 +146,16 @@ class Session:
             cancelled += self._written()
         for rollout in rollouts:
             self._check_environment(rollout)
+        self._advise()
         return cancelled
+
+    def _advise(self) -> None:
+        """Once in a sitting."""
+        if not (self._advised or self.config.rollout.thinking):
+            advice = think_first(self.scheduler.accounts, self.config.scheduler.group_size)
+            if advice is not None:
+                self._advised = True
+                log.warning(advice)
 
     def _check_environment(self, newest: Rollout) -> None:
         """A run one of whose environments always fails says so, instead of sampling for ever."""
