@@ -62,6 +62,19 @@ def test_a_growing_conversation_is_one_trajectory_of_sampled_tokens(random):
     assert len(found.messages) == 8 and found.messages[-1]["role"] == "assistant"
 
 
+def test_an_answer_that_its_client_stops_is_recorded_and_trained_to_the_token_that_completes_the_stop(tmp_path):
+    with scripted(tmp_path, "I run f(1); and so on") as running:
+        client = running.openai("stopped")
+        answer = ask(client, [USER], stop=[";"], max_tokens=60).choices[0]
+        assert answer.finish_reason == "stop" and answer.message.content == "I run f(1)"
+        ask(client, [USER, answer.message.model_dump(exclude_none=True), MORE], stop=["never"], max_tokens=4)
+        first, second = running.turns("stopped")
+        assert speaker_tokenizer().decode(first.output_ids) == "I run f(1);" and first.finish_reason == "stop"
+        assert second.prompt_ids[: len(full(first))] != full(first)  # the client knows of no ";"
+        found = rollout(running, "stopped")
+        assert len(found.trajectories) == 2 and emitted(found) == trained(found)
+
+
 def test_whole_and_streamed_answers_of_all_three_protocols_are_continued(tmp_path):
     with scripted(tmp_path, "the fox\n\n jumps") as running:
         client = running.openai("s")
