@@ -64,7 +64,7 @@ class RolloutConfig:
                 raise ConfigError(
                     f"rollout.{name} is {getattr(self, name)!r}, but rollouts are sampled from the whole distribution, "
                     "whose probabilities are learnt: tokens of a cut one are drawn from another, and no ratio would "
-                    f"say so. Leave {name} out; a lower rollout.temperature, at which is learnt, gives likelier tokens."
+                    f"say so. Leave {name} out; a lower rollout.temperature gives likelier tokens, and is learnt at."
                 )
         if self.max_episode_tokens is not None:
             check_counts(self, "max_episode_tokens", least=2)
