@@ -5,7 +5,8 @@ from __future__ import annotations
 from glm5.data.arithmetic import problems
 from glm5.data.corpus import Split
 from glm5.envs.protocol import Message, Reward, Task
-from glm5.scoring import grade_number
+from glm5.errors import ConfigError
+from glm5.scoring import MAX_DIGITS, grade_number
 
 CATEGORIES = {"+": "addition", "-": "subtraction", "*": "multiplication"}
 
@@ -18,6 +19,10 @@ class Arithmetic:
     """
 
     def __init__(self, *, split: Split = "train", largest: int = 20, operations: str = "+-*") -> None:
+        if not 0 <= largest < 10 ** (MAX_DIGITS // 2):
+            raise ConfigError(
+                f"arithmetic cannot grade such numbers; take a `largest` from 0 to one of {MAX_DIGITS // 2} digits."
+            )
         self.name = f"arithmetic/{split}/{largest}/{operations}"
         self.split: Split = split
         self.largest = largest

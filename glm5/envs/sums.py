@@ -5,13 +5,16 @@ from __future__ import annotations
 from glm5.data.addition import sums
 from glm5.data.corpus import Split
 from glm5.envs.protocol import Message, Reward, Task
-from glm5.scoring import grade_number
+from glm5.errors import ConfigError
+from glm5.scoring import MAX_DIGITS, grade_number
 
 
 class Sums:
     """Reward 1 for the right number, 0 otherwise. `digits`: most digits of a number that is added."""
 
     def __init__(self, *, split: Split = "train", digits: int = 2) -> None:
+        if not 1 <= digits < MAX_DIGITS:
+            raise ConfigError(f"sums of numbers of {digits} digits cannot be graded; take from 1 to {MAX_DIGITS - 1}.")
         self.name = f"sums/{split}/{digits}"
         self.split: Split = split
         self.digits = digits

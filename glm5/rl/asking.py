@@ -29,6 +29,8 @@ CLOSE_SECONDS = 30.0
 """For `close`, unless a step has less."""
 LONGEST_REASON = 2000
 """Characters of a failure."""
+IN_A_SENTENCE = 300
+"""Characters of one that is quoted; the rollout in the journal has all of it."""
 
 
 class Asking:
@@ -164,6 +166,12 @@ def reason_of(error: EnvironmentFailure) -> str:
     """The failure as a rollout tells it."""
     text: str = plain(f"{error.kind}: {error}")
     return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "..."
+
+
+def quoted(failure: str) -> str:
+    """A failure as a part of a sentence: one line, not too long, without a full stop."""
+    line = " ".join(failure.split()).rstrip(".")
+    return line if len(line) <= IN_A_SENTENCE else line[:IN_A_SENTENCE].rstrip() + "…"
 
 
 def _messages(what: str, given: Any) -> tuple[Message, ...]:

@@ -17,6 +17,7 @@ from glm5.errors import ConfigError, RunError, did_you_mean
 from glm5.model import GLM5
 from glm5.rl.advice import think_first
 from glm5.rl.aids import Aids
+from glm5.rl.asking import quoted
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece, Unfinished, events_of, pieces_of, write_events, write_pieces
 from glm5.rl.events import BatchMade, Cancelled, Event, Finished, Published, Started
@@ -164,8 +165,8 @@ class Session:
         if newest.outcome == "env_failure" and self._failed[name] >= most:
             self.journal.commit()
             raise RunError(
-                f"The last {self._failed[name]} rollouts of {name} all failed, the newest with {newest.failure}. "
-                "Mend the environment, then resume the run."
+                f"The last {self._failed[name]} rollouts of {name} all failed, the newest with "
+                f"{quoted(newest.failure)}. Mend the environment, then resume the run."
             )
 
     def next_batch(self) -> tuple[Batch | None, list[Ticket]]:
@@ -229,7 +230,7 @@ class Session:
             self._failed[name] = 0
         elif rollout.outcome != "aborted":
             self._failed[name] += rollout.outcome == "env_failure"
-            self.failure = f"{name}: {rollout.failure}"
+            self.failure = f"{name}: {quoted(rollout.failure)}"
 
     def _handed_out(self, batch: Batch, tick: int) -> None:
         """A batch was made: if the one before was not learnt from again yet, it is now."""

@@ -4,6 +4,7 @@ import pytest
 
 from glm5.data.arithmetic import split_of
 from glm5.envs import Arithmetic, Questions
+from glm5.errors import ConfigError
 
 
 def test_tasks_are_functions_of_seed_and_index():
@@ -39,3 +40,11 @@ def test_only_the_content_is_judged():
     wrong = env.score(task, {"role": "assistant", "content": "-99999"})
     assert (wrong.value, wrong.grade.outcome) == (0.0, "incorrect")
     assert task.answer in wrong.reason
+
+
+@pytest.mark.parametrize("largest", [-1, 10**200])
+def test_numbers_that_cannot_be_graded_are_refused_when_it_is_made(largest):
+    with pytest.raises(ConfigError, match="a `largest` from 0 to one of 200 digits"):
+        Arithmetic(largest=largest)
+    env = Arithmetic(largest=10**200 - 1, operations="*")
+    assert env.score(env.task(0, 0), {"content": env.task(0, 0).answer}).value == 1.0

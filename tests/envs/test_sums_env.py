@@ -6,6 +6,7 @@ import pytest
 
 from glm5.data.addition import number_is_held_out
 from glm5.envs import Questions, Sums
+from glm5.errors import ConfigError
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -25,3 +26,12 @@ def test_only_the_content_is_judged():
     assert env.score(task, {"content": f"It is {task.answer}.", "reasoning_content": "1 or 2"}).value == 1.0
     assert env.score(task, {"content": None, "reasoning_content": task.answer}).value == 0.0
     assert env.score(task, {"content": "-99999"}).value == 0.0
+
+
+@pytest.mark.parametrize("digits", [0, 400, 900])
+def test_numbers_whose_sum_cannot_be_graded_are_refused_when_it_is_made(digits):
+    with pytest.raises(ConfigError, match=f"numbers of {digits} digits cannot be graded; take from 1 to 399"):
+        Sums(digits=digits)
+    longest = Sums(digits=399)
+    task = longest.task(0, 0)
+    assert longest.score(task, {"content": task.answer}).value == 1.0

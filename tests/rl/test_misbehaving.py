@@ -18,6 +18,7 @@ from glm5.errors import RunError
 from glm5.optim import OptimizerConfig
 from glm5.rl import episode_task, orchestrator
 from glm5.rl.admission import SchedulerConfig
+from glm5.rl.asking import quoted
 from glm5.rl.config import RLRunConfig
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.lockstep import train_in_lockstep
@@ -150,7 +151,7 @@ def test_a_broken_environment_is_found_soon_and_with_its_reason(parent, tmp_path
         log = io.StringIO()
         path = tmp_path / str(number)
         mended.clear()
-        with pytest.raises(RunError, match=reason + "(.|\n)*no table\nof task [0-9]+.*then resume the run"):
+        with pytest.raises(RunError, match=reason + ".*no table of task [0-9]+.*then resume the run"):
             train(config_of(parent), [environment], path, console=Console(file=log, width=500))
         assert sum(environment.questions.scored.values()) < 400
         environment.questions.scored.clear()
@@ -158,6 +159,11 @@ def test_a_broken_environment_is_found_soon_and_with_its_reason(parent, tmp_path
             assert log.getvalue().count("tasks: crash: score: LookupError: no table of task") == 1
         mended.append(True)
         assert train(config_of(parent), [environment], path, resume=True).finished
+
+
+def test_a_failure_is_quoted_in_a_sentence():
+    assert quoted("verifier: score:\n9 is not a number.") == "verifier: score: 9 is not a number"
+    assert quoted("9" * 900 + " is not a number.") == "9" * 300 + "…"
 
 
 def test_an_environment_that_always_fails_is_not_hidden_by_another(parent, tmp_path):
