@@ -18,6 +18,7 @@ from glm5.files import replacing
 from glm5.rl.learnt import Learnt
 from glm5.rl.retention import PREFIX
 from glm5.rl.session import JOURNAL
+from glm5.rl.view.history import RUN_ENDED
 from glm5.rl.view.of_run import view_run
 from glm5.train import RunDirectory
 from glm5.train.charts import HEIGHT, MARGIN, WIDTH, Points, heat_map, line_chart
@@ -49,6 +50,7 @@ def write_rl_report(run_directory: Path) -> Path:
         *_held(metrics, run),
         "<h2>What became of the samples</h2>",
         _fates(metrics),
+        _left(speed) if run.finished else "",
         _staleness(metrics),
         _bubble(speed),
         _distance(metrics),
@@ -168,6 +170,16 @@ def _fates(metrics: Lines) -> str:
             counts[f"ended: {outcome}"] += number
     rows = "".join(f"<tr><td>{html.escape(name)}</td><td class=number>{n:,}</td></tr>" for name, n in counts.items())
     return f"<table>{rows}</table>"
+
+
+def _left(speed: Lines) -> str:
+    """What a finished run has not learnt from; nothing for runs that do not note it."""
+    groups = speed[-1].get("queue", 0) if speed else 0
+    return (
+        f"<p>{groups:,} whole groups waited to be learnt from when the run ended. They, and what was under way, count "
+        f"as dropped ({RUN_ENDED}) until the run is made longer.</p>"
+        if groups else ""
+    )  # fmt: skip
 
 
 def _staleness(metrics: Lines) -> str:

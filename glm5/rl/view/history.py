@@ -9,6 +9,9 @@ from typing import Literal
 from glm5.rl.events import BatchMade, Dropped, Event, Finished, Requeued
 from glm5.rl.records import Fate, Rollout, Ticket
 
+RUN_ENDED = "the run ended"
+"""Why a sample is dropped that a finished run has not learnt from."""
+
 
 @dataclass(frozen=True, slots=True)
 class Told:
@@ -56,6 +59,13 @@ class History:
             elif isinstance(event, Requeued):
                 self._settle(event.ticket, "requeued", because=event.reason)
         return self
+
+    def ended(self) -> None:
+        """The run is finished: what waits is dropped. The journal does not say so, for a longer run goes on with it."""
+        for members in self._groups.values():
+            for name, one in members.items():
+                if one.fate == "waiting":
+                    members[name] = replace(one, fate="dropped", because=RUN_ENDED)
 
     def __iter__(self) -> Iterator[Told]:
         """Group after group in the order of their first ends; in a group by sample."""

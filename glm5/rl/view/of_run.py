@@ -27,6 +27,8 @@ def view_run(run_directory: Path, *, trainer: TrainerLogprobs | None = None, mos
     events = (event for record in read_journal(run.path / JOURNAL) for event in events_of(record))
     tokenizer = Tokenizer.from_pretrained(model_of(Path(run.description["config"]["parent"])))
     path, history = run.path / ROLLOUTS, History(most_tokens).follow(events)
+    if run.finished:
+        history.ended()
     if trainer is None:
         trainer = read_seen(run.path, [(one.step, one.rollout) for one in history if one.step is not None])
     write_viewer(

@@ -31,6 +31,15 @@ def test_every_finished_rollout_has_its_fate():
     ]
 
 
+def test_what_a_finished_run_has_not_learnt_from_is_dropped():
+    rollouts = [rollout(sample) for sample in range(3)]
+    events = [*map(Finished, rollouts), BatchMade(0, (Selection(rollouts[0].ticket, ((0, 1),)),))]
+    history = History().follow([*events, Requeued(rollouts[1].ticket, "stale")])
+    history.ended()
+    found = [(one.fate, one.because) for one in history]
+    assert found == [("trained", ""), ("requeued", "stale"), ("dropped", "the run ended")]
+
+
 def test_recorded_rollouts_wait():
     assert [one.fate for one in told([rollout(), rollout(1)])] == ["waiting", "waiting"]
 

@@ -75,7 +75,8 @@ def test_the_page_holds_every_rollout_of_the_journal(run):
     for event in events:
         if event.kind == "batch":
             fates |= {ticket.id: "trained" for selection in event.selections for ticket in selection.tickets}
-    assert {row["id"]: row["fate"] for row in index["rows"]} == {name: fates.get(name, "waiting") for name in finished}
+    assert {row["id"]: row["fate"] for row in index["rows"]} == {name: fates.get(name, "dropped") for name in finished}
+    assert {row["because"] for row in index["rows"] if row["id"] not in fates} <= {"the run ended"}
     assert {"trained"} < {row["fate"] for row in index["rows"]}
     for row, body in zip(index["rows"], bodies, strict=True):
         assert row["tokens"] == sum(len(turn.output_ids) for turn in finished[row["id"]].turns)
@@ -178,4 +179,9 @@ def test_staleness_is_drawn_as_shares(run, tmp_path):
     page = write_rl_report(other.path).read_text()
     assert "Mean 0.75 versions, at most 2." in page and "row 2, step 1: 0.75" in page and "row 0, step 0: 1.00" in page
     assert "The bubble" not in page and "rollouts.html" not in page
+    other.append("speed", {"step": 1, "queue": 3})
+    assert "waited to be learnt from" not in write_rl_report(other.path).read_text()
+    other.model_directory.mkdir()
+    (other.model_directory / "config.json").write_text("{}")
+    assert "3 whole groups waited to be learnt from when the run ended" in write_rl_report(other.path).read_text()
     assert json.loads((other.path / "run.json").read_text())["stage"] == "rl"
