@@ -27,10 +27,10 @@ class RolloutConfig:
     max_tokens: int = 1024
     """Of one turn."""
     stop: tuple[str, ...] = ()
-    """Texts that end a turn, such as the end of a call that a program reads; in thoughts too. All tokens that were
-    sampled are learnt from, those of the stop too (`stops.py`)."""
+    """Texts that end a turn, such as the end of a call that a program reads, but not in its thought. All tokens that
+    were sampled are learnt from, those of the stop too (`stops.py`)."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that do so."""
+    """Tokens that do so, in thoughts too."""
     keep_stop: bool = True
     """Whether the environment reads a turn with its stop or only what is before it. Tokens are the same."""
     max_episode_tokens: int | None = None

@@ -24,7 +24,7 @@ from glm5.rl.asking import Asking, reason_of
 from glm5.rl.outage import pauses
 from glm5.rl.records import Outcome, Rollout, Ticket, Turn
 from glm5.rl.rollout_config import RolloutConfig
-from glm5.rl.stops import SpokenText
+from glm5.rl.stops import SpokenText, answer_begins
 from glm5.rl.streamed import StreamedTurn
 from glm5.rl.tree import EpisodeTree
 from glm5.serve.generation import Source
@@ -104,6 +104,7 @@ class _Player:
         self.asking_seconds = 0.0
         """Of those that were away."""
         self.task = Task(f"{ticket.environment}/{ticket.task_index}", (), "", "")
+        self.has_tools = False
         self.messages: list[Message] = []
         self.turns: list[Turn] = []
 
@@ -168,7 +169,7 @@ class _Player:
 
     async def _converse(self, episode: Episode, tools: list[Tool], first: Observation) -> bool:
         """Turn after turn until the environment has enough, or a limit is met (True)."""
-        observation = first
+        observation, self.has_tools = first, bool(tools)
         self.messages += observation.messages
         prompt = self._rendered(tools, len(self.messages), answer=True)
         if self._room(prompt) < 1:
@@ -252,7 +253,8 @@ class _Player:
         return min(self.config.max_tokens, self._longest - len(prompt))
 
     def _spoken(self) -> SpokenText:
-        return SpokenText(self.tokenizer, self.config.stop, keep=self.config.keep_stop)
+        begin = answer_begins(self.config.thinking, self.has_tools)
+        return SpokenText(self.tokenizer, self.config.stop, keep=self.config.keep_stop, begin=begin)
 
     def _read(self, turn: Turn) -> tuple[str, bool]:
         """What was said, as the engine makes text of tokens; and whether the model closed its turn with the last one,

@@ -16,12 +16,24 @@ from glm5.engine.stop_strings import StopStrings
 from glm5.text import Detokenizer, Tokenizer
 
 
-class SpokenText:
-    """The text of a turn, token by token, up to the first stop string. keep: with it, instead of what is before it."""
+def answer_begins(thinking: bool, tools: bool) -> tuple[str, ...]:
+    """The texts from the first of which on stop strings are looked for, as a server does: not in a thought."""
+    if not thinking:
+        return ()
+    return ("</think>", "<tool_call>") if tools else ("</think>",)
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = (), *, keep: bool = True) -> None:
+
+class SpokenText:
+    """The text of a turn, token by token, up to the first stop string.
+
+    keep: with it, instead of what is before it. begin: see `answer_begins`.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: tuple[str, ...] = (), *, keep: bool = True, begin: tuple[str, ...] = ()
+    ) -> None:
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=True)
-        self._strings = StopStrings(stops, include=keep)
+        self._strings = StopStrings(stops, include=keep, begin=begin)
         self._pieces: list[str] = []
         self.stopped = False
         """Whether a stop string was met."""

@@ -61,6 +61,15 @@ def test_the_turn_is_all_tokens_to_the_end_of_the_stop_and_the_next_goes_on_behi
     assert (before.turns, before.trajectories) == (rollout.turns, rollout.trajectories)
 
 
+def test_a_thought_may_hold_the_text_of_a_stop():
+    rollout, _ = rollout_of(["f(1); then</think>f(2); and<|user|>", "</think>No more<|user|>"], stop=(";",))
+    assert TOKENIZER.decode(rollout.turns[0].output_ids) == "f(1); then</think>f(2);"
+    assert rollout.messages[1]["reasoning_content"] == "f(1); then" and rollout.messages[1]["content"] == "f(2);"
+    call = f"I; run{CALL[: -len('</tool_call>')]};</tool_call><|observation|>"  # a call ends the thought
+    rollout, _ = rollout_of([call, "</think>No more<|user|>"], Chat(QUESTION, tools=(ADD,)), stop=(";",))
+    assert TOKENIZER.decode(rollout.turns[0].output_ids) == call[: call.index("</tool_call>")]
+
+
 def test_a_token_that_goes_on_behind_the_stop_stays_whole():
     longest = max((TOKENIZER.decode([i]) for i in TOKENIZER.encode("The answer is")), key=len)
     assert len(longest) > 2
