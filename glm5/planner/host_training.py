@@ -5,7 +5,8 @@ Weights, gradients and optimizer states are 4 bytes each, without masters. Activ
 pre-training keeps for backward: dense attention in the expanded form over a packed row, experts, one MTP step, counted
 from the model's code (a test counts them again by the hooks of autograd). The peak is one of two moments: backward
 begins (all activations, and two copies of the logits going forward, two going back), or it ends (all gradients).
-Gradients come as activations go, so the two are not added.
+Where all logits are more than are held at once (`glm5.model.head`), the first has those of one piece, and what that
+adds to the gradient of the head. Gradients come as activations go, so the two are not added.
 
 Left out: sparse attention and the indexer's loss, bf16 autocast, evaluation, what the allocator keeps between steps.
 """
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 from glm5.config import ModelConfig
 from glm5.errors import InputError
+from glm5.model import LOGITS
 from glm5.planner.hardware import Hardware
 from glm5.planner.quantity import Quantity, derive, given
 from glm5.planner.shape import shape_of
@@ -121,18 +123,15 @@ def _activations(c: ModelConfig, plan: TrainingPlan) -> tuple[Quantity, Quantity
     mask = derive("mask of a layer", "B", "4 * min(tokens * length, block)", tokens=tokens, length=plan.sequence,
                   block=ATTENTION_BLOCK, source="packed rows, one block of queries")  # fmt: skip
     kept_masks = layers if tokens.value * plan.sequence <= ATTENTION_BLOCK else 0
-    logits = derive("Logits", "B", "4 * tokens * vocabulary * copies", tokens=tokens, vocabulary=c.vocab_size,
-                    copies=4 if mtp else 3, source="of the trunk and of the draft step: values and log-softmax, or its "
-                    "gradient")  # fmt: skip
+    logits, waiting = _logits(c, tokens, mtp=mtp)
     row = derive("row", "", "attention + max(dense, experts)", attention=parts["attention"], dense=parts["dense"],
                  experts=parts["experts"])  # fmt: skip
     if plan.checkpointing:
         saved = derive("Saved activations", "B", "4 * tokens * (layers * hidden + ends)", tokens=tokens, layers=layers,
                        hidden=c.hidden_size, ends=parts["ends"], source="each layer's input")  # fmt: skip
         layer = derive(
-            "Activations of one layer", "B", "3 * (4 * tokens * row + mask) + 4 * tokens * vocabulary * mtp",
-            tokens=tokens, row=row, mask=mask, vocabulary=c.vocab_size, mtp=int(mtp),
-            source="computed again, their gradients, products on the way; the trunk's logits still wait",
+            "Activations of one layer", "B", "3 * (4 * tokens * row + mask) + waiting", tokens=tokens, row=row,
+            mask=mask, waiting=waiting, source="computed again, their gradients, products on the way",
         )  # fmt: skip
         return saved, layer, logits
     saved = derive(
@@ -145,3 +144,20 @@ def _activations(c: ModelConfig, plan: TrainingPlan) -> tuple[Quantity, Quantity
     layer = derive("Activations of one layer", "B", "4 * tokens * row + mask", tokens=tokens, row=row, mask=mask,
                    source="gradients of the layer that backward is in")  # fmt: skip
     return saved, layer, logits
+
+
+def _logits(c: ModelConfig, tokens: Quantity, *, mtp: bool) -> tuple[Quantity, Quantity]:
+    """(at the start of the backward pass, what of them waits while it goes through the MTP module)."""
+    if tokens.value * c.vocab_size * (1 + mtp) > LOGITS:
+        by_pieces = derive(
+            "Logits", "B", "4 * (3 * min(tokens * vocabulary, held) + 2 * hidden * vocabulary)", tokens=tokens,
+            held=LOGITS, hidden=c.hidden_size, vocabulary=c.vocab_size,
+            source="of one piece: log-softmax and two gradients; the head's gradient, and what the piece adds to it",
+        )  # fmt: skip
+        return by_pieces, given("waiting logits", 0, "B", "none: a piece is made again when it is needed")
+    at_once = derive("Logits", "B", "4 * tokens * vocabulary * copies", tokens=tokens, vocabulary=c.vocab_size,
+                     copies=4 if mtp else 3, source="of the trunk and of the draft step: values and log-softmax, or "
+                     "its gradient")  # fmt: skip
+    waiting = derive("waiting logits", "B", "4 * tokens * vocabulary * mtp", tokens=tokens, vocabulary=c.vocab_size,
+                     mtp=int(mtp), source="of the trunk")  # fmt: skip
+    return at_once, waiting

@@ -17,7 +17,7 @@ from benchmarks.memory import GIVING_BACK
 from glm5.config import ModelConfig
 from glm5.data import Batch
 from glm5.errors import InputError
-from glm5.model import GLM5
+from glm5.model import GLM5, LOGITS
 from glm5.planner import HostTrainingMemory, TrainingPlan, hardware_from, host_training_memory
 from glm5.train.loop import LoopConfig, Stage, prepare
 from glm5.train.losses import language_loss
@@ -71,6 +71,18 @@ def test_states_by_hand():
     assert adamw.gradients.value == 4 * (weights - indexers)
     assert adamw.optimizer.value == 8 * (weights - indexers)
     assert muon.optimizer.value == pytest.approx(4 * (weights - indexers) + 4 * tables, rel=0.01)
+
+
+def test_logits_of_one_piece_where_all_would_be_too_many():
+    """The bound is that of `glm5 train`: 256 MiB over trunk and draft step; beyond it those of one head, at most."""
+    published = dataclasses.replace(NANO, vocab_size=154_880)
+    longest = LOGITS // (2 * 154_880)
+    fits, more, many = (plan(published, sequence=length).logits.value for length in (longest, longest + 1, 2048))
+    assert fits == 4 * 4 * longest * 154_880
+    table = 4 * 128 * 154_880
+    assert (more, many) == (3 * 4 * (longest + 1) * 154_880 + 2 * table, 3 * (256 << 20) + 2 * table)
+    kept = [plan(published, sequence=n, checkpointing=True).layer_activations.value for n in (longest, longest + 1)]
+    assert kept[0] - kept[1] == pytest.approx(4 * longest * 154_880, rel=0.02)  # the trunk's no longer wait
 
 
 def test_more_processes_are_refused():
