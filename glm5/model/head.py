@@ -7,8 +7,9 @@ backward pass instead of keeping what that needs (Chen et al. 2016, arXiv 1604.0
 if this file were not there, to the bit.
 
 The head is called as the module that it is, so adapters, autocast, and a vocabulary that is cut over processes work as
-in the model. Left out: gradients that are made going forward (Liger, arXiv 2410.10989), which saves the second run of
-the head where the loss is linear in the log-probabilities, and that of RL is not.
+in the model. Left out: gradients that are made going forward (Liger, arXiv 2410.10989; `F.linear_cross_entropy`). They
+save the second run of the head, but the loss must be linear in the log-probabilities, that of RL is not, and each head
+(trunk and draft steps) holds a gradient of the whole vocabulary table from its forward pass to its backward pass.
 """
 
 from __future__ import annotations
