@@ -12,6 +12,7 @@ every batch. (Rows together were measured and are no faster: the time is that of
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from glm5.engine.outputs import TopLogprobs
 from glm5.engine.sampling_params import SamplingParams
+from glm5.errors import InputError
 
 Doubles = npt.NDArray[np.float64]
+NO_TOKEN = "The settings of this request leave no token to sample; forbid fewer, or penalise less."
 HEAD = 256
 """Likeliest tokens that `top_p` sorts first; only where their sum stays below it is the rest sorted too."""
 
@@ -99,10 +102,19 @@ def _nucleus(weights_V: Doubles, top_p: float) -> Doubles:
 
 
 def sample_token(logits_V: Tensor, params: SamplingParams, random: float) -> int:
-    """One token id from logits [V] on the CPU and a uniform number in [0, 1)."""
+    """One token id from logits [V] on the CPU and a uniform number in [0, 1).
+
+    Raises InputError where the request's settings leave no token, or none whose logit is a number.
+    """
     if params.temperature == 0.0:
-        return int(logits_V.detach().numpy().argmax())  # the first of equals
+        values_V = logits_V.detach().numpy()
+        likeliest = int(values_V.argmax())  # the first of equals
+        if not math.isfinite(values_V[likeliest]):  # all are -inf, or one is NaN
+            raise InputError(NO_TOKEN)
+        return likeliest
     cumulative_V = filtered_weights(logits_V, params).cumsum()
+    if not 0.0 < cumulative_V[-1] < math.inf:
+        raise InputError(NO_TOKEN)
     # Scaling by the last sum keeps rounding from ever passing the last token; "right" skips tokens of probability 0.
     token_id = int(cumulative_V.searchsorted(random * cumulative_V[-1], side="right"))
     return min(token_id, len(cumulative_V) - 1)

@@ -22,6 +22,9 @@ MAX_BIAS = 100.0
 MAX_BAD = 128
 MAX_BAD_LENGTH = 64
 MAX_PENALTY = 2.0
+MAX_REPETITION = 100.0
+"""And its inverse is the least: in fp32 a factor beyond may be 0 or infinite, and the logits no numbers."""
+LEAST_TEMPERED = 0.01
 MAX_GRAMMAR_BYTES = 256 * 1024
 
 
@@ -102,7 +105,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Drops tokens less likely than this share of the likeliest one."""
     repetition_penalty: float = 1.0
-    """Divides the positive logits, and multiplies the negative ones, of tokens in the prompt or the output."""
+    """Divides the positive logits, and multiplies the negative ones, of tokens in prompt and output; 0.01 to 100."""
     presence_penalty: float = 0.0
     """Taken off the logit of every token that is in the output, -2 to 2."""
     frequency_penalty: float = 0.0
@@ -129,8 +132,8 @@ class SamplingParams:
     seed: int | None = None
     """Seed of this request; None draws a fresh one, which the output reports."""
     tempered_logprobs: bool = False
-    """Report log-probabilities at this `temperature` (above 0) instead of the model's own: those of the distribution
-    that is sampled, where nothing is cut off. For learners in the same program."""
+    """Report log-probabilities at this `temperature` (0.01 or more) instead of the model's own: those of the
+    distribution that is sampled, where nothing is cut off. For learners in the same program."""
     logprobs: int | None = None
     """How many of the likeliest tokens to report at each position. The sampled token's own is always reported."""
     prompt_logprobs: int | None = None
@@ -152,12 +155,13 @@ class SamplingParams:
         object.__setattr__(self, "bad_sequences", _bad(self.bad_sequences))
         check_whole("n", self.n, 1, MAX_SAMPLES)
         check_number("temperature", self.temperature, 0.0)
-        if self.tempered_logprobs and self.temperature == 0:
-            raise InputError("tempered_logprobs has no meaning at temperature 0; give a temperature above 0.")
+        if self.tempered_logprobs and self.temperature < LEAST_TEMPERED:
+            given = f"{self.temperature:g}; give {LEAST_TEMPERED:g} at least"
+            raise InputError(f"tempered_logprobs has no meaning at temperature {given}.")
         check_number("top_p", self.top_p, 0.0, 1.0, above=True)
         check_number("min_p", self.min_p, 0.0, 1.0)
         check_whole("top_k", self.top_k, -1)
-        check_number("repetition_penalty", self.repetition_penalty, 0.0, above=True)
+        check_number("repetition_penalty", self.repetition_penalty, 1 / MAX_REPETITION, MAX_REPETITION)
         check_number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
         check_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         if self.max_tokens is not None:

@@ -121,3 +121,5 @@ def test_bad_settings_are_refused_with_a_sentence(field, value, sentence):
 def test_tempered_logprobs_need_a_temperature():
     with pytest.raises(InputError, match="tempered_logprobs has no meaning at temperature 0"):
         SamplingParams(temperature=0, tempered_logprobs=True)
+    with pytest.raises(InputError, match=r"at temperature 1e-46; give 0\.01 at least"):  # 0 in fp32
+        SamplingParams(temperature=1e-46, tempered_logprobs=True)

@@ -1,6 +1,7 @@
 """What `TokenSampler` does to the logits, against the formulas and against `transformers`' logits processors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -176,7 +177,8 @@ def test_prompt_logprobs_are_those_of_each_next_token():
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [("presence_penalty", 2.1, "presence_penalty is 2.1; .* at least -2 and at most 2"),
-     ("frequency_penalty", float("nan"), "frequency_penalty is nan"), ("repetition_penalty", 0, "above 0"),
+     ("frequency_penalty", float("nan"), "frequency_penalty is nan"), ("repetition_penalty", 0, "at least 0.01"),
+     ("repetition_penalty", 1e-46, "at least 0.01"), ("repetition_penalty", 1e300, "at most 100"),
      ("logit_bias", {1: 101}, "logit_bias of token 1 is 101; .* at most 100"), ("logit_bias", [1], "give a dict"),
      ("logit_bias", {"1": 3}, "logit_bias key is '1'"), ("logit_bias", {-1: 3}, "key is -1"),
      ("logit_bias", dict.fromkeys(range(1025), 1), "has 1,025 entries"),
@@ -204,3 +206,22 @@ def test_bad_sequences_equal_transformers(output, bad):
 def test_bad_sequences_that_are_none_are_refused(bad):
     with pytest.raises(InputError, match="bad_sequences"):
         SamplingParams(bad_sequences=bad)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1.0])
+@pytest.mark.parametrize("cuts", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_a_request_that_forbids_every_token_is_refused_and_never_gets_the_last_one(temperature, cuts):
+    every = [[token] for token in range(VOCAB)]
+    params = SamplingParams(temperature=temperature, bad_sequences=every, **cuts)
+    with pytest.raises(InputError, match="leave no token to sample"):
+        sampler_after(params, [1], []).sample(random_logits(0), 1)
+    one = SamplingParams(temperature=temperature, bad_sequences=every[:7] + every[8:], **cuts)
+    assert sampler_after(one, [1], []).sample(random_logits(0), 1).token_id == 7
+    with pytest.raises(InputError, match="leave no token to sample"):  # nor from what is no number
+        sample_token(random_logits(0).index_fill(0, torch.tensor([3]), math.nan), replace(one, bad_sequences=()), 0.5)
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_the_strongest_penalties_leave_finite_logits(penalty):
+    sampler = sampler_after(SamplingParams(repetition_penalty=penalty), list(range(VOCAB)), [])
+    assert sampler.adjusted(random_logits(1) * 1e4).isfinite().all()
