@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
 from glm5.config import ModelConfig
-from glm5.engine.checks import check_number, check_whole
+from glm5.engine.checks import as_whole, check_number, check_whole
 from glm5.engine.grammar import GrammarCompiler
 from glm5.engine.outputs import TokenDelta
 from glm5.engine.sampler import SampledToken
@@ -81,15 +82,13 @@ def admit(
         raise InputError(f"The prompt is a {type(prompt_ids).__name__}; give a list of token ids.")
     if not isinstance(params, SamplingParams):
         raise InputError(f"The sampling settings are a {type(params).__name__}; give a SamplingParams.")
-    prompt = tuple(prompt_ids)
+    prompt = _ids("The prompt", prompt_ids, limits.vocab_size)
     if not prompt:
         raise InputError("The prompt is empty; give at least one token id.")
-    named = {"The prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias or (),
+    named = {"stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias or (),
              "bad_sequences": [token for one in params.bad_sequences for token in one]}  # fmt: skip
     for name, ids in named.items():
-        wrong = next((t for t in ids if not isinstance(t, int) or not 0 <= t < limits.vocab_size), None)
-        if wrong is not None:
-            raise InputError(f"{name} holds {wrong!r}, which is no token id below {limits.vocab_size}.")
+        _ids(name, ids, limits.vocab_size)
     max_tokens = _max_tokens(len(prompt), params.max_tokens, limits)
     if params.stop and tokenizer is None:
         raise InputError("stop strings need a tokenizer, and this engine has none; use stop_token_ids.")
@@ -111,6 +110,17 @@ def admit(
         )
         for index in range(params.n)
     ]
+
+
+def _ids(name: str, given: Iterable[object], vocab_size: int) -> tuple[int, ...]:
+    """Token ids as ints, or an InputError that names the first which is none."""
+    ids = []
+    for token in given:
+        whole = as_whole(token)
+        if whole is None or not 0 <= whole < vocab_size:
+            raise InputError(f"{name} holds {token!r}, which is no token id below {vocab_size}.")
+        ids.append(whole)
+    return tuple(ids)
 
 
 def go_on(sequences: SequenceOf[Sequence], said: SequenceOf[TokenDelta], vocab_size: int) -> None:

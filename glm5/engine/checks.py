@@ -1,7 +1,12 @@
-"""Settings of a request or an engine that cannot be used, each refused with a sentence (`InputError`)."""
+"""Settings of a request or an engine that cannot be used, each refused with a sentence (`InputError`).
+
+NumPy's numbers are as good as Python's, which they become. A bool is no number.
+"""
 
 from __future__ import annotations
 
+import numbers
+import operator
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -11,20 +16,31 @@ from glm5.errors import InputError
 LARGEST = sys.float_info.max
 
 
-def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Refuses anything but an int in [low, high]; None leaves the upper end open."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+def as_whole(value: Any) -> int | None:
+    """The value as an int, if it is a whole number of any type."""
+    if type(value) is int:
+        return value
+    return operator.index(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+
+
+def check_whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The value as an int; refuses anything but a whole number in [low, high]. None leaves the upper end open."""
+    whole = as_whole(value)
+    if whole is None or whole < low or (high is not None and whole > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
         raise InputError(f"{name} is {value!r}; it must be a whole number {bounds}.")
+    return whole
 
 
-def check_number(name: str, value: Any, low: float, high: float = LARGEST, *, above: bool = False) -> None:
-    """Refuses anything but a finite number in [low, high], or in (low, high] with `above`."""
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    if not real or not low <= value <= high or (above and value == low):  # NaN is in no interval
+def check_number(name: str, value: Any, low: float, high: float = LARGEST, *, above: bool = False) -> float:
+    """The value as an int or float; refuses all but a finite number in [low, high], with `above` in (low, high]."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number: float = value if type(value) is int or not real else float(value)
+    if not real or not low <= number <= high or (above and number == low):  # NaN is in no interval
         lower = f"above {low:g}" if above else f"at least {low:g}"
         upper = "" if high == LARGEST else f" and at most {high:g}"
         raise InputError(f"{name} is {value!r}; it must be a number {lower}{upper}.")
+    return number
 
 
 def as_tuple(name: str, value: Any, entries: str) -> tuple[Any, ...]:

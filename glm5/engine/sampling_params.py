@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
-from glm5.engine.checks import as_tuple, check_number, check_whole
+from glm5.engine.checks import LARGEST, as_tuple, check_number, check_whole
 from glm5.errors import InputError
 
 MAX_LOGPROBS = 20
@@ -25,6 +25,20 @@ MAX_PENALTY = 2.0
 MAX_REPETITION = 100.0
 """And its inverse is the least: in fp32 a factor beyond may be 0 or infinite, and the logits no numbers."""
 LEAST_TEMPERED = 0.01
+WHOLE = {
+    "n": (1, MAX_SAMPLES), "top_k": (-1, None), "max_tokens": (1, None), "min_tokens": (0, None),
+    "seed": (0, 2**64 - 1), "experts_from": (0, None), "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}  # fmt: skip
+"""Fields that are whole numbers, and their bounds."""
+OPTIONAL = {"max_tokens", "seed", "experts_from", "logprobs", "prompt_logprobs"}
+"""Of these, the fields that may be None."""
+NUMBERS = {
+    "temperature": (0.0, LARGEST), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
+    "repetition_penalty": (1 / MAX_REPETITION, MAX_REPETITION), "presence_penalty": (-MAX_PENALTY, MAX_PENALTY),
+    "frequency_penalty": (-MAX_PENALTY, MAX_PENALTY),
+}  # fmt: skip
+"""Fields that are numbers, and their bounds; `top_p` is above its lower one."""
 MAX_GRAMMAR_BYTES = 256 * 1024
 
 
@@ -146,34 +160,24 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else as_tuple("stop", self.stop, "strings")
-        stop_token_ids = as_tuple("stop_token_ids", self.stop_token_ids, "token ids")
+        given_ids = as_tuple("stop_token_ids", self.stop_token_ids, "token ids")
+        stop_token_ids = tuple(check_whole("stop_token_ids entry", token, 0) for token in given_ids)
         object.__setattr__(self, "stop", stop)
         stop_from = as_tuple("stop_from", self.stop_from, "strings")
         object.__setattr__(self, "stop_from", stop_from)
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "bad_sequences", _bad(self.bad_sequences))
-        check_whole("n", self.n, 1, MAX_SAMPLES)
-        check_number("temperature", self.temperature, 0.0)
+        for name, bounds in WHOLE.items():
+            if getattr(self, name) is not None or name not in OPTIONAL:
+                object.__setattr__(self, name, check_whole(name, getattr(self, name), *bounds))
+        check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+        for name, (low, high) in NUMBERS.items():
+            value = check_number(name, getattr(self, name), low, high, above=name == "top_p")
+            object.__setattr__(self, name, value)
         if self.tempered_logprobs and self.temperature < LEAST_TEMPERED:
             given = f"{self.temperature:g}; give {LEAST_TEMPERED:g} at least"
             raise InputError(f"tempered_logprobs has no meaning at temperature {given}.")
-        check_number("top_p", self.top_p, 0.0, 1.0, above=True)
-        check_number("min_p", self.min_p, 0.0, 1.0)
-        check_whole("top_k", self.top_k, -1)
-        check_number("repetition_penalty", self.repetition_penalty, 1 / MAX_REPETITION, MAX_REPETITION)
-        check_number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
-        check_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
-        if self.max_tokens is not None:
-            check_whole("max_tokens", self.max_tokens, 1)
-        check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
-        if self.seed is not None:
-            check_whole("seed", self.seed, 0, 2**64 - 1)
-        if self.experts_from is not None:
-            check_whole("experts_from", self.experts_from, 0)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), 0, MAX_LOGPROBS)
         if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputs):
             raise InputError(
                 f"structured_outputs is a {type(self.structured_outputs).__name__}; give a StructuredOutputs."
@@ -184,8 +188,6 @@ class SamplingParams:
             wrong = next((text for text in texts if not isinstance(text, str) or not text), None)
             if wrong is not None:
                 raise InputError(f"{name} holds {wrong!r}; each entry must be a text of at least one character.")
-        for token in stop_token_ids:
-            check_whole("stop_token_ids entry", token, 0)
 
 
 def _biases(given: Any) -> dict[int, float] | None:
@@ -195,10 +197,11 @@ def _biases(given: Any) -> dict[int, float] | None:
     if not isinstance(given, Mapping) or len(given) > MAX_BIASES:
         what = f"has {len(given):,} entries" if isinstance(given, Mapping) else f"is {given!r}"
         raise InputError(f"logit_bias {what}; give a dict of at most {MAX_BIASES:,} token ids and their biases.")
-    for token, bias in given.items():
-        check_whole("logit_bias key", token, 0)
-        check_number(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS)
-    return dict(given) or None
+    biases = {
+        check_whole("logit_bias key", token, 0): check_number(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS)
+        for token, bias in given.items()
+    }
+    return biases or None
 
 
 def _bad(given: Any) -> tuple[tuple[int, ...], ...]:
@@ -210,9 +213,7 @@ def _bad(given: Any) -> tuple[tuple[int, ...], ...]:
         raise InputError(
             f"bad_sequences holds at most {MAX_BAD} entries of 1 to {MAX_BAD_LENGTH} token ids; give less."
         )
-    for token in (token for one in found for token in one):
-        check_whole("bad_sequences token", token, 0)
-    return found
+    return tuple(tuple(check_whole("bad_sequences token", token, 0) for token in one) for one in found)
 
 
 def _schema_text(given: Any) -> str:

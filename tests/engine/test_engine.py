@@ -3,6 +3,7 @@
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from speaker import speaker_model, speaker_tokenizer
@@ -183,10 +184,38 @@ def test_wrong_weights_are_refused_before_anything_changes(tiny_model):
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
 
 
+def test_numpys_numbers_are_as_good_as_pythons(tiny_model):
+    given = {
+        "n": 2, "max_tokens": 5, "min_tokens": 1, "seed": 9, "top_k": 20, "logprobs": 1, "prompt_logprobs": 1,
+        "temperature": 0.5, "top_p": 0.75, "repetition_penalty": 1.25, "stop_token_ids": [3], "logit_bias": {4: -1.5},
+        "bad_sequences": [[5, 6]],
+    }  # fmt: skip
+
+    def numpys(value):
+        if isinstance(value, dict):
+            return {numpys(key): numpys(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [numpys(one) for one in value]
+        return (np.int64 if isinstance(value, int) else np.float32)(value)
+
+    ours = SamplingParams(**given)
+    theirs = SamplingParams(**{name: numpys(value) for name, value in given.items()})
+    assert theirs == ours and repr(theirs) == repr(ours)
+    for name in ("n", "temperature", "seed"):
+        with pytest.raises(InputError, match=f"{name} is True"):
+            SamplingParams(**{name: True})
+    engine = Engine(tiny_model)
+    [output] = engine.generate([list(np.array([5, 6, 7], dtype=np.int32))], theirs)
+    assert output == engine.generate([[5, 6, 7]], ours)[0]
+    assert all(type(token) is int for token in output.prompt_token_ids)
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "sentence"),
     [([], {}, "empty"), ([320], {}, "320, which is no token id"), ([-1], {}, "no token id below 320"),
-     (["a"], {}, "no token id"), ([1] * 500, {"max_tokens": 13}, r"500 prompt tokens \+ 13 new.*limit is 512"),
+     (["a"], {}, "no token id"), ([True], {}, "holds True, which is no token id"),
+     ([np.int64(320)], {}, "no token id below 320"), ([1.0], {}, r"holds 1\.0, which is no token id"),
+     ([1] * 500, {"max_tokens": 13}, r"500 prompt tokens \+ 13 new.*limit is 512"),
      ([1] * 512, {"max_tokens": None}, "512 prompt tokens, but the context limit is 512"),
      ([1], {"stop": "x"}, "need a tokenizer"),
      ([1], {"stop_token_ids": [320], "min_tokens": 2}, "stop_token_ids holds 320, which is no token id below 320"),
