@@ -92,7 +92,8 @@ class ServeOptions(EngineOptions):
     stall: float = Limits.stall_seconds
     """Seconds after which a client that takes nothing of its answer is cut off."""
     drain: float = DRAIN_SECONDS
-    """Seconds that running requests have to end after Ctrl-C or SIGTERM; a second Ctrl-C ends at once."""
+    """Seconds that running requests have to end after Ctrl-C or SIGTERM; then they are answered with what is there. A
+    second Ctrl-C ends at once."""
     log_requests: bool = True
     """One JSON line per request on the error output, without what was said."""
 

@@ -220,12 +220,13 @@ class BackendStream:
             except TimeoutError:  # the deadline: what is not done counts as given up
                 self.close()
                 raise StopAsyncIteration from None
-            except StopAsyncIteration:
+            except (StopAsyncIteration, httpx.HTTPError) as error:
+                if self._closing is not None:  # given up on this side
+                    raise StopAsyncIteration from None
                 self.close()
+                if isinstance(error, httpx.HTTPError):
+                    raise self._away(error) from None
                 raise ApiError(502, "The backend ended its answer in the middle; ask again.") from None
-            except httpx.HTTPError as error:
-                self.close()
-                raise self._away(error) from None
             self._take(piece)
         return self._ready.popleft()
 

@@ -29,6 +29,9 @@ ANTHROPIC_KINDS = {
 }  # fmt: skip
 FAILED = "The server failed on this request; its log has the reason."
 TOO_LATE = "The request's deadline passed before its work began; allow more time, or ask again when less waits."
+GIVEN_UP = (
+    "The request was given up before the answer was complete: its deadline passed, or the server ends; ask again."
+)
 
 
 class ApiError(GLM5Error):

@@ -1,7 +1,7 @@
 """Runs the application under uvicorn: bound before anything is printed, and drained before it ends.
 
-The first Ctrl-C or SIGTERM lets running requests end (up to a limit) while new ones are refused; then the exit is
-orderly. The second ends the process at once.
+The first Ctrl-C or SIGTERM lets running requests end while new ones are refused. Those that outlast the limit are given
+up: they are answered with what is there. Then the exit is orderly. The second ends the process at once.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from glm5.errors import InputError
+from glm5.serve.ending import Endings
 from glm5.serve.lifecycle import Lifecycle
 
 DRAIN_SECONDS = 30.0
+LAST_WORDS_SECONDS = 2.0
+"""For the replies of what was given up, and for what clients have not taken yet."""
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 """That an idle connection stays open. httpx, and so the `openai` and `anthropic` packages, use one again within 5 s; a
@@ -67,18 +70,20 @@ def serve(
         if ready:
             ready(f"http://{name}:{listener.getsockname()[1]}")
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=1, server_header=False, backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            app, log_config=None, access_log=False, server_header=False, backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=round(LAST_WORDS_SECONDS),
         )  # fmt: skip
-        _Server(config, app.state.lifecycle, drain_seconds).run(sockets=[listener])
+        _Server(config, app.state.lifecycle, app.state.service.endings, drain_seconds).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server, told to end by a lifecycle instead of by signals."""
 
-    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle, drain_seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, lifecycle: Lifecycle, endings: Endings, drain_seconds: float
+    ) -> None:  # fmt: skip
         super().__init__(config)
-        self.lifecycle, self.drain_seconds = lifecycle, drain_seconds
+        self.lifecycle, self.endings, self.drain_seconds = lifecycle, endings, drain_seconds
         self.limit = float("inf")
 
     @contextlib.contextmanager
@@ -103,8 +108,16 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second: whether the server should end."""
-        if self.lifecycle.draining and (not self.lifecycle.in_flight or time.monotonic() > self.limit):
-            return True
+        if self.lifecycle.draining:
+            late = time.monotonic() - self.limit
+            if late > 0:
+                self.endings.give_up()
+            if late > LAST_WORDS_SECONDS:
+                for connection in self.server_state.connections:
+                    connection.transport.abort()  # their requests take it for a client that left, and end
+                return True
+            if not self.lifecycle.in_flight:
+                return True
         return await super().on_tick(counter)
 
 

@@ -21,7 +21,7 @@ from glm5.errors import InputError
 from glm5.serve.anthropic_prompt import chat_messages
 from glm5.serve.anthropic_schema import CountTokensRequest, MessagesRequest
 from glm5.serve.content_blocks import ContentBlocks, Event
-from glm5.serve.errors import ApiError, anthropic_error_body
+from glm5.serve.errors import GIVEN_UP, ApiError, anthropic_error_body
 from glm5.serve.event_stream import PING
 from glm5.serve.generation import Generation, Step
 from glm5.serve.service import Service, named_event
@@ -132,7 +132,7 @@ class MessagesReply:
 
     # ---- the plain reply ----------------------------------------------------------------------------------------
     def whole(self) -> dict[str, Any]:
-        """The `message` object. Raises `ApiError` (504) when its deadline passed first."""
+        """The `message` object. Raises `ApiError` (504) when it was given up before its end."""
         (sample,) = self.generation.samples
         assert sample.parser is not None
         message = sample.parser.finish()
@@ -190,7 +190,7 @@ class MessagesReply:
         (sample,) = self.generation.samples
         reason, found = sample.finish_reason, sample.tokens[-1].stop_reason if sample.tokens else None
         if reason == "abort":
-            raise ApiError(504, "The request was given up before the answer was complete: its deadline passed.")
+            raise ApiError(504, GIVEN_UP)
         if reason == "length":
             return {"stop_reason": "model_context_window_exceeded" if self.cut else "max_tokens", "stop_sequence": None}
         if self.blocks.called:

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from glm5.engine import SamplingParams, TokenDelta
-from glm5.serve.errors import ApiError
+from glm5.serve.errors import GIVEN_UP, ApiError
 from glm5.serve.event_stream import COMMENT
 from glm5.serve.generation import Generation, Step
 from glm5.serve.response_items import ResponseItems
@@ -25,8 +25,6 @@ from glm5.text import AssistantStream
 from glm5.text.messages import results_in_order
 
 ENDS = {"stop": "completed", "length": "incomplete", "abort": "failed"}
-GIVEN_UP = {"code": "server_error", "message": "The request was given up before the answer was complete: "
-            "its deadline passed, or the server ends; ask again."}  # fmt: skip
 
 
 def install_responses(app: FastAPI, service: Service) -> None:
@@ -206,7 +204,7 @@ class ResponseReply:
             "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "background": False,
-            "error": GIVEN_UP if status == "failed" else None,
+            "error": {"code": "server_error", "message": GIVEN_UP} if status == "failed" else None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,

@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -29,7 +29,8 @@ from glm5.engine.grammar import GrammarCompiler
 from glm5.engine.scheduler import PRIORITY_SECONDS
 from glm5.errors import GLM5Error
 from glm5.serve.encoding import LargeResponse, encoded
-from glm5.serve.errors import FAILED, TOO_LATE, ApiError, error_status
+from glm5.serve.ending import Endings, disconnected, unless_disconnected
+from glm5.serve.errors import FAILED, ApiError, error_status
 from glm5.serve.event_stream import EventStream
 from glm5.serve.gate import Gate, Place, done_while_there
 from glm5.serve.generation import Generation, Source, Step
@@ -117,6 +118,7 @@ class Service:
     """More names that the model may be asked for by."""
     created: int = field(default_factory=lambda: int(time.time()))
     gate: Gate = field(init=False)
+    endings: Endings = field(default_factory=Endings, init=False)
 
     def __post_init__(self) -> None:
         self.gate = Gate(self.limits.max_concurrent, self.limits.max_waiting)
@@ -150,12 +152,12 @@ class Service:
         until = None if seconds is None else arrival + seconds
         if self.recorder is not None:
             self.recorder.begin(request.headers.get("x-session-id"))
-        place = Place(self.gate, lambda: _disconnected(request), arrival + PRIORITY_SECONDS * priority)
+        place = Place(self.gate, lambda: disconnected(request), arrival + PRIORITY_SECONDS * priority)
         taking = asyncio.ensure_future(place.take())
         try:
             if stream and await self._waits(taking, until):
                 return await self._early(request, prepare, place, taking, until)
-            await _in_time(taking, until)
+            await self.endings.in_time(taking, until)
             reply = await run_sync(prepare)
             await self._start(reply, request, place, until)
             if stream:
@@ -163,7 +165,7 @@ class Service:
                     self._events(reply), lambda: self._leave(reply, place), reply.pause, self.limits.pause_seconds
                 )
             try:
-                await _unless_disconnected(request, lambda: self._finish(reply))
+                await unless_disconnected(request, lambda: self._finish(reply))
             finally:
                 reply.generation.close()
                 self._ended(reply.generation)
@@ -177,10 +179,9 @@ class Service:
         return JSONResponse(reply.whole())
 
     async def _waits(self, taking: asyncio.Future[None], until: float | None) -> bool:
-        """Whether a request still waits for its place when a sign of life is due, and its deadline has not passed."""
-        left = float("inf") if until is None else max(0.0, until - time.monotonic())
-        await asyncio.wait({taking}, timeout=min(self.limits.pause_seconds, left))
-        return not taking.done() and left > self.limits.pause_seconds
+        """Whether a request still waits for its place when a sign of life is due."""
+        await self.endings.in_time(asyncio.wait({taking}, timeout=self.limits.pause_seconds), until)
+        return not taking.done()
 
     async def _early(
         self, request: Request, prepare: Callable[[], Reply], place: Place, taking: asyncio.Future[None],
@@ -191,7 +192,7 @@ class Service:
 
         async def events() -> AsyncIterator[str]:
             try:
-                await _in_time(taking, until)
+                await self.endings.in_time(taking, until)
                 await self._start(reply, request, place, until)
             except GLM5Error as error:
                 yield reply.encode(reply.failure(error_status(error), str(error)))
@@ -212,8 +213,9 @@ class Service:
 
     async def _start(self, reply: Reply, request: Request, place: Place, until: float | None) -> None:
         """Compiles what is to be compiled, and asks the source."""
-        await _in_time(self._compile(reply.generation.params.structured_outputs, place), until)
+        await self.endings.in_time(self._compile(reply.generation.params.structured_outputs, place), until)
         await run_sync(reply.generation.start, until, limiter=self._starters)
+        self.endings.running.add(reply.generation)
         request.state.generation = reply.generation  # its figures go to the log and the metrics
 
     async def _compile(self, outputs: StructuredOutputs | None, place: Place) -> None:
@@ -296,7 +298,8 @@ class Service:
             yield reply.encode(reply.failure(500, FAILED))
 
     def _ended(self, generation: Generation) -> None:
-        """Tells the recorder, once."""
+        """It samples no more; tells the recorder, once."""
+        self.endings.running.discard(generation)
         if self.recorder is not None and generation.started and not generation.ended:
             generation.ended = True
             self.recorder.ended(generation)
@@ -307,38 +310,3 @@ def _values(generation: Generation) -> int:
     params = generation.params
     read = generation.prompt_tokens * params.n * (1 if params.prompt_logprobs is None else 2 + params.prompt_logprobs)
     return read + generation.completion_tokens * (1 + (params.logprobs or 0))
-
-
-async def _in_time(work: Awaitable[None], until: float | None) -> None:
-    """Waits for what comes before a request starts. Raises `ApiError` (504) when its deadline passes first."""
-    try:
-        async with asyncio.timeout(None if until is None else until - time.monotonic()):
-            await work
-    except TimeoutError:
-        raise ApiError(504, TOO_LATE) from None
-
-
-async def _unless_disconnected(request: Request, work: Callable[[], Any]) -> None:
-    """Does the work, or drops it when the client goes away."""
-    failed: list[BaseException] = []
-    async with anyio.create_task_group() as tasks:
-
-        async def watch() -> None:
-            await _disconnected(request)
-            failed.append(ApiError(499, "The client went away."))
-            tasks.cancel_scope.cancel()
-
-        tasks.start_soon(watch)
-        try:
-            await work()
-        except Exception as error:  # a task group would wrap it
-            failed.append(error)
-        tasks.cancel_scope.cancel()
-    if failed:
-        raise failed[0]
-
-
-async def _disconnected(request: Request) -> None:
-    """Returns when the client has gone away."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,9 +66,15 @@ def post(url, tokens, **headers):
         return json.load(reply)["usage"]["completion_tokens"]
 
 
-def running(url):
+def busy(url):
+    """How many requests run and wait."""
     with urllib.request.urlopen(f"{url}/health", timeout=60) as reply:
-        return json.load(reply)["running"]
+        body = json.load(reply)
+    return body["running"], body["waiting"]
+
+
+def running(url):
+    return busy(url)[0]
 
 
 def until_draining(url):
@@ -111,13 +119,64 @@ def test_a_signal_lets_the_running_request_end_and_the_code_is_0(model):
         assert {line["status"] for line in lines if line["method"] == "POST"} == {200, 503}
 
 
-def test_a_request_that_outlasts_the_drain_is_cut_and_the_code_is_0(model):
-    with server(model, "--port", 0, "--drain", 0.2, slow=0.2) as (process, url):
-        thread, found = begin(url, 400)
+ENDLESS = {"model": "glm5", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 400, "ignore_eos": True}
+BODIES = {
+    "chat": ("/v1/chat/completions", ENDLESS),
+    "chat, streamed": ("/v1/chat/completions", {**ENDLESS, "stream": True}),
+    "messages": ("/v1/messages", {"stream": True, **{k: v for k, v in ENDLESS.items() if k != "ignore_eos"}}),
+    "responses": ("/v1/responses", {"model": "glm5", "input": "Hi", "max_output_tokens": 400, "ignore_eos": True}),
+    "ids": ("/inference/v1/generate", {"token_ids": [40], "sampling_params": {"max_tokens": 400, "ignore_eos": True}}),
+    "waits": ("/v1/chat/completions", ENDLESS),
+    "waits, streamed": ("/v1/chat/completions", {**ENDLESS, "stream": True}),
+}  # fmt: skip
+
+
+def test_requests_that_outlast_the_drain_are_answered_with_what_is_there_and_the_code_is_0(model):
+    found = {}
+
+    def ask(url, name):
+        path, body = BODIES[name]
+        request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                found[name] = reply.read().decode()
+        except urllib.error.HTTPError as error:
+            found[name] = f"{error.code} {error.read().decode()}"
+
+    with server(model, "--port", 0, "--drain", 0.2, "--max-concurrent", 5, slow=0.2) as (process, url):
+        threads = [threading.Thread(target=ask, args=(url, name)) for name in BODIES]
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            while sum(busy(url)) < number:
+                time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
-        thread.join()
-        assert isinstance(found[0], OSError)
+        for thread in threads:
+            thread.join()
+        lines = [json.loads(line) for line in process.stderr.read().splitlines()]
+    assert json.loads(found["chat"])["choices"][0]["finish_reason"] == "abort"
+    assert '"finish_reason": "abort"' in found["chat, streamed"] and found["chat, streamed"].endswith("[DONE]\n\n")
+    assert "event: error" in found["messages"] and "or the server ends" in found["messages"]
+    assert json.loads(found["responses"])["status"] == "failed"
+    assert json.loads(found["ids"])["choices"][0]["finish_reason"] == "abort"
+    for name in ("waits", "waits, streamed"):
+        assert found[name].startswith("503 ") and "This server ends" in found[name]
+    assert [line for line in lines if line["level"] not in ("info", "debug")] == []
+    assert {line["status"] for line in lines if line["method"] == "POST"} == {200, 503}
+
+
+def test_a_client_that_does_not_end_its_request_does_not_hold_the_end(model):
+    with server(model, "--port", 0, "--drain", 0.2) as (process, url):
+        address = urllib.parse.urlsplit(url)
+        with socket.create_connection((address.hostname, address.port), timeout=60) as client:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: 9\r\n\r\n"
+            client.sendall(head.encode() + b"half")
+            while "requests_in_flight 2" not in urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode():
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 0
+            lines = [json.loads(line) for line in process.stderr.read().splitlines()]
+    assert [line for line in lines if line["level"] not in ("info", "debug")] == []
 
 
 def test_the_second_ctrl_c_ends_at_once(model):

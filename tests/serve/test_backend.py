@@ -9,6 +9,7 @@ import httpx
 import pytest
 from chat_client import USER
 from fastapi.testclient import TestClient
+from held_source import HeldSource, until
 from speaker import ScriptedModel, speaker_model, speaker_tokenizer
 from starlette.concurrency import run_in_threadpool
 
@@ -313,3 +314,21 @@ def test_a_grammar_that_begins_in_the_middle_is_not_passed_on():
         body = backend_api(api, "m").body([1], SamplingParams(structured_outputs=guarded), 0)
         said = body.get("sampling_params", body)["structured_outputs"]
         assert said == {"grammar": 'start: <tool_call> "f"'}
+
+
+def test_what_the_server_gives_up_at_its_end_is_no_failure_of_the_backend(directory, live_server):
+    source = HeldSource()
+    behind = live_server(create_app(source, model_name="tiny"))
+
+    async def go():
+        app = create_app(Backend(behind, directory, backend_api("generate")), model_name="tiny")
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x", timeout=60) as client:
+            asked = asyncio.create_task(client.post("/v1/completions", json={"model": "tiny", "prompt": "x"}))
+            await until(lambda: app.state.service.endings.running)
+            app.state.service.endings.give_up()
+            reply = await asked
+        await until(lambda: source.streams[0].closed)
+        return reply
+
+    reply = asyncio.run(go())
+    assert reply.status_code == 200 and reply.json()["choices"][0]["finish_reason"] == "abort"
