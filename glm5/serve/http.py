@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from glm5.errors import InputError
+from glm5.serve.connection import connections
 from glm5.serve.ending import Endings
 from glm5.serve.lifecycle import Lifecycle
 
@@ -26,6 +27,8 @@ DRAIN_SECONDS = 30.0
 LAST_WORDS_SECONDS = 2.0
 """For the replies of what was given up, and for what clients have not taken yet."""
 BACKLOG = 2048
+SPARE_FILES = 128
+"""Open files that are no connections."""
 KEEP_ALIVE_SECONDS = 75
 """That an idle connection stays open. httpx, and so the `openai` and `anthropic` packages, use one again within 5 s; a
 server that closes after the same time, as uvicorn does by default, resets what they send in that moment."""
@@ -64,16 +67,17 @@ def serve(
 
     `ready` is called with the base URL once the port is bound; requests that come before the first are queued.
     """
-    _allow_many_connections()
+    service = app.state.service
     with bind(host, port) as listener:
         name = f"[{host}]" if ":" in host else host
         if ready:
             ready(f"http://{name}:{listener.getsockname()[1]}")
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, backlog=BACKLOG,
+            app, log_config=None, access_log=False, server_header=False, backlog=BACKLOG, ws="none",
+            http=connections(min(service.limits.connections, max(1, _open_files() - SPARE_FILES))),
             timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=round(LAST_WORDS_SECONDS),
         )  # fmt: skip
-        _Server(config, app.state.lifecycle, app.state.service.endings, drain_seconds).run(sockets=[listener])
+        _Server(config, app.state.lifecycle, service.endings, drain_seconds).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
@@ -121,11 +125,15 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def _allow_many_connections() -> None:
-    """Raises this process's limit of open files, which is 1,024 on many systems, as far as it may."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
+def _open_files() -> int:
+    """This process's limit of open files, which is 1,024 on many systems, raised as far as it may be."""
+    most = 65_536
+    with contextlib.suppress(ImportError):
         import resource
 
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 65_536 if most == resource.RLIM_INFINITY else min(most, 65_536)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):
+            wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most

@@ -26,6 +26,8 @@ class Limits:
     """Requests that run at once."""
     max_waiting: int = 1024
     """Requests that wait for one of these places; one more is answered with 429."""
+    spare_connections: int = 4096
+    """Connections that may be open beyond one for each request that runs or waits; one more is closed at once."""
     deadline_seconds: float | None = None
     """Longest time that a request may take, waiting and rendering included; a client may ask for less."""
     pause_seconds: float = 12.0
@@ -40,6 +42,11 @@ class Limits:
     """Messages of a conversation."""
     max_n: int = 16
     """Samples of one prompt."""
+
+    @property
+    def connections(self) -> int:
+        """That are open at once."""
+        return self.max_concurrent + self.max_waiting + self.spare_connections
 
 
 def deadline_of(headers: Mapping[str, str], limits: Limits) -> float | None:
