@@ -7,6 +7,7 @@ OpenAI's shape is `{"error": {"message", "type", "param", "code"}}`; below `/v1/
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -125,6 +126,8 @@ def install_error_handlers(app: FastAPI) -> None:
         if error.status_code in (404, 405):
             served = ", ".join(sorted(_endpoints(app.routes)))
             message = f"{request.method} {request.url.path} is not served here; this server has {served}."
+        elif isinstance(error.__cause__, ValueError | RecursionError):
+            message = _unreadable(error.__cause__)
         return error_response(request.scope, error.status_code, message, headers=error.headers)
 
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
@@ -136,6 +139,16 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _unreadable(error: ValueError | RecursionError) -> str:
+    """What the parser refuses besides wrong syntax."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"The body is not valid UTF-8 (byte {error.start}); send JSON that is encoded as UTF-8."
+    if isinstance(error, RecursionError):
+        return "The body is nested too deep; send JSON with fewer lists and objects inside each other."
+    digits = sys.get_int_max_str_digits()
+    return f"The body holds a whole number of more than {digits} digits, which is not read; send a shorter one."
 
 
 def _retry(status: int) -> dict[str, str] | None:

@@ -125,6 +125,18 @@ def test_bad_bodies_and_paths(method, path, body, status):
     assert response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [(b'"\xff"', "not valid UTF-8 (byte 11)"), (b"[" * 200_000, "nested too deep"),
+     (b"9" * 5000, "a whole number of more than 4300 digits"), (b"]", "not valid JSON")],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/inference/v1/generate"])
+def test_a_body_that_cannot_be_read_is_told_why(path, value, sentence):
+    body = b'{"model": ' + value + b"}"
+    response = FUZZED.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and sentence in response.json()["error"]["message"]
+
+
 def test_a_large_body_is_refused_whether_or_not_its_length_is_stated():
     client = client_of("ok", limits=Limits(max_body_bytes=1000))
     long = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "x" * 2000}]}).encode()
