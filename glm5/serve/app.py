@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from glm5.engine import SamplingDefaults
-from glm5.errors import GLM5Error
+from glm5.errors import GLM5Error, TextError
 from glm5.serve.chat import install_chat
 from glm5.serve.completions import install_completions
 from glm5.serve.errors import ApiError, install_error_handlers
@@ -25,6 +25,7 @@ from glm5.serve.outside import install_outside
 from glm5.serve.page import install_page
 from glm5.serve.responses import install_responses
 from glm5.serve.service import Recorder, Service
+from glm5.text import Tokenizer
 
 
 def create_app(
@@ -47,6 +48,7 @@ def create_app(
     """
     if source.tokenizer is None:
         raise GLM5Error("The server needs a tokenizer; give a model directory that holds tokenizer.json.")
+    _check_template(source.tokenizer)
     service = Service(source, source.tokenizer, model_name, limits or Limits(), recorder, defaults, tuple(aliases))
     app = FastAPI(title="glm5", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
@@ -61,6 +63,17 @@ def create_app(
     install_responses(app, service)
     install_messages(app, service)
     return app
+
+
+def _check_template(tokenizer: Tokenizer) -> None:
+    """Refuses a model whose chat template cannot even render a greeting, before anybody asks it."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+    except TextError as error:
+        raise TextError(
+            f"No conversation could be served: {error}. Repair the model's chat_template.jinja, or the chat_template "
+            "in its tokenizer_config.json; without either this project's own is used."
+        ) from None
 
 
 def install_models(app: FastAPI, service: Service) -> None:

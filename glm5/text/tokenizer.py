@@ -81,8 +81,10 @@ class Tokenizer:
         template: Any = CHAT_TEMPLATE
         if (config_path := directory / "tokenizer_config.json").is_file():
             try:
-                config = dict(json.loads(config_path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
+                config = json.loads(config_path.read_text(encoding="utf-8"))
+                if not isinstance(config, dict):
+                    raise ValueError(f"it holds a {type(config).__name__}")
+            except ValueError as error:
                 raise TextError(f"{config_path} is not a JSON object: {error}") from None
             template = config.pop("chat_template", None) or CHAT_TEMPLATE
             if isinstance(template, list):  # several named templates, the older layout

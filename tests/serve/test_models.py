@@ -8,9 +8,10 @@ from fastapi.testclient import TestClient
 from speaker import ScriptedModel, speaker_tokenizer
 
 from glm5.engine import Engine
-from glm5.errors import InputError
+from glm5.errors import InputError, TextError
 from glm5.serve import create_app
 from glm5.serve.host_check import OWN_NAMES
+from glm5.text import Tokenizer
 
 SITE = "https://chat.example"
 
@@ -72,3 +73,10 @@ def test_the_check_of_the_host_stays():
 def test_what_is_no_origin_is_refused(origin):
     with pytest.raises(InputError, match="is no origin; give"):
         client_of(origins=[origin])
+
+
+def test_a_model_whose_chat_template_is_broken_is_not_served(tmp_path):
+    speaker_tokenizer().save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% for x in %}")
+    with pytest.raises(TextError, match=r"No conversation could be served: the chat template .* Repair the model's"):
+        create_app(Engine(ScriptedModel("ok"), Tokenizer.from_pretrained(tmp_path)))

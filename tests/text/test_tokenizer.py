@@ -169,7 +169,7 @@ def test_a_bad_directory_gives_a_sentence(tokenizer: Tokenizer, tmp_path: Path, 
 
 def test_a_bad_configuration_file_gives_a_sentence(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
-    for broken in ("[1]", "{"):
+    for broken in ("[1]", "[]", "null", "{"):
         (tmp_path / "tokenizer_config.json").write_text(broken)
         with pytest.raises(TextError, match=r"tokenizer_config.json is not a JSON object"):
             Tokenizer.from_pretrained(tmp_path)
