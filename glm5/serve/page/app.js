@@ -1,11 +1,12 @@
 // The page: one conversation on screen, answers that stream into it, and everything the reader can press.
 
 import { Answer, emptyAnswer } from "./answer.js";
-import { listModels } from "./api.js";
 import { Composer } from "./composer.js";
-import { announce, el } from "./dom.js";
+import { announce } from "./dom.js";
+import { exportFile, importFile, titleOf, toApi } from "./exchange.js";
+import { Models } from "./models.js";
 import { Scroll } from "./scroll.js";
-import { SettingsSheet, download, requestFields } from "./settings.js";
+import { SettingsSheet, requestFields } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import * as store from "./store.js";
 import { toast } from "./toast.js";
@@ -15,10 +16,9 @@ const byId = (id) => document.getElementById(id);
 
 class Page {
   constructor() {
-    this.models = [];
     this.running = new Map(); // conversation id -> { answer, conversation }
     this.views = new Map(); // message -> view, of the conversation on screen
-    this.frames = new Set(); // conversation ids that have something to show at the next frame
+    this.frames = new Set(); // conversations that have something to show at the next frame
     this.keeping = new Set(); // and those that will be kept within a second
     this.log = byId("log");
     this.scroll = new Scroll(byId("scroller"), byId("to-end"));
@@ -36,9 +36,9 @@ class Page {
       editResults: (message) => this.editResults(message),
     };
     this.connect();
-    const { current } = store.preferences();
-    this.show((current && store.loadConversation(current)) || store.newConversation());
-    this.findModels();
+    const current = store.currentConversation.get();
+    this.show(store.loadConversation(current) ?? store.newConversation(store.conversations()[0]));
+    this.models = new Models(() => this.needKey());
     this.composer.focus();
   }
 
@@ -54,13 +54,12 @@ class Page {
       this.settings.show(this.conversation);
       this.changedSettings();
     });
-    byId("api-key").addEventListener("change", () => this.findModels());
-    addEventListener("storage", (event) => {
-      if (store.isConversationKey(event.key)) this.sidebar.show(this.conversation);
-    });
+    addEventListener("storage", (event) => this.changedElsewhere(event));
+    addEventListener("focus", () => this.catchUp());
+    this.settings.sheet.addEventListener("close", () => this.catchUp());
     addEventListener("pagehide", () => this.running.forEach(({ answer, conversation }) => {
       answer.stop();
-      store.saveConversation(conversation);
+      this.keep(conversation);
     }));
     addEventListener("keydown", (event) => {
       if (event.key === "Escape" && !event.defaultPrevented && !this.settings.sheet.open) this.composer.stop();
@@ -74,7 +73,7 @@ class Page {
   // ---- which conversation
   show(conversation) {
     this.conversation = this.running.get(conversation.id)?.conversation ?? conversation;
-    store.savePreferences({ current: this.conversation.id });
+    store.currentConversation.set(this.conversation.id);
     this.settings.show(this.conversation);
     this.changedSettings(false);
     this.sidebar.show(this.conversation);
@@ -114,10 +113,7 @@ class Page {
   }
 
   export() {
-    const { title } = this.conversation;
-    const name = `${title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40) || "conversation"}.json`;
-    const content = { kind: "conversation", title, model: this.model?.id ?? null, messages: store.toApi(this.conversation) };
-    download(name, JSON.stringify(content, null, 2));
+    exportFile(this.conversation, this.models.chosen);
   }
 
   async import(field) {
@@ -125,13 +121,12 @@ class Page {
     field.value = "";
     if (!file) return;
     try {
-      const conversation = store.fromApi(JSON.parse(await file.text()));
-      conversation.title ||= titleOf(conversation) || file.name;
+      const conversation = await importFile(file);
       store.saveConversation(conversation);
       this.show(conversation);
       this.sidebar.leave();
     } catch (error) {
-      toast(error instanceof SyntaxError ? "The file is not JSON." : error.message);
+      toast(error.message);
     }
   }
 
@@ -142,10 +137,50 @@ class Page {
   }
 
   keep(conversation) {
-    conversation.updated = Date.now();
+    if (store.changedSince(conversation)) this.part(conversation);
     if (!store.saveConversation(conversation)) {
       toast("The browser's storage is full: this conversation is not kept. Export it, or delete others.");
     }
+  }
+
+  // ---- other tabs
+  /** What this tab holds of a conversation goes on as one of its own, beside what another tab made of it. */
+  part(conversation) {
+    const running = this.running.get(conversation.id);
+    this.running.delete(conversation.id);
+    conversation.id = store.newId();
+    if (running) this.running.set(conversation.id, running);
+    if (conversation === this.conversation) store.currentConversation.set(conversation.id);
+    toast(`Another tab changed “${conversation.title}” too: what this tab has is kept as a second conversation.`);
+  }
+
+  /** Another tab wrote or deleted a conversation. */
+  changedElsewhere({ key, newValue }) {
+    const id = store.conversationOf(key);
+    if (key !== null && id === null) return;
+    if (id !== null && newValue === null) this.running.get(id)?.answer.stop();
+    if (id === this.conversation.id && newValue === null) {
+      this.show(store.newConversation(this.conversation));
+      toast("The conversation was deleted in another tab.");
+    }
+    this.catchUp();
+    this.sidebar.show(this.conversation);
+  }
+
+  /** Shows what another tab made of the conversation on screen, unless something is going on with it here. */
+  catchUp() {
+    if (this.isBusy() || !store.changedSince(this.conversation)) return;
+    this.conversation = store.loadConversation(this.conversation.id);
+    this.settings.show(this.conversation);
+    this.changedSettings(false);
+    this.showMessages();
+    this.scroll.follow();
+  }
+
+  /** Whether an answer comes into the conversation on screen, or the reader writes into it. */
+  isBusy() {
+    return this.running.has(this.conversation.id) || this.settings.sheet.open || this.log.querySelector(".editor") !== null ||
+      [...this.log.querySelectorAll(".result-box textarea")].some((box) => box.value);
   }
 
   changedSettings(save = true) {
@@ -246,8 +281,8 @@ class Page {
     this.running.get(conversation.id)?.answer.stop();
     let body;
     try {
-      if (!this.models.length) await this.findModels();
-      body = { model: this.model?.id ?? "glm5", messages: store.toApi(conversation), ...requestFields(conversation.settings) };
+      if (!this.models.chosen) await this.models.find();
+      body = { model: this.models.chosen ?? "glm5", messages: toApi(conversation), ...requestFields(conversation.settings) };
     } catch (error) {
       this.save();
       this.showMessages();
@@ -270,19 +305,18 @@ class Page {
 
   /** Shows and keeps what came of a conversation, at most once a frame and once a second. */
   streamed(conversation, message) {
-    const { id } = conversation;
-    if (!this.frames.has(id)) {
-      this.frames.add(id);
+    if (!this.frames.has(conversation)) {
+      this.frames.add(conversation);
       requestAnimationFrame(() => {
-        this.frames.delete(id);
+        this.frames.delete(conversation);
         if (conversation === this.conversation) this.refresh(message);
       });
     }
-    if (!this.keeping.has(id)) {
-      this.keeping.add(id);
+    if (!this.keeping.has(conversation)) {
+      this.keeping.add(conversation);
       setTimeout(() => {
-        this.keeping.delete(id);
-        if (this.running.has(id)) this.keep(conversation);
+        this.keeping.delete(conversation);
+        if (this.running.has(conversation.id)) this.keep(conversation);
       }, 1000);
     }
   }
@@ -302,40 +336,10 @@ class Page {
     announce(message.error ?? (message.content || (message.calls.length ? "The answer is a tool call." : "No answer.")));
   }
 
-  async findModels() {
-    try {
-      this.models = await listModels(store.apiKey.get());
-      byId("key-problem").textContent = "";
-    } catch (error) {
-      this.models = [];
-      if (error.status === 401) this.needKey();
-      else toast(error.message, "Try again", () => this.findModels());
-    }
-    const choice = byId("model");
-    choice.replaceChildren(...this.models.map((model) => el("option", { value: model.id }, model.id)));
-    byId("model-box").hidden = this.models.length < 2;
-    byId("served").textContent = this.models.length ? describe(this.models[0]) : "";
-  }
-
-  get model() {
-    return this.models.find((model) => model.id === byId("model").value) ?? this.models[0];
-  }
-
   needKey() {
     byId("key-problem").textContent = "This server wants an API key.";
     this.settings.open("api-key");
   }
-}
-
-function describe(model) {
-  const length = model.max_model_len ? ` · ${model.max_model_len.toLocaleString("en")} tokens of context` : "";
-  return `${model.id}${length}`;
-}
-
-function titleOf(conversation) {
-  const first = conversation.messages.find((message) => message.role === "user")?.content ?? "";
-  const line = first.trim().split("\n")[0];
-  return line.length > 60 ? `${line.slice(0, 57).trimEnd()}…` : line;
 }
 
 new Page();

@@ -1,6 +1,5 @@
 // The settings sheet: system prompt, sampling, tools, key and theme; and what of them a request carries.
 
-import { el } from "./dom.js";
 import { apiKey, preferences, savePreferences } from "./store.js";
 
 export const EXAMPLE_TOOLS = [
@@ -128,11 +127,4 @@ function useTheme(theme) {
   savePreferences({ theme });
   if (theme === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
-}
-
-/** Offers a text as a file. */
-export function download(name, text) {
-  const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-  el("a", { href: url, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
 }

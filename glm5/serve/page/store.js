@@ -1,6 +1,7 @@
-// What the browser keeps: each conversation under a key of its own, so that two tabs do not overwrite each other.
+// What the browser keeps: each conversation under a key of its own, so that two tabs with two of them do not meet.
 //
-// A conversation: { id, title, updated, system, settings, messages }. Its messages:
+// A conversation: { id, title, updated, system, settings, messages }. `updated`, the time at which it was last kept, also
+// tells whether another tab has kept it since. Its messages:
 //   { role: "user", content }
 //   { role: "assistant", reasoning, content, calls: [{ id, name, arguments }], info, error }
 //   { role: "tool", callId, content }
@@ -8,6 +9,7 @@
 const PREFIX = "glm5/conversation/";
 const PREFERENCES = "glm5/preferences";
 const KEY = "glm5/api-key";
+const CURRENT = "glm5/current";
 
 export const DEFAULTS = Object.freeze({
   thinking: true,
@@ -29,13 +31,17 @@ function read(key) {
 /** An empty conversation with the system prompt and settings of another, or the defaults. */
 export function newConversation(like) {
   return {
-    id: `${Date.now().toString(36)}-${Math.random().toString(36).slice(2, 10)}`,
+    id: newId(),
     title: "",
     updated: Date.now(),
     system: like?.system ?? "",
     settings: { ...DEFAULTS, ...like?.settings },
     messages: [],
   };
+}
+
+export function newId() {
+  return `${Date.now().toString(36)}-${Math.random().toString(36).slice(2, 10)}`;
 }
 
 /** All conversations, the newest first. */
@@ -53,23 +59,32 @@ export function loadConversation(id) {
   return isConversation(found) ? found : null;
 }
 
-/** Keeps a conversation. False when the browser's storage is full or closed. */
+/** Keeps a conversation, over what is there. False when the browser's storage is full or closed. */
 export function saveConversation(conversation) {
+  const before = conversation.updated;
+  conversation.updated = Math.max(Date.now(), before + 1);
   try {
     localStorage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
     return true;
   } catch {
+    conversation.updated = before;
     return false;
   }
+}
+
+/** Whether another tab has kept this conversation after it was read or kept here. */
+export function changedSince({ id, updated }) {
+  const kept = loadConversation(id);
+  return kept !== null && kept.updated !== updated;
 }
 
 export function deleteConversation(id) {
   localStorage.removeItem(PREFIX + id);
 }
 
-/** Whether a key of localStorage, as a `storage` event names it, holds a conversation. */
-export function isConversationKey(key) {
-  return key === null || key.startsWith(PREFIX);
+/** The conversation that a key of localStorage holds, as a `storage` event names it; null for other keys. */
+export function conversationOf(key) {
+  return key?.startsWith(PREFIX) ? key.slice(PREFIX.length) : null;
 }
 
 export function preferences() {
@@ -84,11 +99,16 @@ export function savePreferences(changes) {
   }
 }
 
-/** The API key: kept for this tab only. */
-export const apiKey = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
-};
+/** The API key, and which conversation is on screen: kept for this tab only. */
+export const apiKey = ofThisTab(KEY);
+export const currentConversation = ofThisTab(CURRENT);
+
+function ofThisTab(key) {
+  return {
+    get: () => sessionStorage.getItem(key) ?? "",
+    set: (value) => (value ? sessionStorage.setItem(key, value) : sessionStorage.removeItem(key)),
+  };
+}
 
 function isConversation(value) {
   return typeof value?.id === "string" && typeof value.title === "string" && Array.isArray(value.messages) &&
@@ -100,52 +120,4 @@ function isMessage(message) {
     return typeof message.reasoning === "string" && typeof message.content === "string" && Array.isArray(message.calls);
   }
   return (message?.role === "user" || message?.role === "tool") && typeof message.content === "string";
-}
-
-// ---- OpenAI's messages: what is sent, exported and imported
-
-/** The messages as the API takes them. Assistant turns that never said anything are left out. */
-export function toApi(conversation) {
-  const messages = conversation.system.trim() ? [{ role: "system", content: conversation.system }] : [];
-  for (const message of conversation.messages) {
-    if (message.role === "user") messages.push({ role: "user", content: message.content });
-    else if (message.role === "tool") {
-      messages.push({ role: "tool", tool_call_id: message.callId, content: message.content });
-    } else if (message.content || message.reasoning || message.calls.length) messages.push(assistantToApi(message));
-  }
-  return messages;
-}
-
-function assistantToApi({ reasoning, content, calls }) {
-  const message = { role: "assistant", content };
-  if (reasoning) message.reasoning_content = reasoning;
-  if (calls.length) {
-    message.tool_calls = calls.map(({ id, name, arguments: text }) => (
-      { id, type: "function", function: { name, arguments: text } }
-    ));
-  }
-  return message;
-}
-
-/** A conversation from OpenAI's messages, as `toApi`, this page's export and `glm5 chat /save` write them. */
-export function fromApi({ messages, title }) {
-  if (!Array.isArray(messages)) throw new Error("The file holds no list of messages.");
-  const conversation = newConversation();
-  const text = (value) => (typeof value === "string" ? value : "");
-  for (const message of messages) {
-    if (message?.role === "system") conversation.system = text(message.content);
-    else if (message?.role === "user") conversation.messages.push({ role: "user", content: text(message.content) });
-    else if (message?.role === "tool") {
-      conversation.messages.push({ role: "tool", callId: text(message.tool_call_id), content: text(message.content) });
-    } else if (message?.role === "assistant") {
-      const calls = (message.tool_calls ?? []).map((call) => (
-        { id: text(call.id), name: text(call.function?.name), arguments: text(call.function?.arguments) }
-      ));
-      conversation.messages.push({
-        role: "assistant", reasoning: text(message.reasoning_content), content: text(message.content), calls, info: {},
-      });
-    } else throw new Error("The file holds a message whose role is unknown.");
-  }
-  conversation.title = text(title);
-  return conversation;
 }

@@ -1,0 +1,108 @@
+"""The page in headless Chromium: several tabs with one conversation, odd things in the browser's storage and in files."""
+
+import contextlib
+import json
+
+import pytest
+from page_reader import needs_browser
+from selenium.webdriver.common.keys import Keys
+
+pytestmark = needs_browser
+
+
+class Tabs:
+    """Two tabs of one browser with one conversation; `with tabs.second():` is what happens in the other."""
+
+    def __init__(self, reader, fake):
+        self.reader, self.driver = reader, reader.driver
+        reader.say("first")
+        reader.answered("You said: first")
+        self.here = self.driver.current_window_handle
+        self.driver.switch_to.new_window("tab")
+        self.there = self.driver.current_window_handle
+        reader.size(1200, 800)
+        self.driver.get(fake.url)
+        assert not reader.all(".answer")  # a tab of its own begins with a conversation of its own
+        reader.one(".conversation").click()
+        assert reader.last() == "You said: first"
+        self.driver.switch_to.window(self.here)
+
+    @contextlib.contextmanager
+    def second(self):
+        self.driver.switch_to.window(self.there)
+        yield
+        self.driver.switch_to.window(self.here)
+
+
+@pytest.fixture
+def tabs(reader, fake):
+    both = Tabs(reader, fake)
+    yield both
+    both.driver.switch_to.window(both.there)
+    both.driver.close()
+    both.driver.switch_to.window(both.here)
+
+
+def kept(reader):
+    """What the user says in each conversation that the browser keeps."""
+    found = reader.driver.execute_script(
+        "return Object.entries(localStorage).filter(([key]) => key.startsWith('glm5/conversation/')).map(([, v]) => v)"
+    )
+    said = [[m["content"] for m in json.loads(c)["messages"] if m["role"] == "user"] for c in found]
+    return sorted(said)
+
+
+def test_a_tab_follows_what_another_says_in_its_conversation(reader, tabs):
+    with tabs.second():
+        reader.say("second")
+        reader.answered("You said: second")
+    reader.until(lambda: reader.last() == "You said: second")
+    reader.say("third")
+    reader.answered("You said: third")
+    with tabs.second():
+        reader.until(lambda: reader.last() == "You said: third")
+        reader.driver.refresh()
+        reader.until(lambda: reader.last() == "You said: third")  # each tab comes back to its own
+    assert kept(reader) == [["first", "second", "third"]]
+
+
+def test_two_tabs_that_change_one_conversation_make_two(reader, tabs, fake):
+    fake.answers["slow"], fake.holds["slow"] = ("", "word " * 40, []), 3
+    reader.say("slow")
+    reader.until(lambda: reader.last().count("word") >= 2)
+    with tabs.second():
+        reader.until(lambda: "slow" in reader.one("#log").text)
+        reader.say("quick")
+        reader.answered("You said: quick")
+    fake.holds.clear()
+    reader.answered("word " * 39 + "word")
+    assert "kept as a second conversation" in reader.one(".toast").text
+    reader.until(lambda: kept(reader) == [["first", "slow"], ["first", "slow", "quick"]])
+    assert len(reader.all(".conversation")) == 2
+    reader.driver.refresh()
+    reader.until(lambda: reader.last().count("word") == 40)
+
+
+def test_what_is_being_written_is_not_taken_away_by_another_tab(reader, tabs):
+    reader.press("Edit answer")
+    reader.one(".editor textarea").send_keys(" indeed")
+    with tabs.second():
+        reader.say("second")
+        reader.answered("You said: second")
+    reader.one(".editor textarea").send_keys(Keys.CONTROL, Keys.ENTER)
+    reader.until(lambda: reader.last() == "You said: first indeed")
+    assert kept(reader) == [["first"], ["first", "second"]]
+
+
+def test_what_another_tab_deletes_is_gone_here_too(reader, tabs, fake):
+    fake.answers["slow"], fake.holds["slow"] = ("", "word " * 40, []), 3
+    reader.say("slow")
+    reader.until(lambda: reader.last().count("word") >= 2)
+    with tabs.second():
+        reader.press("Delete conversation")
+    reader.until(lambda: "deleted in another tab" in reader.one(".toast").text)
+    assert not reader.all(".answer") and not reader.one("#stop").is_displayed()
+    fake.holds.clear()
+    reader.say("new")
+    reader.answered("You said: new")
+    assert kept(reader) == [["new"]]
