@@ -106,3 +106,36 @@ def test_what_another_tab_deletes_is_gone_here_too(reader, tabs, fake):
     reader.say("new")
     reader.answered("You said: new")
     assert kept(reader) == [["new"]]
+
+
+SAID = [{"role": "user", "content": "Hi"}, {"role": "assistant", "reasoning": "", "content": "Yes.", "calls": []}]
+CUT = {**SAID[1], "calls": [None, {"id": "a", "name": "f", "arguments": '{"a'}, {"id": "b", "name": "g", "arguments": "{}"}]}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"title": "t", "messages": SAID},
+        {"title": "t", "messages": SAID, "system": None, "settings": {"tools": 5, "thinking": "no", "topP": None}},
+        {"title": "t", "messages": [SAID[0], CUT], "updated": "then", "system": "", "settings": []},
+    ],
+)
+def test_a_kept_conversation_that_lacks_something_still_opens(reader, fake, odd):
+    keep = "localStorage.setItem('glm5/conversation/q', arguments[0]); sessionStorage.setItem('glm5/current', 'q')"
+    reader.driver.execute_script(keep, json.dumps(odd))
+    reader.driver.refresh()
+    reader.until(lambda: reader.last() == "Yes.")
+    reader.say("more")
+    reader.answered("You said: more")
+    assert not reader.complaints() and len(reader.all(".conversation")) == 1
+    assert fake.asked[0]["chat_template_kwargs"] == {"enable_thinking": True} and "tools" not in fake.asked[0]
+    called = fake.asked[0]["messages"][1].get("tool_calls", [])
+    assert [call["id"] for call in called] == (["b"] if CUT in odd["messages"] else [])
+
+
+def test_a_full_storage_is_said_and_takes_nothing_from_the_screen(reader):
+    reader.driver.execute_script("Storage.prototype.setItem = () => { throw new DOMException('full'); }")
+    for text in ("one", "two"):
+        reader.say(text)
+        reader.answered(f"You said: {text}")
+        assert "storage is full" in reader.one(".toast").text

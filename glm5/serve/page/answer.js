@@ -1,6 +1,7 @@
 // One answer while it is streamed into its message: text, reasoning, tool calls, and how fast they came.
 
 import { ApiError, streamChat } from "./api.js";
+import { isWholeCall } from "./store.js";
 
 /** An empty assistant message. */
 export function emptyAnswer() {
@@ -78,23 +79,13 @@ export class Answer {
 
   end() {
     const { message } = this;
-    // A call that was cut off cannot be sent back; the server would refuse its arguments.
-    message.calls = message.calls.filter((call) => call && isJson(call.arguments));
+    message.calls = message.calls.filter(isWholeCall);
     if (this.first !== undefined) {
       message.info.firstSeconds = (this.first - this.started) / 1000;
       message.info.seconds = (this.last - this.first) / 1000;
       message.info.deltas = this.deltas;
     }
     this.changed();
-  }
-}
-
-function isJson(text) {
-  try {
-    JSON.parse(text);
-    return true;
-  } catch {
-    return false;
   }
 }
 

@@ -49,14 +49,30 @@ export function conversations() {
   const found = [];
   for (let i = 0; i < localStorage.length; i++) {
     const key = localStorage.key(i);
-    if (key.startsWith(PREFIX)) found.push(read(key));
+    if (key.startsWith(PREFIX)) found.push(loadConversation(key.slice(PREFIX.length)));
   }
-  return found.filter(isConversation).sort((a, b) => b.updated - a.updated);
+  return found.filter(Boolean).sort((a, b) => b.updated - a.updated);
 }
 
+/** A kept conversation, with defaults for what it lacks; null for what is none. */
 export function loadConversation(id) {
   const found = read(PREFIX + id);
-  return isConversation(found) ? found : null;
+  if (!isConversation(found)) return null;
+  const settings = Object.entries(DEFAULTS).map(([name, value]) => {
+    const kept = found.settings?.[name];
+    return [name, typeof kept === typeof value ? kept : value];
+  });
+  return {
+    id,
+    title: found.title,
+    updated: Number(found.updated) || 0,
+    system: typeof found.system === "string" ? found.system : "",
+    settings: Object.fromEntries(settings),
+    // The page may have ended in the middle of a call.
+    messages: found.messages.map((message) => (
+      message.calls ? { ...message, calls: message.calls.filter(isWholeCall) } : message
+    )),
+  };
 }
 
 /** Keeps a conversation, over what is there. False when the browser's storage is full or closed. */
@@ -111,8 +127,7 @@ function ofThisTab(key) {
 }
 
 function isConversation(value) {
-  return typeof value?.id === "string" && typeof value.title === "string" && Array.isArray(value.messages) &&
-    value.messages.every(isMessage);
+  return typeof value?.title === "string" && Array.isArray(value.messages) && value.messages.every(isMessage);
 }
 
 function isMessage(message) {
@@ -120,4 +135,17 @@ function isMessage(message) {
     return typeof message.reasoning === "string" && typeof message.content === "string" && Array.isArray(message.calls);
   }
   return (message?.role === "user" || message?.role === "tool") && typeof message.content === "string";
+}
+
+/** Whether a call has come to its end. Others cannot be sent back; the server would refuse their arguments. */
+export function isWholeCall(call) {
+  try {
+    return typeof call.id === "string" && typeof call.name === "string" && isObject(JSON.parse(call.arguments));
+  } catch {
+    return false;
+  }
+}
+
+export function isObject(value) {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
 }
