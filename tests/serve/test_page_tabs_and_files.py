@@ -139,3 +139,46 @@ def test_a_full_storage_is_said_and_takes_nothing_from_the_screen(reader):
         reader.say(text)
         reader.answered(f"You said: {text}")
         assert "storage is full" in reader.one(".toast").text
+
+
+def load(reader, file, content):
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    reader.one("#import").send_keys(str(file))
+
+
+def test_an_import_keeps_everything_that_is_text(reader, fake, tmp_path):
+    parts = [{"type": "text", "text": "Add "}, {"type": "text", "text": "2."}]
+    function = {"name": "add", "arguments": {"a": 2}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": [{"type": "text", "text": "Be kind."}]},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": "c", "content": parts},
+        {"role": "assistant", "content": parts},
+    ]
+    load(reader, tmp_path / "parts.json", {"messages": messages})
+    reader.until(lambda: reader.last() == "Add 2.")
+    assert reader.one("#title").get_attribute("value") == "Add 2."
+    reader.say("more")
+    reader.answered("You said: more")
+    sent = fake.asked[0]["messages"]
+    assert [m["content"] for m in sent] == ["Be brief.\n\nBe kind.", "Add 2.", "", "Add 2.", "Add 2.", "more"]
+    assert sent[2]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a":2}'}
+
+
+def test_a_file_that_cannot_be_shown_whole_is_refused_with_a_sentence(reader, tmp_path):
+    image = [{"type": "text", "text": "See"}, {"type": "image_url", "image_url": {"url": "data:"}}]
+    called = lambda calls: {"messages": [{"role": "assistant", "content": "", "tool_calls": calls}]}
+    for content, sentence in (
+        ("{", "The file is not JSON."),
+        ("null", "The file holds no list of messages."),
+        ({"messages": [{"role": "user", "content": image}]}, "Message 1 holds more than text (image_url)"),
+        ({"messages": [{"role": "user", "content": 5}]}, "Message 1 has a content that is no text."),
+        ({"messages": [None]}, "Message 1 has no role that is known."),
+        (called({}), "The tool calls of message 1 are no list."),
+        (called([{"function": {"name": "f", "arguments": "{"}}]), "Message 1 has a tool call without a name"),
+    ):
+        load(reader, tmp_path / "odd.json", content)
+        reader.until(lambda sentence=sentence: sentence in reader.one("#toasts").text)
+    assert not kept(reader) and not reader.complaints()

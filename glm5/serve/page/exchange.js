@@ -1,7 +1,7 @@
 // Conversations as OpenAI's messages: what is sent, exported and imported.
 
 import { el } from "./dom.js";
-import { newConversation } from "./store.js";
+import { isObject, isWholeCall, newConversation } from "./store.js";
 
 /** The messages as the API takes them. Assistant turns that never said anything are left out. */
 export function toApi(conversation) {
@@ -26,27 +26,58 @@ function assistantToApi({ reasoning, content, calls }) {
   return message;
 }
 
-/** A conversation from OpenAI's messages, as `toApi`, this page's export and `glm5 chat /save` write them. */
-export function fromApi({ messages, title }) {
-  if (!Array.isArray(messages)) throw new Error("The file holds no list of messages.");
+/** A conversation from OpenAI's messages, as `toApi`, this page's export and `glm5 chat /save` write them. Raises an
+ *  Error with a sentence for what the page cannot show: nothing is left out silently. */
+export function fromApi(content) {
+  if (!Array.isArray(content?.messages)) throw new Error("The file holds no list of messages.");
   const conversation = newConversation();
-  const text = (value) => (typeof value === "string" ? value : "");
-  for (const message of messages) {
-    if (message?.role === "system") conversation.system = text(message.content);
-    else if (message?.role === "user") conversation.messages.push({ role: "user", content: text(message.content) });
-    else if (message?.role === "tool") {
-      conversation.messages.push({ role: "tool", callId: text(message.tool_call_id), content: text(message.content) });
-    } else if (message?.role === "assistant") {
-      const calls = (message.tool_calls ?? []).map((call) => (
-        { id: text(call.id), name: text(call.function?.name), arguments: text(call.function?.arguments) }
-      ));
-      conversation.messages.push({
-        role: "assistant", reasoning: text(message.reasoning_content), content: text(message.content), calls, info: {},
-      });
-    } else throw new Error("The file holds a message whose role is unknown.");
-  }
-  conversation.title = text(title);
+  const system = [];
+  content.messages.forEach((message, at) => {
+    const where = `Message ${at + 1}`;
+    const role = message?.role;
+    if (role === "system" || role === "developer") system.push(textOf(message.content, where));
+    else if (role === "user") conversation.messages.push({ role, content: textOf(message.content, where) });
+    else if (role === "tool") {
+      conversation.messages.push({ role, callId: stringOf(message.tool_call_id), content: textOf(message.content, where) });
+    } else if (role === "assistant") conversation.messages.push(assistantFromApi(message, where));
+    else throw new Error(`${where} has no role that is known.`);
+  });
+  conversation.system = system.join("\n\n");
+  conversation.title = stringOf(content.title);
   return conversation;
+}
+
+function assistantFromApi({ reasoning_content: reasoning, content, tool_calls: calls }, where) {
+  if (!Array.isArray(calls ?? [])) throw new Error(`The tool calls of ${where.toLowerCase()} are no list.`);
+  return {
+    role: "assistant",
+    reasoning: stringOf(reasoning),
+    content: textOf(content ?? "", where),
+    calls: (calls ?? []).map((call) => callFromApi(call, where)),
+    info: {},
+  };
+}
+
+function callFromApi(call, where) {
+  const { name, arguments: given } = call?.function ?? {};
+  const known = { id: stringOf(call?.id), name, arguments: isObject(given) ? JSON.stringify(given) : given || "{}" };
+  if (!isWholeCall(known)) throw new Error(`${where} has a tool call without a name, or whose arguments are no JSON object.`);
+  return known;
+}
+
+/** A content's text: a string, or the parts of one. */
+function textOf(content, where) {
+  if (typeof content === "string") return content;
+  if (!Array.isArray(content)) throw new Error(`${where} has a content that is no text.`);
+  return content.map((part) => {
+    const text = part?.type === "text" ? part.text : part;
+    if (typeof text === "string") return text;
+    throw new Error(`${where} holds more than text${part?.type ? ` (${part.type})` : ""}; the page shows text only.`);
+  }).join("");
+}
+
+function stringOf(value) {
+  return typeof value === "string" ? value : "";
 }
 
 /** Offers a conversation as a file of JSON. */
