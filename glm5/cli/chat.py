@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -53,6 +55,8 @@ class ChatOptions(EngineOptions):
 def run(options: ChatOptions) -> int:
     """Talks until /exit or the end of the input."""
     source, about = open_source(options)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal lacks ends nothing
+        sys.stdout.reconfigure(errors="replace")
     console = Console()
     settings = ChatSettings(
         thinking=options.thinking, temperature=options.temperature, top_p=options.top_p,

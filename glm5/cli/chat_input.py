@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-PROMPT, MORE = "> ", ". "
+MORE = ". "
+UNDECODED = re.compile("[\ud800-\udfff]")
+"""How Python keeps bytes of a terminal that are not UTF-8."""
 
 
 def reader(commands: Iterable[str]) -> Callable[[], str]:
     """A function that gives the next text and raises `EOFError` at the end, `KeyboardInterrupt` for Ctrl-C."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale says; a byte that is wrong ends nothing
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         return lambda: continued(input)
     return _editor(commands)
 
@@ -56,6 +62,8 @@ def _editor(commands: Iterable[str]) -> Callable[[], str]:
             buffer.delete_before_cursor()
             buffer.insert_text("\n")
         else:
+            if UNDECODED.search(buffer.text):
+                buffer.text = UNDECODED.sub("\N{REPLACEMENT CHARACTER}", buffer.text)
             buffer.validate_and_handle()
 
     history: History = InMemoryHistory()

@@ -161,13 +161,21 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str, allow_special: bool = True) -> list[int]:
-        """Token identities. With `allow_special=False`, `<|user|>` in the text is plain characters, not a role."""
-        return (self.backend if allow_special else self._plain).encode(text, add_special_tokens=False).ids
+        """Token identities. With `allow_special=False`, `<|user|>` in the text is plain characters, not a role.
+
+        Raises `TextError` for half of a surrogate pair, which JSON or undecodable bytes leave in a string.
+        """
+        return _encoded(self.backend if allow_special else self._plain, text)
 
     def encode_batch(self, texts: Sequence[str], allow_special: bool = True) -> list[list[int]]:
         """`encode` of many texts, on all the threads that the library may use."""
         backend = self.backend if allow_special else self._plain
-        return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:
+            for text in texts:
+                _check(text)
+            raise
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, identities beyond the vocabulary nothing.
@@ -263,7 +271,7 @@ class Tokenizer:
             if piece in self.special_ids:
                 ids.append(self.special_ids[piece])
             elif piece:
-                ids += self._plain.encode(piece.replace(marker, ""), add_special_tokens=False).ids
+                ids += _encoded(self._plain, piece.replace(marker, ""))
         return ids
 
     @cached_property
@@ -277,6 +285,27 @@ class Tokenizer:
         """The same vocabulary without added tokens: no text can become a special token."""
         state = json.loads(self.backend.to_str())
         return tokenizers.Tokenizer.from_str(json.dumps({**state, "added_tokens": [], "post_processor": None}))
+
+
+def _encoded(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        return backend.encode(text, add_special_tokens=False).ids
+    except TypeError:  # all that the library says of a string that UTF-8 cannot write
+        _check(text)
+        raise
+
+
+def _check(text: Any) -> None:
+    """Raises `TextError` for what is no text."""
+    if not isinstance(text, str):
+        raise TextError(f"a text to encode is of type {type(text).__name__}; give a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"character {error.start} of a text is {text[error.start]!r}, half of a surrogate pair; "
+            "read the text as UTF-8 with errors='replace'"
+        ) from None
 
 
 def _write(path: Path, text: str) -> None:

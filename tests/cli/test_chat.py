@@ -231,6 +231,21 @@ def test_a_backslash_takes_the_next_line_too(monkeypatch, tmp_path):
     assert history_file() == tmp_path / "glm5" / "chat-history"
 
 
+def test_a_pipe_may_hold_bytes_that_are_no_text(tmp_path):
+    """Also where the locale knows ASCII alone: what is wrong in the input, and what cannot be shown, ends nothing."""
+    fake = FakeChat()
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    with Running(fake.app) as url:
+        program = f"from glm5.cli.chat import *; raise SystemExit(run(ChatOptions(url={url!r})))"
+        done = subprocess.run(
+            [sys.executable, "-c", program], input=b"\xff\xfe h\xc3\xa9\nmore\n", capture_output=True,
+            env={**os.environ, **ascii_only},
+        )  # fmt: skip
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert [body["messages"][-1]["content"] for body in fake.asked] == ["\ufffd\ufffd hé", "more"]
+    assert b"You said: more" in done.stdout
+
+
 def test_in_a_real_terminal_lines_are_edited_and_remembered(tmp_path):
     """Several lines with Alt-Enter, the arrow for what was said before, Ctrl-D to end; over a pseudo-terminal."""
     fake = FakeChat()

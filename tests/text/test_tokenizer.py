@@ -75,6 +75,22 @@ def test_batches_equal_single_texts(tokenizer: Tokenizer) -> None:
         assert tokenizer.encode_batch(texts, allow) == [tokenizer.encode(text, allow) for text in texts]
 
 
+def test_half_of_a_surrogate_pair_gives_a_sentence(tokenizer: Tokenizer) -> None:
+    text = b"ab\xff".decode(errors="surrogateescape")
+    conversation = [{"role": "user", "content": text}]
+    for encode in (
+        lambda: tokenizer.encode(text),
+        lambda: tokenizer.encode(text, allow_special=False),
+        lambda: tokenizer.encode_batch(["ok", text]),
+        lambda: tokenizer.apply_chat_template(conversation),
+        lambda: tokenizer.apply_chat_template(conversation, escape_special=True),
+    ):
+        with pytest.raises(TextError, match=r"is '\\udcff', half of a surrogate pair"):
+            encode()
+    with pytest.raises(TextError, match="is of type int"):
+        tokenizer.encode_batch(["ok", 5])
+
+
 def test_skipping_drops_control_tokens_and_keeps_the_tags(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("<|assistant|><think>a</think>b<tool_call>f</tool_call><|user|>")
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>a</think>b<tool_call>f</tool_call>"
