@@ -12,8 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from glm5.cli.chat_source import ChatSettings, Message, Source
-from glm5.errors import GLM5Error, InputError, did_you_mean
+from glm5.errors import GLM5Error, InputError, TextError, did_you_mean
 from glm5.files import replacing
+from glm5.text.messages import prepare_messages
 
 HELP = """\
 /help              this list
@@ -247,16 +248,19 @@ class Shown:
 
 
 def read_conversation(path: Path) -> tuple[str | None, list[Message]]:
-    """System prompt and messages of a saved conversation. Raises `InputError`."""
+    """System prompt and messages of a saved conversation, contents in parts as one text. Raises `InputError`."""
     try:
         messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
-        known = all(m["role"] in ("system", "user", "assistant", "tool") for m in messages)
-    except (OSError, ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise InputError(f"{path} is no saved conversation; /save and the web page's export write such files.")
-    system = [m["content"] for m in messages if m["role"] == "system"]
-    return "\n\n".join(system) or None, [m for m in messages if m["role"] != "system"]
+        prepared = prepare_messages(messages) if messages != [] else []
+    except TextError as error:
+        raise InputError(f"{path} holds no conversation that can go on: {error}.") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(
+            f"{path} is no saved conversation; /save and the web page's export write such files."
+        ) from None
+    messages = [{**message, "content": plain["content"]} for message, plain in zip(messages, prepared, strict=True)]
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    return "\n\n".join(system) or None, [message for message in messages if message["role"] != "system"]
 
 
 def _path(name: str, verb: str) -> Path:

@@ -163,6 +163,34 @@ def test_save_and_load(tmp_path):
     assert len(third.messages) == 2
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"messages": [{"role": "system"}]}', "message 0 (system) is a NoneType"),
+        ('{"messages": [{"role": "user", "content": 5}]}', "message 0 (user) is a int"),
+        ('{"messages": {"a": 1}}', "a conversation is a list"),
+        ('{"messages": [5]}', "message 0 is a int"),
+        ('{"messages": ' + "[" * 100_000, "is no saved conversation"),
+        ("5", "is no saved conversation"),
+        ("\xff", "is no saved conversation"),
+    ],
+)
+def test_an_odd_file_is_refused_and_the_conversation_goes_on(tmp_path, content, sentence):
+    file = tmp_path / "odd.json"
+    file.write_bytes(content.encode("latin-1"))
+    screen, loop = talk(Prepared(), ["hi", f"/load {file}", "more"])
+    assert sentence in screen and [m["content"] for m in loop.messages] == ["hi", "ok", "more", "ok"]
+
+
+def test_a_file_of_parts_is_loaded_as_text(tmp_path):
+    file = tmp_path / "parts.json"
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]
+    file.write_text(json.dumps({"messages": [{"role": "system", "content": parts}, {"role": "user", "content": parts}]}))
+    assert read_conversation(file) == ("Be kind.", [{"role": "user", "content": "Be kind."}])
+    file.write_text('{"messages": []}')
+    assert read_conversation(file) == (None, [])
+
+
 def test_calls_of_different_turns_have_different_identities():
     _, loop = talk(scripted("</think><tool_call>f</tool_call>")[0], ["one", "two"])
     ids = [call["id"] for message in loop.messages for call in message.get("tool_calls", [])]
