@@ -18,11 +18,13 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", 
 class FakeChat:
     """`answers` maps the last message's text to (thinking, content, tool calls); other texts are said back.
 
+    `odd`: texts whose answer breaks off with an event of this data.
     `hold_after`: an answer waits after so many pieces until this is None again. `holds`: the same for some texts.
     """
 
     def __init__(self) -> None:
         self.answers: dict[str, tuple[str, str, list]] = {}
+        self.odd: dict[str, str] = {}
         self.asked: list[dict] = []
         self.key: str | None = None
         self.hold_after: int | None = None
@@ -64,6 +66,8 @@ class FakeChat:
                 await asyncio.sleep(0.01)
             yield _event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
             await asyncio.sleep(0.002)
+        if text in self.odd:
+            yield f"data: {self.odd[text]}\n\n"
         yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls" if calls else "stop"}]})
         usage = {"prompt_tokens": 7, "completion_tokens": len(deltas), "total_tokens": 7 + len(deltas)}
         yield _event({"choices": [], "usage": {**usage, "prompt_tokens_details": {"cached_tokens": 3}}})

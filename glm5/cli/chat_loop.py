@@ -72,8 +72,12 @@ class ChatLoop:
                     self.say(text)
             except Exit:
                 return 0
+            except KeyboardInterrupt:
+                self.note("stopped")
             except (GLM5Error, OSError) as error:  # too long, a path that is none: the conversation stays as it was
                 self.note(str(error), "red")
+            except Exception as error:  # a fault of ours is no reason to lose a conversation that is not saved
+                self.note(f"This should not happen: {error!r}. The conversation stays as it was; /save keeps it.", "red")
 
     def say(self, text: str) -> None:
         """Asks, and adds question and answer to the conversation; on an error neither."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any, Protocol
+
+from pydantic import BaseModel, ValidationError
 
 from glm5.engine import Engine, SamplingDefaults, SamplingParams
 from glm5.errors import InputError
@@ -76,6 +79,39 @@ class EngineSource:
             tokens.close()
 
 
+class _Function(BaseModel):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Call(BaseModel):
+    index: int = 0
+    id: str | None = None
+    function: _Function | None = None
+
+
+class _Delta(BaseModel):
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[_Call] | None = None
+
+
+class _Choice(BaseModel):
+    delta: _Delta | None = None
+
+
+class _Usage(BaseModel):
+    completion_tokens: int | None = None
+
+
+class _Chunk(BaseModel):
+    """One event of a streamed reply, in so far as it is shown."""
+
+    error: Any = None
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+
+
 class ServerSource:
     """Answers of a server that speaks OpenAI's `/v1/chat/completions`: ours, vLLM, SGLang and others."""
 
@@ -104,14 +140,37 @@ class ServerSource:
             if getattr(settings, key) is not None:
                 body[key] = getattr(settings, key)
         with self._open("/chat/completions", body) as reply:
-            for line in reply:
-                if not line.startswith(b"data:"):
-                    continue
-                data = line.removeprefix(b"data:").strip()
+            for data in self._events(reply):
                 if data == b"[DONE]":
                     return
-                yield from _pieces(json.loads(data))
+                yield from self._pieces(data)
         raise InputError(f"{self.base} ended the connection before the answer was complete; ask again.")
+
+    def _events(self, reply: Iterable[bytes]) -> Iterator[bytes]:
+        """The data of each event, up to where the connection ends or breaks."""
+        try:
+            for line in reply:
+                if line.startswith(b"data:"):
+                    yield line.removeprefix(b"data:").strip()
+        except TimeoutError:
+            raise InputError(f"{self.base} was silent for {TIMEOUT_S} seconds; ask again.") from None
+        except (OSError, HTTPException):
+            return
+
+    def _pieces(self, data: bytes) -> Iterator[Piece]:
+        """The pieces in one event of a streamed reply. Raises `InputError` for an error, and for what is no chunk."""
+        try:
+            chunk = _Chunk.model_validate_json(data)
+        except ValidationError:
+            said = data[:80].decode(errors="replace")
+            raise InputError(f"{self.base} sent what is no event of a chat ({said}); is this an OpenAI API?") from None
+        if chunk.error is not None:
+            said = chunk.error.get("message", chunk.error) if isinstance(chunk.error, dict) else chunk.error
+            raise InputError(f"The server failed: {said}")
+        for choice in chunk.choices or []:
+            yield Piece(choice.delta.model_dump(exclude_none=True) if choice.delta else {})
+        if chunk.usage:
+            yield Piece(completion_tokens=chunk.usage.completion_tokens)
 
     def _open(self, path: str, body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -123,19 +182,9 @@ class ServerSource:
             return urllib.request.urlopen(request, timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
             raise InputError(f"{self.base} refused: {_sentence(error)}") from None
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise InputError(f"{self.base} cannot be reached ({reason}); check the address.") from None
-
-
-def _pieces(chunk: dict[str, Any]) -> Iterator[Piece]:
-    """The pieces in one chunk of a streamed reply."""
-    if "error" in chunk:
-        raise InputError(f"The server failed: {chunk['error'].get('message', chunk['error'])}")
-    for choice in chunk.get("choices") or []:
-        yield Piece(choice.get("delta") or {})
-    if chunk.get("usage"):
-        yield Piece(completion_tokens=chunk["usage"].get("completion_tokens"))
 
 
 def _sentence(error: urllib.error.HTTPError) -> str:

@@ -1,6 +1,7 @@
 """`glm5 chat` over prepared lines: an engine that says a prepared text, and a server that does."""
 
 import contextlib
+import http.server
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import pty
 import select
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -229,6 +231,71 @@ def test_a_running_server_answers():
         ServerSource(url)
     with pytest.raises(InputError, match="begins with http"):
         ServerSource("localhost:8000")
+
+
+@pytest.mark.parametrize(
+    ("event", "sentence"),
+    [
+        ("{broken", "what is no event of a chat ({broken)"),
+        ("5", "what is no event of a chat (5)"),
+        ('{"choices": [{"delta": {"content": ["a"]}}]}', "what is no event of a chat"),
+        ('{"choices": [{"delta": {"tool_calls": [{"index": "x"}]}}]}', "what is no event of a chat"),
+        ('{"choices": ' + "[" * 100_000, "what is no event of a chat"),
+        ('{"error": "out of memory"}', "The server failed: out of memory"),
+        ('{"error": {"message": "no\x1b[2J"}}', "what is no event of a chat"),
+        ('{"error": {"message": "too\\u001b[2J hot"}}', "The server failed: too\ufffd[2J hot"),
+    ],
+)
+def test_an_odd_event_ends_its_answer_and_not_the_conversation(event, sentence):
+    fake = FakeChat()
+    fake.odd["odd"] = event
+    with Running(fake.app) as url:
+        screen, loop = talk(ServerSource(url), ["one", "odd", "two"])
+    assert sentence in screen and "\x1b[2J" not in screen
+    assert [m["content"] for m in loop.messages] == ["one", "You said: one", "two", "You said: two"]
+
+
+class Broken(http.server.BaseHTTPRequestHandler):
+    """A server whose answers break off within a chunk."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        body = b'{"data": [{"id": "m"}]}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        event = b'data: {"choices": [{"delta": {"content": "so far"}}]}\n\n'
+        self.wfile.write(b"%x\r\n%b\r\nfff\r\nda" % (len(event), event))
+        self.close_connection = True
+
+    def log_message(self, *_):
+        """Silent."""
+
+
+def test_a_connection_that_breaks_ends_its_answer_alone():
+    with http.server.HTTPServer(("127.0.0.1", 0), Broken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        screen, loop = talk(ServerSource(f"http://127.0.0.1:{server.server_port}"), ["hi"])
+        server.shutdown()
+    assert "so far" in screen and "ended the connection before the answer was complete" in screen
+    assert not loop.messages
+    with pytest.raises(InputError, match=r"cannot be reached \(nonnumeric port: 'x'\)"):
+        ServerSource("http://localhost:x")
+
+
+def test_a_fault_of_the_program_does_not_lose_the_conversation(tmp_path):
+    file = tmp_path / "talk.json"
+    source = Prepared([Piece({"content": "ok"})], [Piece({"content": "half"}), ZeroDivisionError("odd")])
+    screen, loop = talk(source, ["one", "two", f"/save {file}"])
+    assert "should not happen: ZeroDivisionError('odd')" in screen
+    assert read_conversation(file)[1] == loop.messages and len(loop.messages) == 2
 
 
 def test_options():
