@@ -19,8 +19,15 @@ def reader(commands: Iterable[str]) -> Callable[[], str]:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale says; a byte that is wrong ends nothing
             sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-        return lambda: continued(input)
+        return _from_pipe
     return _editor(commands)
+
+
+def _from_pipe() -> str:
+    try:
+        return continued(input)
+    except KeyboardInterrupt:  # nobody sits there to be asked again
+        raise EOFError from None
 
 
 def continued(read: Callable[[], str]) -> str:

@@ -27,6 +27,7 @@ HELP = """\
 /set NAME VALUE    temperature, top_p, max_tokens, seed; VALUE "default" leaves it to the model
 /settings          show the settings
 /exit              end; Ctrl-D does too
+//TEXT             a message that begins with a slash
 
 Enter sends. Alt-Enter, or a backslash at the end of the line, begins a new line. Ctrl-C stops an answer."""
 CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
@@ -58,18 +59,27 @@ class ChatLoop:
         }  # fmt: skip
 
     def run(self) -> int:
-        """Talks until /exit, Ctrl-D, or Ctrl-C at the prompt."""
+        """Talks until /exit, Ctrl-D, or Ctrl-C twice at the prompt."""
+        interrupted = False
         while True:
             try:
                 text = self.read().strip()
-            except (EOFError, KeyboardInterrupt):
+            except KeyboardInterrupt:
+                if not interrupted:
+                    interrupted = True
+                    self.note("Ctrl-D or /exit ends; so does Ctrl-C once more.")
+                    continue
                 self.console.print()
                 return 0
+            except EOFError:
+                self.console.print()
+                return 0
+            interrupted = False
             try:
-                if text.startswith("/"):
+                if text.startswith("/") and not text.startswith("//"):
                     self.command(text)
                 elif text:
-                    self.say(text)
+                    self.say(text.removeprefix("/"))
             except Exit:
                 return 0
             except KeyboardInterrupt:
@@ -77,7 +87,9 @@ class ChatLoop:
             except (GLM5Error, OSError) as error:  # too long, a path that is none: the conversation stays as it was
                 self.note(str(error), "red")
             except Exception as error:  # a fault of ours is no reason to lose a conversation that is not saved
-                self.note(f"This should not happen: {error!r}. The conversation stays as it was; /save keeps it.", "red")
+                self.note(
+                    f"This should not happen: {error!r}. The conversation stays as it was; /save keeps it.", "red"
+                )
 
     def say(self, text: str) -> None:
         """Asks, and adds question and answer to the conversation; on an error neither."""
@@ -112,7 +124,8 @@ class ChatLoop:
         """Runs a line that begins with a slash."""
         name, _, rest = line[1:].partition(" ")
         if name not in self.commands:
-            raise InputError(f"There is no command /{name}.{did_you_mean(name, self.commands)} /help lists them.")
+            meant = did_you_mean(name, self.commands)
+            raise InputError(f"There is no command /{name}.{meant} /help lists them; // begins a message with a slash.")
         self.commands[name](rest.strip())
 
     def help(self, _: str) -> None:

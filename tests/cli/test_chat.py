@@ -1,74 +1,23 @@
-"""`glm5 chat` over prepared lines: an engine that says a prepared text, and a server that does."""
+"""`glm5 chat` over prepared lines: an engine that says a prepared text, commands, and conversations in files."""
 
-import contextlib
-import http.server
 import io
 import json
-import os
-import pty
-import select
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import tyro
-from fake_chat import CALL, FakeChat, Running
+from chat_talk import Prepared, lines_of, talk
+from fake_chat import CALL
 from rich.console import Console
 from speaker import ScriptedModel, speaker_model, speaker_tokenizer
 
 import glm5
 from glm5.cli.chat import ChatOptions, open_source, run
-from glm5.cli.chat_input import continued, history_file
 from glm5.cli.chat_loop import ChatLoop, read_conversation
-from glm5.cli.chat_source import ChatSettings, EngineSource, Piece, ServerSource
+from glm5.cli.chat_source import ChatSettings, EngineSource, Piece
 from glm5.engine import Engine, SamplingDefaults
 from glm5.errors import InputError
-
-
-def lines_of(lines):
-    """A `read` that gives these lines and then ends."""
-    rest = iter(lines)
-
-    def read():
-        try:
-            return next(rest)
-        except StopIteration:
-            raise EOFError from None
-
-    return read
-
-
-class Prepared:
-    """A source that gives prepared pieces and notes what it was asked; an exception among them is raised."""
-
-    name = "prepared"
-
-    def __init__(self, *answers):
-        self.answers, self.asked, self.settings, self.closed = list(answers), [], [], 0
-
-    def stream(self, messages, settings):
-        self.asked.append(messages)
-        self.settings.append(settings)
-        try:
-            for piece in self.answers.pop(0) if self.answers else [Piece({"content": "ok"})]:
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-        finally:
-            self.closed += 1
-
-
-def talk(source, lines, *, settings=None, system=None):
-    """What the terminal shows, and the loop afterwards."""
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=200)
-    loop = ChatLoop(source, settings or ChatSettings(max_tokens=60), console, lines_of(lines), system)
-    assert loop.run() == 0
-    return screen.getvalue(), loop
 
 
 def scripted(text):
@@ -139,6 +88,19 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said():
     assert source.closed == 3
 
 
+def test_ctrl_c_at_the_prompt_ends_only_when_pressed_again():
+    again = KeyboardInterrupt()
+    screen, loop = talk(Prepared(), ["one", again, "two", again, "", again, again, "never read"])
+    assert [m["content"] for m in loop.messages] == ["one", "ok", "two", "ok"]
+    assert screen.count("Ctrl-D or /exit ends") == 3
+
+
+def test_two_slashes_begin_a_message_with_one():
+    screen, loop = talk(Prepared(), ["/usr/bin what is it?", "//usr/bin what is it?", "// a comment"])
+    assert "There is no command /usr/bin." in screen and "// begins a message with a slash" in screen
+    assert [m["content"] for m in loop.messages[::2]] == ["/usr/bin what is it?", "/ a comment"]
+
+
 def test_control_sequences_of_an_answer_do_not_reach_the_terminal():
     attack = "\x1b]0;title\x07 \x9b31m red \x1b[2J"
     call = {"index": 0, "function": {"name": attack, "arguments": "{}"}}
@@ -187,7 +149,9 @@ def test_an_odd_file_is_refused_and_the_conversation_goes_on(tmp_path, content, 
 def test_a_file_of_parts_is_loaded_as_text(tmp_path):
     file = tmp_path / "parts.json"
     parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]
-    file.write_text(json.dumps({"messages": [{"role": "system", "content": parts}, {"role": "user", "content": parts}]}))
+    file.write_text(
+        json.dumps({"messages": [{"role": "system", "content": parts}, {"role": "user", "content": parts}]})
+    )
     assert read_conversation(file) == ("Be kind.", [{"role": "user", "content": "Be kind."}])
     file.write_text('{"messages": []}')
     assert read_conversation(file) == (None, [])
@@ -203,91 +167,6 @@ def test_a_conversation_needs_a_tokenizer(tmp_path):
     glm5.save_model(speaker_model(), tmp_path)
     with pytest.raises(InputError, match=r"needs a tokenizer.*tokenizer\.json"):
         run(ChatOptions(model=tmp_path))
-
-
-def test_a_running_server_answers():
-    fake = FakeChat()
-    fake.answers["hi"] = ("hm", "Hello.", [CALL])
-    fake.key = "secret"
-    with Running(fake.app) as url:
-        with pytest.raises(InputError, match="The key is wrong or missing"):
-            ServerSource(url)
-        with pytest.raises(InputError, match="serves fake, not other"):
-            ServerSource(url, name="other", key="secret")
-        source = ServerSource(f"{url}v1/", key="secret")
-        screen, loop = talk(source, ["hi", "and?"], settings=ChatSettings(thinking=False, seed=3))
-        fake.failure = (429, "Too many.")
-        assert "refused: Too many." in talk(source, ["hi"])[0]
-    assert loop.messages[1] == {
-        "role": "assistant",
-        "content": "Hello.",
-        "reasoning_content": "hm",
-        "tool_calls": [CALL],
-    }
-    assert loop.messages[3]["content"] == "You said: and?" and "[5 tokens, " in screen
-    first = fake.asked[0]
-    assert first["seed"] == 3 and first["chat_template_kwargs"] == {"enable_thinking": False} and "top_p" not in first
-    with pytest.raises(InputError, match="cannot be reached"):
-        ServerSource(url)
-    with pytest.raises(InputError, match="begins with http"):
-        ServerSource("localhost:8000")
-
-
-@pytest.mark.parametrize(
-    ("event", "sentence"),
-    [
-        ("{broken", "what is no event of a chat ({broken)"),
-        ("5", "what is no event of a chat (5)"),
-        ('{"choices": [{"delta": {"content": ["a"]}}]}', "what is no event of a chat"),
-        ('{"choices": [{"delta": {"tool_calls": [{"index": "x"}]}}]}', "what is no event of a chat"),
-        ('{"choices": ' + "[" * 100_000, "what is no event of a chat"),
-        ('{"error": "out of memory"}', "The server failed: out of memory"),
-        ('{"error": {"message": "no\x1b[2J"}}', "what is no event of a chat"),
-        ('{"error": {"message": "too\\u001b[2J hot"}}', "The server failed: too\ufffd[2J hot"),
-    ],
-)
-def test_an_odd_event_ends_its_answer_and_not_the_conversation(event, sentence):
-    fake = FakeChat()
-    fake.odd["odd"] = event
-    with Running(fake.app) as url:
-        screen, loop = talk(ServerSource(url), ["one", "odd", "two"])
-    assert sentence in screen and "\x1b[2J" not in screen
-    assert [m["content"] for m in loop.messages] == ["one", "You said: one", "two", "You said: two"]
-
-
-class Broken(http.server.BaseHTTPRequestHandler):
-    """A server whose answers break off within a chunk."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        body = b'{"data": [{"id": "m"}]}'
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_POST(self):
-        self.send_response(200)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        event = b'data: {"choices": [{"delta": {"content": "so far"}}]}\n\n'
-        self.wfile.write(b"%x\r\n%b\r\nfff\r\nda" % (len(event), event))
-        self.close_connection = True
-
-    def log_message(self, *_):
-        """Silent."""
-
-
-def test_a_connection_that_breaks_ends_its_answer_alone():
-    with http.server.HTTPServer(("127.0.0.1", 0), Broken) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        screen, loop = talk(ServerSource(f"http://127.0.0.1:{server.server_port}"), ["hi"])
-        server.shutdown()
-    assert "so far" in screen and "ended the connection before the answer was complete" in screen
-    assert not loop.messages
-    with pytest.raises(InputError, match=r"cannot be reached \(nonnumeric port: 'x'\)"):
-        ServerSource("http://localhost:x")
 
 
 def test_a_fault_of_the_program_does_not_lose_the_conversation(tmp_path):
@@ -317,65 +196,3 @@ def test_the_engine_is_made_as_the_options_say(tmp_path):
     assert {weight.dtype for weight in source.engine.model.parameters()} >= {torch.bfloat16}
     pieces = source.stream([{"role": "user", "content": "Hi"}], ChatSettings(max_tokens=3, seed=1))
     assert list(pieces)[-1].completion_tokens <= 3
-
-
-def test_a_backslash_takes_the_next_line_too(monkeypatch, tmp_path):
-    assert continued(lines_of(["one\\", "two\\", "three", "four"])) == "one\ntwo\nthree"
-    assert continued(lines_of(["one\\"])) == "one"
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert history_file() == tmp_path / "glm5" / "chat-history"
-
-
-def test_a_pipe_may_hold_bytes_that_are_no_text(tmp_path):
-    """Also where the locale knows ASCII alone: what is wrong in the input, and what cannot be shown, ends nothing."""
-    fake = FakeChat()
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    with Running(fake.app) as url:
-        program = f"from glm5.cli.chat import *; raise SystemExit(run(ChatOptions(url={url!r})))"
-        done = subprocess.run(
-            [sys.executable, "-c", program], input=b"\xff\xfe h\xc3\xa9\nmore\n", capture_output=True,
-            env={**os.environ, **ascii_only},
-        )  # fmt: skip
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert [body["messages"][-1]["content"] for body in fake.asked] == ["\ufffd\ufffd hé", "more"]
-    assert b"You said: more" in done.stdout
-
-
-def test_in_a_real_terminal_lines_are_edited_and_remembered(tmp_path):
-    """Several lines with Alt-Enter, the arrow for what was said before, Ctrl-D to end; over a pseudo-terminal."""
-    fake = FakeChat()
-    with Running(fake.app) as url:
-        main, side = pty.openpty()
-        program = f"from glm5.cli.chat import *; run(ChatOptions(url={url!r}))"
-        environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm"}
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], stdin=side, stdout=side, stderr=side, env=environment
-        )
-        os.close(side)
-        screen = ""
-
-        def until(text):
-            nonlocal screen
-            end = time.monotonic() + 120
-            while text not in screen:
-                assert time.monotonic() < end, screen
-                if select.select([main], [], [], 1)[0]:
-                    screen += os.read(main, 65536).decode(errors="replace")
-
-        until("\x1b[?2004h")
-        os.write(main, b"one\x1b\rtwo\r")
-        until("tokens/s]")
-        screen = screen.partition("tokens/s]")[2]
-        until("\x1b[?2004h")  # the editor is there again
-        os.write(main, b"\x1b[A\x1b[A\r")  # up to the first of its lines, and from there to the message before
-        until("tokens/s]")
-        while process.poll() is None:  # the first may come before the next prompt does
-            with contextlib.suppress(OSError):  # the terminal is gone once the program is
-                os.write(main, b"\x04")
-                if select.select([main], [], [], 1)[0]:
-                    os.read(main, 65536)
-        assert process.returncode == 0
-        os.close(main)
-    assert [body["messages"][-1]["content"] for body in fake.asked] == ["one\ntwo", "one\ntwo"]
-    assert "+one" in (tmp_path / "glm5" / "chat-history").read_text()
-    assert json.dumps(fake.asked[0]["stream_options"]) == '{"include_usage": true}'

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: several tabs with one conversation, odd things in the browser's storage and in files."""
+"""The page in headless Chromium: two tabs with one conversation, odd things in the browser's storage and in files."""
 
 import contextlib
 import json
@@ -109,7 +109,10 @@ def test_what_another_tab_deletes_is_gone_here_too(reader, tabs, fake):
 
 
 SAID = [{"role": "user", "content": "Hi"}, {"role": "assistant", "reasoning": "", "content": "Yes.", "calls": []}]
-CUT = {**SAID[1], "calls": [None, {"id": "a", "name": "f", "arguments": '{"a'}, {"id": "b", "name": "g", "arguments": "{}"}]}
+CUT = {
+    **SAID[1],
+    "calls": [None, {"id": "a", "name": "f", "arguments": '{"a'}, {"id": "b", "name": "g", "arguments": "{}"}],
+}
 
 
 @pytest.mark.parametrize(
