@@ -213,9 +213,10 @@ def _app(
             source, model_name=options.names[0], aliases=options.names[1:], limits=limits, api_key=key, hosts=hosts,
             origins=options.allow_origin, defaults=defaults,
         )  # fmt: skip
-    from glm5.rl.gateway import Sessions, create_gateway, fingerprint
+    from glm5.rl.gateway import Sessions, create_gateway
+    from glm5.train.run_directory import directory_sha256
 
-    began = fingerprint(options.directory())  # versions count from it, unless they are another run's
+    began = directory_sha256(options.directory())  # versions count from it, unless they are another run's
     sessions = Sessions(options.record, weights=began if options.weights_from is None else f"versions after {began}")
     print(f"Recording sessions, with all that is said in them, to {options.record}", file=sys.stderr, flush=True)
     return create_gateway(

@@ -1,6 +1,7 @@
 """`glm5 rl --from-records` and `--from-gateway` from the command line."""
 
 import json
+import shutil
 import threading
 
 import httpx
@@ -10,8 +11,9 @@ from speaker import speaker_model, speaker_tokenizer
 import glm5
 from glm5.cli.main import main
 from glm5.engine import Engine, SamplingParams
-from glm5.rl.gateway import Sessions, fingerprint
+from glm5.rl.gateway import Sessions
 from glm5.rl.records import Turn
+from glm5.train.run_directory import directory_sha256
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def parent(tmp_path_factory):
 @pytest.fixture
 def records(parent, tmp_path):
     """Four sessions of real tokens, two of them good."""
-    sessions = Sessions(tmp_path / "records", weights=fingerprint(parent))
+    sessions = Sessions(tmp_path / "records", weights=directory_sha256(parent))
     (output,) = Engine(parent).generate([[40, 41]], SamplingParams(n=4, max_tokens=5, seed=0))
     for number, said in enumerate(output.outputs):
         session = sessions.open(f"s{number}")
@@ -46,6 +48,24 @@ def test_records_become_a_model(parent, records, tmp_path, capsys):
     assert (result["steps"], result["reward_first_fifth"]) == (1, 0.5)
     before, after = (glm5.load_model(d).state_dict() for d in (parent, result["model"]))
     assert any(not (tensor == before[name]).all() for name, tensor in after.items())
+
+
+def test_sessions_of_a_fine_tuned_model_and_of_earlier_versions_are_refused(parent, records, tmp_path, capsys):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(parent, tuned)
+    (file,) = tuned.glob("*.safetensors")
+    weights = bytearray(file.read_bytes())
+    weights[len(weights) // 2] ^= 1  # all that differs: names, sizes and the beginnings and ends of files are the same
+    assert len(weights) > 3 * 65_536
+    file.write_bytes(weights)
+    assert main(flags(tuned, tmp_path / "run", "--from-records", records)) == 1
+    assert "4 were recorded with other weights than the parent's" in " ".join(capsys.readouterr().err.split())
+    sessions = Sessions(tmp_path / "old", weights="0123456789abcdef")
+    sessions.open("s")
+    sessions.reward("s", 1.0)
+    sessions.close()
+    assert main(flags(parent, tmp_path / "run", "--from-records", sessions.directory)) == 1
+    assert "1 were recorded by an earlier version" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("more", [(), ("--executor", "processes", "--held-out-env", "sums", "--held-out.tasks", 2)])

@@ -23,7 +23,8 @@ from glm5.cli import serve as verb
 from glm5.cli.serve import ServeOptions, run
 from glm5.engine import SamplingDefaults
 from glm5.errors import InputError
-from glm5.rl.gateway import fingerprint, read_session
+from glm5.rl.gateway import read_session
+from glm5.train.run_directory import directory_sha256
 
 SLOW = """
 import sys, time
@@ -259,5 +260,5 @@ def test_recorded_use_is_on_the_disk_when_the_server_is_killed(model, tmp_path):
         process.kill()
     (path,) = (tmp_path / "finished").iterdir()
     session = read_session(path)
-    assert session.weights == fingerprint(Path(model)) and session.reward.value == 0.5
+    assert session.weights == directory_sha256(Path(model)) and session.reward.value == 0.5
     assert [len(recorded.turn.output_ids) for recorded in session.turns] == [3]

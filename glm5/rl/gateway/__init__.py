@@ -1,7 +1,7 @@
 """The gateway: outside agents are served, their sessions recorded, and learnt from."""
 
 from glm5.rl.gateway.app import create_gateway
-from glm5.rl.gateway.learning import Address, fingerprint, train_from_gateway, train_from_records
+from glm5.rl.gateway.learning import Address, train_from_gateway, train_from_records
 from glm5.rl.gateway.reading import FinishedSessions
 from glm5.rl.gateway.sampling import OwnDistribution
 from glm5.rl.gateway.session import Session
@@ -9,5 +9,5 @@ from glm5.rl.gateway.sessions import SessionLimits, Sessions, read_session
 
 __all__ = [
     "Address", "FinishedSessions", "OwnDistribution", "Session", "SessionLimits", "Sessions",
-    "create_gateway", "fingerprint", "read_session", "train_from_gateway", "train_from_records",
+    "create_gateway", "read_session", "train_from_gateway", "train_from_records",
 ]  # fmt: skip

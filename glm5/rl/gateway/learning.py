@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
-from hashlib import sha256
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -47,11 +46,9 @@ from glm5.serve.generation import TokenSource
 from glm5.text import Tokenizer
 from glm5.threads import in_thread
 from glm5.train import RunDirectory
-from glm5.train.run_directory import model_of
+from glm5.train.run_directory import directory_sha256, model_of
 
 FOREVER = 365 * 24 * 3600.0
-ENDS = 65_536
-"""Bytes of both ends of a file that go into a fingerprint."""
 
 
 def outside(config: RLRunConfig, *, patience: float) -> RLRunConfig:
@@ -109,7 +106,7 @@ def train_from_gateway(
     settings = outside(config, patience=FOREVER)
     engines = make_fleet or one_engine(settings, max_num_seqs=address.limits.max_concurrent)
     recorded, size = run_directory / "sessions", settings.scheduler.group_size
-    weights, meter = f"trained from {fingerprint(model_of(config.parent))}", Meter()
+    weights, meter = f"trained from {directory_sha256(model_of(config.parent))}", Meter()
 
     def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
         sessions = Sessions(recorded, weights=weights, limits=address.sessions, own_sampling=True)
@@ -135,11 +132,11 @@ def train_from_records(
 ) -> RunDirectory:
     """Learns from the closed sessions of a directory, each at most once, in the order of their closing.
 
-    Only sessions of the parent's own weights are taken (`fingerprint`). Raises InputError when they give no batch.
+    Only sessions of the parent's own weights are taken (`directory_sha256`). Raises InputError when they give no batch.
     """
     parent, agents = model_of(config.parent), OutsideAgents(uniform_groups)
     settings = outside(config, patience=config.patience)
-    size, weights = settings.scheduler.group_size, fingerprint(parent)
+    size, weights = settings.scheduler.group_size, directory_sha256(parent)
     if not (records / "finished").is_dir():
         raise InputError(f"There are no recorded sessions in {records}; record some with glm5 serve --record DIR.")
     finished = FinishedSessions(records, size, weights)
@@ -149,7 +146,7 @@ def train_from_records(
         raise InputError(
             f"{records} gives no batch of {settings.scheduler.groups_per_batch} groups of {size} sessions: "
             f"{len(groups)} groups are complete (those with equal rewards teach nothing), {finished.waiting} sessions "
-            f"wait for the rest of theirs, {len(finished.others)} were recorded with other weights than {parent}."
+            f"wait for the rest of theirs, {finished.left_out or 'none is left out'}."
         )
     rollouts = GatewayRollouts(FinishedSessions(records, size, weights), run_directory / JOURNAL)
     return train_rl(
@@ -316,16 +313,3 @@ def served(app: FastAPI, address: Address, ready: Callable[[str], None] | None) 
     finally:
         app.state.lifecycle.draining = True
         thread.join()
-
-
-def fingerprint(directory: Path) -> str:
-    """Names the weights of a model directory without reading all of them: names, sizes and both ends of its files."""
-    digest = sha256()
-    for path in sorted(p for p in directory.iterdir() if p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(ENDS))
-            file.seek(max(0, size - ENDS))
-            digest.update(file.read(ENDS))
-    return digest.hexdigest()[:16]

@@ -20,6 +20,8 @@ from glm5.rl.gateway.sessions import read_session
 from glm5.rl.records import Rollout, Ticket
 
 UNGROUPED = ""
+OLD_NAMES = 16
+"""Digits by which earlier versions named weights: those of a fine-tuned model could have the same as its parent's."""
 SETTLED = 2_000_000_000
 """Nanoseconds after which a later change of a directory has a later time of its own, on coarse file systems too."""
 
@@ -55,6 +57,16 @@ class FinishedSessions:
     def waiting(self) -> int:
         """Sessions whose group is not complete."""
         return sum(map(len, self._waiting.values()))
+
+    @property
+    def left_out(self) -> str:
+        """Which closed sessions are not learnt from, in numbers and words; empty when all are."""
+        old = sum(len(other.weights) == OLD_NAMES for other in self.others)
+        found = {
+            "were recorded with other weights than the parent's": len(self.others) - old,
+            "were recorded by an earlier version, which could not tell weights of one shape apart (record anew)": old,
+        }
+        return ", ".join(f"{count} {words}" for words, count in found.items() if count)
 
     def _new(self) -> list[str]:
         """Names of sessions that were not read yet. A directory in which nothing has changed is not listed again."""

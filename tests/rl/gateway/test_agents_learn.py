@@ -19,10 +19,11 @@ from glm5.optim import OptimizerConfig
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.gateway import OwnDistribution, train_from_gateway, train_from_records
-from glm5.rl.gateway.learning import Address, fingerprint
+from glm5.rl.gateway.learning import Address
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.view.watch import snapshot_of
 from glm5.text.template import CHAT_TEMPLATE, render
+from glm5.train.run_directory import directory_sha256
 
 FUNCTIONS = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in TOOLS]
 USER = {"role": "user", "content": TASK}
@@ -137,7 +138,7 @@ def records(parent, tmp_path_factory):
     directory = tmp_path_factory.mktemp("records")
     engine = Engine(parent)
     source = OwnDistribution(engine)
-    with gateway(directory, source=source, own_sampling=True, weights=fingerprint(parent)) as running:
+    with gateway(directory, source=source, own_sampling=True, weights=directory_sha256(parent)) as running:
         users = Users(openai_agent, stop_after=6)
         users.begin(running.url)
         users.thread.join()
