@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,21 +137,29 @@ def train(flags: Flags) -> int:
 
 
 def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
-    """Rewards of what was learnt from, at the beginning and at the end, and where the model is."""
-    rewards = [line["trained_reward"] for line in run.read("metrics")]
+    """Rewards of what was learnt from, at the beginning and at the end, what was not, and where the model is."""
+    lines = run.read("metrics")
+    rewards = [line["trained_reward"] for line in lines]
+    dropped = sum((Counter(line["dropped"]) for line in lines), Counter[str]())
     fifth = max(1, len(rewards) // 5)
     result = {
         "run": str(run.path),
         "steps": len(rewards),
         "reward_first_fifth": sum(rewards[:fifth]) / fifth,
         "reward_last_fifth": sum(rewards[-fifth:]) / fifth,
+        "trained": sum(line["trained"] for line in lines),
+        "trained_tokens": sum(line["trained_tokens"] for line in lines),
+        "dropped": dict(sorted(dropped.items())),
         "model": str(run.model_directory),
     }
     if as_json:
         print(json.dumps(result))
         return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     console.print(
         f"rl: {run.path}, {len(rewards)} steps, reward of what was learnt from: {result['reward_first_fifth']:.3f} in "
-        f"the first fifth, {result['reward_last_fifth']:.3f} in the last; model: {run.model_directory}",
+        f"the first fifth, {result['reward_last_fifth']:.3f} in the last; {result['trained']} sessions with "
+        f"{result['trained_tokens']:,} tokens were learnt from, dropped: "
+        f"{reasons}; model: {run.model_directory}",
         soft_wrap=True,
     )

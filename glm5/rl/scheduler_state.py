@@ -37,6 +37,8 @@ from glm5.rl.tasks import TaskStream
 
 STALE = "stale"
 """Why a sample ends that is over the staleness bound."""
+NO_TOKENS = "no token to learn from"
+"""Why one ends that was scored, but of which no token was drawn from the policy: its reward says nothing of it."""
 
 
 @dataclass
@@ -175,6 +177,8 @@ class SchedulerState:
             group.oldest[sample] = min(versions)
         if rollout.outcome not in SCORED:
             group.missing[sample] = rollout.outcome
+        elif not versions:
+            group.missing[sample] = NO_TOKENS
 
     def _end(self, ticket: Ticket, again: bool) -> None:
         group = self.groups.pop(ticket.id)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import threading
 
 import httpx
@@ -12,6 +13,7 @@ import glm5
 from glm5.cli.main import main
 from glm5.engine import Engine, SamplingParams
 from glm5.rl.gateway import Sessions
+from glm5.rl.learner import Learner
 from glm5.rl.records import Turn
 from glm5.train.run_directory import directory_sha256
 
@@ -26,12 +28,17 @@ def parent(tmp_path_factory):
 @pytest.fixture
 def records(parent, tmp_path):
     """Four sessions of real tokens, two of them good."""
-    sessions = Sessions(tmp_path / "records", weights=directory_sha256(parent))
-    (output,) = Engine(parent).generate([[40, 41]], SamplingParams(n=4, max_tokens=5, seed=0))
+    return recorded(parent, tmp_path / "records", [True] * 4)
+
+
+def recorded(parent, directory, learnt):
+    """One session for each of `learnt`, which says whether its tokens count."""
+    sessions = Sessions(directory, weights=directory_sha256(parent))
+    (output,) = Engine(parent).generate([[40, 41]], SamplingParams(n=len(learnt), max_tokens=5, seed=0))
     for number, said in enumerate(output.outputs):
         session = sessions.open(f"s{number}")
         turn = Turn((40, 41), said.token_ids, said.logprobs, said.versions, said.finish_reason)
-        sessions._write(session.id, session.turn_event(turn, learnt=True))
+        sessions._write(session.id, session.turn_event(turn, learnt=learnt[number]))
         sessions.reward(session.id, float(number % 2))
     sessions.close()
     return sessions.directory
@@ -48,6 +55,21 @@ def test_records_become_a_model(parent, records, tmp_path, capsys):
     assert (result["steps"], result["reward_first_fifth"]) == (1, 0.5)
     before, after = (glm5.load_model(d).state_dict() for d in (parent, result["model"]))
     assert any(not (tensor == before[name]).all() for name, tensor in after.items())
+
+
+def test_sessions_without_a_token_of_the_policy_are_dropped_and_said(parent, tmp_path, capsys):
+    cold = recorded(parent, tmp_path / "cold", [False] * 4)
+    assert main(flags(parent, tmp_path / "run", "--from-records", cold)) == 1
+    heard = " ".join(capsys.readouterr().err.split())
+    assert "gives no batch" in heard and "4 hold no token that can be learnt from" in heard
+    mixed = recorded(parent, tmp_path / "mixed", [True, False, True, True])
+    assert main(flags(parent, tmp_path / "run", "--from-records", mixed)) == 0
+    heard = capsys.readouterr()
+    assert "of the closed sessions, 1 hold no token that can be learnt from" in heard.err
+    result = json.loads(heard.out)
+    assert result["trained"] == 3 and result["dropped"] == {"no token to learn from": 1}
+    assert 0 < result["trained_tokens"] <= 15
+    assert result["reward_first_fifth"] == 0.25  # 0, 0, 1 and the first of them once more: the 1 of the fourth is away
 
 
 def test_sessions_of_a_fine_tuned_model_and_of_earlier_versions_are_refused(parent, records, tmp_path, capsys):
@@ -103,14 +125,47 @@ def test_a_run_from_records_goes_on_and_is_replayed_by_its_directory_alone(paren
     assert "--uniform-groups: tasks of" in capsys.readouterr().err
 
 
+def test_sessions_that_were_deleted_are_still_those_of_a_run_that_has_had_them(parent, tmp_path, capsys, monkeypatch):
+    eight = recorded(parent, tmp_path / "records", [True] * 8)
+    assert main(flags(parent, tmp_path / "whole", "--from-records", eight)) == 0
+    step = Learner.step
+    monkeypatch.setattr(Learner, "step", lambda self, batch: 1 / 0 if batch.step == 1 else step(self, batch))
+    with pytest.raises(ZeroDivisionError):
+        main(flags(parent, tmp_path / "torn", "--from-records", eight))
+    monkeypatch.undo()
+    for path in list((eight / "finished").iterdir())[:5]:
+        path.unlink()
+    resume = ["rl", "--resume", "--out", str(tmp_path / "torn"), "--json", "--threads", "1"]
+    for _ in range(2):  # the second time it is finished, and says so
+        assert main(resume) == 0
+    assert "has made all of its 2 steps" in " ".join(capsys.readouterr().err.split())
+    runs = [tmp_path / name / "metrics.jsonl" for name in ("whole", "torn")]
+    assert runs[0].read_text() == runs[1].read_text() and runs[0].read_text().count("\n") == 2
+
+
+def test_a_port_that_is_taken_leaves_no_run_behind(parent, tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(flags(parent, tmp_path / "run", "--from-gateway", "--port", port)) == 1
+    assert f"Cannot listen on 127.0.0.1:{port}" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
         (["--from-gateway", "--from-records", "x"], "give one of"),
         (["--from-records", "nowhere"], "no recorded sessions"),
         (["--from-records", "nowhere", "--executor", "processes"], "samples nothing"),
+        (["--from-records", "nowhere", "--scheduler.mode", "sync"], "scheduler.mode is sync"),
+        (["--from-gateway", "--scheduler.max-running", 7], "it is always 20 here"),
+        (["--from-gateway", "--scheduler.max-attempts", 2], "scheduler.max_attempts is 2"),
+        (["--from-gateway", "--rollout.thinking"], "rollout.thinking says how"),
+        (["--from-records", "nowhere", "--rollout.max-tokens", 64], "rollout.max_tokens says how"),
+        (["--from-gateway", "--patience", 60], "leave patience out"),
     ],
 )
 def test_what_is_refused(parent, tmp_path, capsys, more, says):
     assert main(flags(parent, tmp_path / "run", *more)) != 0
-    assert says in capsys.readouterr().err
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()

@@ -22,7 +22,7 @@ from glm5.errors import ConfigError, InputError
 from glm5.rl.executors import engine_processes
 from glm5.rl.fleet import InProcessFleet
 from glm5.rl.forward import fixed_logprobs, run
-from glm5.rl.gateway.learning import outside
+from glm5.rl.gateway.settings import outside
 from glm5.rl.head import said_of
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.lockstep import train_in_lockstep

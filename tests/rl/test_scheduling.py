@@ -27,6 +27,16 @@ def cancelled(it):
     return [event.ticket for event in it.take_events() if isinstance(event, Cancelled)]
 
 
+def test_a_sample_with_a_reward_and_no_token_counts_in_no_baseline():
+    it = scheduler(config(groups_per_batch=1))
+    tickets = it.admit()[:4]
+    finish(it, tickets[:1], versions=(), reward=9.0)
+    finish(it, tickets[1:])
+    (group,) = it.next_batch().groups
+    assert group.rewards == [1.0, 1.0, 0.0, 1.0]  # the second stands for the first
+    assert it.accounts.metrics()["dropped"] == {"no token to learn from": 1}
+
+
 def test_sync_samples_a_batch_learns_from_it_and_waits_for_the_weights():
     it = scheduler(config("sync"))
     tickets = it.admit()

@@ -17,7 +17,7 @@ from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import events_of
 from glm5.rl.executors import engine_servers
 from glm5.rl.fleet import InProcessFleet
-from glm5.rl.gateway.learning import outside
+from glm5.rl.gateway.settings import outside
 from glm5.rl.journal import read_journal
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.orchestrator import train_rl

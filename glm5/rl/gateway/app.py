@@ -76,7 +76,7 @@ def create_gateway(
         origins=origins, defaults=defaults,
     )  # fmt: skip
     install_sessions(app, sessions)
-    app.add_middleware(SessionPaths)
+    app.add_middleware(SessionPaths, sessions=sessions)
     return app
 
 
@@ -121,17 +121,33 @@ def described(session: Session) -> dict[str, Any]:
         "state": session.state,
         "reward": None if reward is None else {"value": reward.value, "reason": reward.reason},
         "turns": len(session.turns),
-        "sampled_tokens": sum(len(recorded.turn.output_ids) for recorded in session.turns),
+        "sampled_tokens": session.sampled_tokens,
+        "learnable_tokens": session.learnable_tokens,
+        "note": note_of(session),
         "openai_base_url": f"/s/{session.id}/v1",
         "anthropic_base_url": f"/s/{session.id}",
     }
 
 
-class SessionPaths:
-    """ASGI layer: `/s/SESSION/REST` becomes `/REST` with the header `X-Session-ID: SESSION`."""
+def note_of(session: Session) -> str:
+    """How much of a session can be learnt from, in a sentence."""
+    if not session.turns:
+        return "No answer is recorded here; without one, its reward counts for nothing."
+    said = f"{session.learnable_tokens} of {session.sampled_tokens} tokens can be learnt from"
+    if session.learnable_tokens:
+        return f"{said}."
+    return (
+        f"{said}, so its reward counts for nothing: answers are learnt from when they were sampled at temperature 1 "
+        "with nothing cut off (top_p 1, no penalties, no response_format), and came to their end."
+    )
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+
+class SessionPaths:
+    """ASGI layer: `/s/SESSION/REST` becomes `/REST` with the header `X-Session-ID: SESSION`. The session is told of the
+    beginning and the end of its requests."""
+
+    def __init__(self, app: ASGIApp, sessions: Sessions) -> None:
+        self.app, self.sessions = app, sessions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Rewrites one request."""
@@ -141,4 +157,8 @@ class SessionPaths:
             headers = [(name, value) for name, value in scope["headers"] if name != b"x-session-id"]
             headers.append((b"x-session-id", session.encode("utf-8", "replace")))
             scope = {**scope, "path": path, "raw_path": path.encode("utf-8", "replace"), "headers": headers}
-        await self.app(scope, receive, send)
+        named = [value for name, value in scope.get("headers", ()) if name == b"x-session-id"]
+        if not named or scope["path"].startswith("/rl/"):
+            return await self.app(scope, receive, send)
+        with self.sessions.request(named[0].decode("latin-1")):
+            await self.app(scope, receive, send)

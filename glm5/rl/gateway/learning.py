@@ -9,7 +9,6 @@ the weights that recorded are version 0, so batch n learns from sessions that ar
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -22,50 +21,36 @@ from torch import Tensor
 from glm5.engine import EngineStats, SamplingParams, TokenDelta
 from glm5.envs import Environment
 from glm5.envs.protocol import UniformGroups
-from glm5.errors import ConfigError, GLM5Error, InputError
+from glm5.errors import GLM5Error, InputError
 from glm5.model import GLM5
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.aids import Aids
 from glm5.rl.around import AroundSource
 from glm5.rl.config import RLRunConfig
+from glm5.rl.event_log import events_of
 from glm5.rl.executors import MakeFleet, one_engine
 from glm5.rl.fleet import Fleet, FleetStats
 from glm5.rl.gateway.app import create_gateway
-from glm5.rl.gateway.reading import FinishedSessions
-from glm5.rl.gateway.rollouts import GatewayRollouts, OutsideAgents
+from glm5.rl.gateway.limits import SessionLimits
+from glm5.rl.gateway.reading import FinishedSessions, Ready
+from glm5.rl.gateway.rollouts import GatewayRollouts, OutsideAgents, places_for, sessions_had
 from glm5.rl.gateway.sampling import OwnDistribution
-from glm5.rl.gateway.sessions import SessionLimits, Sessions
+from glm5.rl.gateway.sessions import Sessions
+from glm5.rl.gateway.settings import FOREVER, check_followed, outside
+from glm5.rl.journal import read_journal
 from glm5.rl.meter import Meter, Metered
 from glm5.rl.orchestrator import train_rl
-from glm5.rl.records import Rollout, Ticket
+from glm5.rl.run_ends import say
 from glm5.rl.scheduler import Scheduler
 from glm5.rl.session import JOURNAL
 from glm5.rl.tasks import TaskSource, TaskStream
 from glm5.serve import ApiError, Limits, serve
 from glm5.serve.generation import TokenSource
+from glm5.serve.http import bind
 from glm5.text import Tokenizer
 from glm5.threads import in_thread
 from glm5.train import RunDirectory
 from glm5.train.run_directory import directory_sha256, model_of
-
-FOREVER = 365 * 24 * 3600.0
-
-
-def outside(config: RLRunConfig, *, patience: float) -> RLRunConfig:
-    """The settings of a run whose episodes are played elsewhere: nothing can be asked for again, nobody is in a hurry.
-
-    Bound, batch, group size, learner and seed stay; there is a place for every session that the bound lets in.
-    """
-    if config.rollout.replay_experts:
-        raise ConfigError("Sessions of outside agents hold no experts; leave rollout.replay_experts out.")
-    if config.rollout.temperature != 1.0:
-        raise ConfigError("Outside agents are sampled at temperature 1; leave rollout.temperature at it.")
-    if config.rollout.stop or config.rollout.stop_token_ids:
-        raise ConfigError("Outside agents say themselves where answers stop; leave rollout.stop and its token ids out.")
-    scheduler = config.scheduler
-    places = scheduler.groups_per_batch * scheduler.group_size * (scheduler.max_staleness + 1)
-    asynchronous = replace(scheduler, mode="async", stale="drop", max_attempts=1, max_running=places)
-    return replace(config, scheduler=asynchronous, patience=patience)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +89,9 @@ def train_from_gateway(
     `train_rl`.
     """
     settings = outside(config, patience=FOREVER)
+    check_followed(config, run_directory, patience=FOREVER, held_out=bool(held_out))
+    with bind(address.host, address.port):  # an address that is taken leaves no run behind
+        pass
     engines = make_fleet or one_engine(settings, max_num_seqs=address.limits.max_concurrent)
     recorded, size = run_directory / "sessions", settings.scheduler.group_size
     weights, meter = f"trained from {directory_sha256(model_of(config.parent))}", Meter()
@@ -112,7 +100,7 @@ def train_from_gateway(
         sessions = Sessions(recorded, weights=weights, limits=address.sessions, own_sampling=True)
         return OpenFleet(engines(model, tokenizer, version), sessions, address, config.rollout.seed, meter, ready)
 
-    rollouts = GatewayRollouts(FinishedSessions(recorded, size), run_directory / JOURNAL)
+    rollouts = GatewayRollouts(FinishedSessions(recorded, size, had=sessions_had(run_directory / JOURNAL)))
     return train_rl(
         settings, [OutsideAgents(uniform_groups)], run_directory, make_fleet=make, aids=aids, held_out=held_out,
         publish_to=publish_to, player=rollouts.play, meter=meter, resume=resume, console=console,
@@ -133,22 +121,27 @@ def train_from_records(
     """Learns from the closed sessions of a directory, each at most once, in the order of their closing.
 
     Only sessions of the parent's own weights are taken (`directory_sha256`). Raises InputError when they give no batch.
+    A resumed run has what its journal holds, whatever was deleted since.
     """
     parent, agents = model_of(config.parent), OutsideAgents(uniform_groups)
     settings = outside(config, patience=config.patience)
+    check_followed(config, run_directory, patience=config.patience, held_out=bool(held_out))
     size, weights = settings.scheduler.group_size, directory_sha256(parent)
     if not (records / "finished").is_dir():
         raise InputError(f"There are no recorded sessions in {records}; record some with glm5 serve --record DIR.")
-    finished = FinishedSessions(records, size, weights)
+    journal = run_directory / JOURNAL
+    finished = FinishedSessions(records, size, weights, had=sessions_had(journal))
     groups = list(finished.poll())
-    steps = batches_of(settings.scheduler, agents, groups)
+    steps = batches_of(settings.scheduler, agents, groups, journal)
     if steps == 0:
         raise InputError(
             f"{records} gives no batch of {settings.scheduler.groups_per_batch} groups of {size} sessions: "
             f"{len(groups)} groups are complete (those with equal rewards teach nothing), {finished.waiting} sessions "
             f"wait for the rest of theirs, {finished.left_out or 'none is left out'}."
         )
-    rollouts = GatewayRollouts(FinishedSessions(records, size, weights), run_directory / JOURNAL)
+    if finished.left_out:
+        say(f"{records}: of the closed sessions, {finished.left_out}.", console)
+    rollouts = GatewayRollouts(finished, groups)
     return train_rl(
         replace(settings, steps=min(config.steps, steps)), [agents], run_directory, aids=aids, held_out=held_out,
         player=rollouts.play, make_fleet=lambda model, tokenizer, version: NoEngines(tokenizer, version),
@@ -156,17 +149,22 @@ def train_from_records(
     )  # fmt: skip
 
 
-def batches_of(config: SchedulerConfig, agents: OutsideAgents, groups: Sequence[Sequence[Rollout]]) -> int:
-    """How many batches the scheduler makes of these groups, given in this order."""
+def batches_of(config: SchedulerConfig, agents: OutsideAgents, groups: Sequence[Ready], journal: Path) -> int:
+    """How many batches a run has that was as its journal says, if it was begun, and is given these groups in order."""
     scheduler = Scheduler(config, TaskStream([TaskSource.of(agents)]))
-    places: dict[Ticket, list[Ticket]] = {}
-    waiting = deque(groups)
+    for record in read_journal(journal):
+        for event in events_of(record):
+            scheduler.apply(event)
+    wanted, waiting = scheduler.restarted(), list(groups)
+    scheduler.published(scheduler.step)
     while True:
-        for ticket in scheduler.admit():
-            places.setdefault(ticket.group, []).append(ticket)
-        place = next(iter(places), None)
-        if waiting and place is not None:
-            for rollout, ticket in zip(waiting.popleft(), places.pop(place), strict=True):
+        wanted += scheduler.admit()
+        places = ((ready, tickets) for ready in waiting if (tickets := places_for(ready, wanted)) is not None)
+        ready, tickets = next(places, (None, []))
+        if ready is not None:
+            waiting.remove(ready)
+            for rollout, ticket in zip(ready.rollouts, tickets, strict=False):
+                wanted.remove(ticket)
                 scheduler.finished(replace(rollout, ticket=ticket))
         elif scheduler.next_batch() is not None:
             scheduler.published(scheduler.step)

@@ -4,21 +4,25 @@ Sessions that name one group are compared with each other, `group_size` at a tim
 are put together in the order of their closing, so that their common mean is the baseline: an estimate of what the
 model is worth to its users at that time, with more noise than a task's own.
 
-Places in groups are numbered by the order of closing, so the same directory always gives the same tickets.
+Places in groups are numbered by the order of closing, so the same directory always gives the same tickets. Sessions
+that a run has had already are not given again, whether their files are still there or not.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glm5.rl.gateway.session import ENVIRONMENT
-from glm5.rl.gateway.sessions import read_session
+from glm5.errors import RunError
+from glm5.rl.gateway.session import ENVIRONMENT, Session, read_session
 from glm5.rl.records import Rollout, Ticket
 
+log = logging.getLogger("glm5.rl")
 UNGROUPED = ""
 OLD_NAMES = 16
 """Digits by which earlier versions named weights: those of a fine-tuned model could have the same as its parent's."""
@@ -34,6 +38,15 @@ class OtherWeights:
     weights: str
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Sessions that are to be learnt from together."""
+
+    rollouts: tuple[Rollout, ...]
+    torn: Ticket | None = None
+    """The group in which the run has others of theirs already: these are the rest of it."""
+
+
 @dataclass
 class FinishedSessions:
     """The closed sessions of a directory, as a stream that grows."""
@@ -42,8 +55,14 @@ class FinishedSessions:
     group_size: int
     weights: str | None = None
     """Only sessions of these are learnt from; None: of any."""
+    had: Mapping[str, Ticket] = field(default_factory=dict)
+    """Sessions that the run has had before, with their places."""
     others: list[OtherWeights] = field(default_factory=list)
     """Those that were left out."""
+    damaged: list[str] = field(default_factory=list)
+    """Files that could not be read."""
+    unlearnable: int = 0
+    """Those with a reward and no token that can be learnt from. They take their places, and are dropped there."""
 
     def __post_init__(self) -> None:
         self._seen: set[str] = set()
@@ -52,6 +71,11 @@ class FinishedSessions:
         self._waiting: dict[str, list[Rollout]] = {}
         self._numbers: dict[str, int] = {}
         self._attempts: dict[str, int] = {}
+        sizes = Counter(ticket.group for ticket in self.had.values())
+        self._missing = {group: self.group_size - size for group, size in sizes.items() if size < self.group_size}
+        """Places of groups that the run has had a part of."""
+        self._torn: dict[str, list[Ticket]] = {}
+        """Those groups, by the name that their sessions have for them; the rest of the first is what comes first."""
 
     @property
     def waiting(self) -> int:
@@ -63,10 +87,21 @@ class FinishedSessions:
         """Which closed sessions are not learnt from, in numbers and words; empty when all are."""
         old = sum(len(other.weights) == OLD_NAMES for other in self.others)
         found = {
+            "hold no token that can be learnt from (sampled at temperature 1 with nothing cut off)": self.unlearnable,
             "were recorded with other weights than the parent's": len(self.others) - old,
             "were recorded by an earlier version, which could not tell weights of one shape apart (record anew)": old,
+            "cannot be read": len(self.damaged),
         }
         return ", ".join(f"{count} {words}" for words, count in found.items() if count)
+
+    def poll(self) -> Iterator[Ready]:
+        """The groups that have become complete since the last call."""
+        sessions = [session for name in self._new() if (session := self._read(name)) is not None]
+        for session in sessions:
+            self._note_torn(session)
+        for session in sessions:
+            if session.id not in self.had and (ready := self._add(session)):
+                yield ready
 
     def _new(self) -> list[str]:
         """Names of sessions that were not read yet. A directory in which nothing has changed is not listed again."""
@@ -79,19 +114,42 @@ class FinishedSessions:
         self._looked = changed if time.time_ns() - changed > SETTLED else None
         return sorted(name for name in os.listdir(folder) if name.endswith(".jsonl") and name not in self._seen)
 
-    def poll(self) -> Iterator[list[Rollout]]:
-        """The groups that have become complete since the last call."""
-        for name in self._new():
-            self._seen.add(name)
-            session = read_session(self.directory / "finished" / name)
-            if self.weights is not None and session.weights != self.weights:
-                self.others.append(OtherWeights(session.id, session.weights))
-                continue
-            group = session.group or UNGROUPED
-            number = self._numbers.setdefault(group, len(self._numbers))
-            members = self._waiting.setdefault(group, [])
-            ticket = Ticket(ENVIRONMENT, number, self._attempts.setdefault(group, 0), len(members))
-            members.append(session.rollout(ticket))
-            if len(members) == self.group_size:
-                self._attempts[group] += 1
-                yield self._waiting.pop(group)
+    def _read(self, name: str) -> Session | None:
+        """A session that may be learnt from. A file that cannot be read is named and left out: the others go on."""
+        self._seen.add(name)
+        path = self.directory / "finished" / name
+        try:
+            session = read_session(path)
+            if session.state == "open":
+                raise RunError(f"{path} ends before its session was closed.")
+        except RunError as error:
+            if path.exists():  # else it was deleted just now
+                self.damaged.append(name)
+                log.warning("A recorded session is left out: %s", error)
+            return None
+        if self.weights is not None and session.weights != self.weights:
+            self.others.append(OtherWeights(session.id, session.weights))
+            return None
+        return session
+
+    def _note_torn(self, session: Session) -> None:
+        """Which group's rest the next sessions of this one's group are."""
+        had = self.had.get(session.id)
+        torn = self._torn.setdefault(session.group or UNGROUPED, [])
+        if had is not None and had.group in self._missing and had.group not in torn:
+            torn.append(had.group)
+
+    def _add(self, session: Session) -> Ready | None:
+        """Gives the session its place, and the group if it is complete."""
+        name = session.group or UNGROUPED
+        number = self._numbers.setdefault(name, len(self._numbers))
+        members = self._waiting.setdefault(name, [])
+        ticket = Ticket(ENVIRONMENT, number, self._attempts.setdefault(name, 0), len(members))
+        members.append(session.rollout(ticket))
+        self.unlearnable += session.reward is not None and not session.learnable_tokens
+        torn = next(iter(self._torn[name]), None)
+        if len(members) < (self.group_size if torn is None else self._missing[torn]):
+            return None
+        self._attempts[name] += 1
+        self._torn[name] = self._torn[name][1:]
+        return Ready(tuple(self._waiting.pop(name)), torn)

@@ -4,12 +4,14 @@ The scheduler gives out tickets as for environments of its own; here a ticket wa
 is there for its group. So bound and sweep, repair, journal, resumption and all figures are those of any other run. A
 group is given whole, and groups in the order in which they became complete.
 
-A run that was killed finds in its journal which sessions it has had, and takes up a group where it was torn.
+A run that was killed finds in its journal which sessions it has had (`sessions_had`), and takes up a group where it was
+torn, whether the files of its sessions are still there or not.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from glm5.envs import Episode, EpisodeLimits, Task
 from glm5.envs.protocol import UniformGroups
 from glm5.rl.event_log import events_of
 from glm5.rl.events import Finished
-from glm5.rl.gateway.reading import FinishedSessions
+from glm5.rl.gateway.reading import FinishedSessions, Ready
 from glm5.rl.gateway.session import ENVIRONMENT
 from glm5.rl.journal import read_journal
 from glm5.rl.records import Rollout, Ticket
@@ -30,13 +32,11 @@ GLANCE = 0.1
 class GatewayRollouts:
     """`play` is the orchestrator's `Player`."""
 
-    def __init__(self, finished: FinishedSessions, journal: Path) -> None:
-        """journal: the run's, which is read when the first ticket comes."""
-        self.finished, self.journal = finished, journal
-        self._had: dict[str, Ticket] | None = None
-        """Sessions that the run has learnt from, or decided about, with their tickets."""
+    def __init__(self, finished: FinishedSessions, ready: Sequence[Ready] = ()) -> None:
+        """ready: groups that were read from it already."""
+        self.finished = finished
         self._wanted: dict[str, tuple[Ticket, asyncio.Future[Rollout]]] = {}
-        self._ready: list[list[Rollout]] = []
+        self._ready = list(ready)
         self._watching: asyncio.Task[None] | None = None
 
     async def play(self, ticket: Ticket) -> Rollout:
@@ -64,29 +64,26 @@ class GatewayRollouts:
 
     def fill(self) -> None:
         """Gives every complete group that there are tickets for to them."""
-        if self._had is None:
-            self._had = sessions_had(self.journal)
         left = []
-        for group in self._ready:
-            fresh = [rollout for rollout in group if rollout.task.id not in self._had]
-            tickets = self._places({self._had[r.task.id].group for r in group if r.task.id in self._had}, len(fresh))
+        for ready in self._ready:
+            tickets = places_for(ready, [ticket for ticket, future in self._wanted.values() if not future.done()])
             if tickets is None:
-                left.append(group)
+                left.append(ready)
                 continue
-            for rollout, ticket in zip(fresh, tickets, strict=False):  # without places, the group was given up
-                self._had[rollout.task.id] = ticket
+            for rollout, ticket in zip(ready.rollouts, tickets, strict=False):  # without places, it was given up
                 self._wanted.pop(ticket.id)[1].set_result(replace(rollout, ticket=ticket))
         self._ready = left
 
-    def _places(self, torn: set[Ticket], count: int) -> list[Ticket] | None:
-        """Tickets for so many sessions, in the group that others of theirs are in already; None: not yet."""
-        waiting: dict[Ticket, list[Ticket]] = {}
-        for ticket, future in self._wanted.values():
-            if not future.done():
-                waiting.setdefault(ticket.group, []).append(ticket)
-        if torn:
-            return next((sorted(waiting[t]) for t in torn if t in waiting), [])
-        return next((sorted(tickets) for tickets in waiting.values() if len(tickets) == count), None)
+
+def places_for(ready: Ready, tickets: Iterable[Ticket]) -> list[Ticket] | None:
+    """Those of the tickets that these sessions get: in the group that others of theirs are in, or in one that is free
+    as a whole. None: not yet."""
+    groups: dict[Ticket, list[Ticket]] = {}
+    for ticket in tickets:
+        groups.setdefault(ticket.group, []).append(ticket)
+    if ready.torn is not None:
+        return sorted(groups.get(ready.torn, []))
+    return next((sorted(group) for group in groups.values() if len(group) == len(ready.rollouts)), None)
 
 
 def sessions_had(journal: Path) -> dict[str, Ticket]:

@@ -4,7 +4,7 @@
 |---|---|
 | opened | the first request, or a call that opens the session with its group and task |
 | turn | an answer ended: new prompt tokens, sampled tokens with log-probabilities and versions, the messages |
-| reward | somebody says what the episode was worth |
+| reward | somebody says what the episode was worth; a final one ends it, but for answers that are under way then |
 | closed | the last event: the reward is final, the session was given up, or nothing happened for too long |
 
 Which turns are learnt from: those that were sampled from the model's own distribution and were not broken off. An
@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Literal
 
 from glm5.engine import SamplingParams
 from glm5.envs import Reward, Task
 from glm5.rl.gateway.answers import Answers, Message
-from glm5.rl.journal import Record
+from glm5.rl.journal import Record, read_journal
 from glm5.rl.records import Outcome, Rollout, Ticket, Turn
 from glm5.rl.tree import EpisodeTree
 from glm5.scoring import Grade
@@ -77,6 +78,8 @@ class Session:
                 self._add(event)
             case "reward":
                 self.reward = _reward(event["value"], event["reason"])
+                if event["final"]:
+                    self.state, self.reason = "finished", "The reward is final."
             case "closed":
                 self.state, self.reason = event["state"], event["reason"]
 
@@ -121,8 +124,24 @@ class Session:
             self.answers.add(recorded.messages, recorded.answer, Written(turn.prompt_ids[-1], turn.output_ids))
 
     # ---- what is learnt from --------------------------------------------------------------------------------------
+    @property
+    def sampled_tokens(self) -> int:
+        """Of all answers."""
+        return sum(len(recorded.turn.output_ids) for recorded in self.turns)
+
+    @property
+    def learnable_tokens(self) -> int:
+        """Of the answers that count in a loss."""
+        return sum(len(recorded.turn.output_ids) for recorded in self.turns if recorded.learnt)
+
     def rollout(self, ticket: Ticket) -> Rollout:
-        """The closed session under the ticket of a place in a group. Without a reward it is aborted, never 0."""
+        """The closed session under the ticket of a place in a group.
+
+        Without a reward it is aborted, never 0, and so is one without an answer: its reward is nobody's. Where no token
+        can be learnt from, the scheduler drops it.
+        """
+        reward = self.reward if self.turns else None
+        failure = self.reason if self.reward is None else "no answer was recorded in it"
         turns = tuple(recorded.turn for recorded in self.turns if recorded.learnt)
         last = next((recorded for recorded in reversed(self.turns) if recorded.learnt), None)
         cut = last is not None and last.turn.finish_reason == "length"
@@ -133,13 +152,21 @@ class Session:
             ticket=ticket,
             task=Task(self.id, first, "", self.task or self.group or ENVIRONMENT),
             trajectories=EpisodeTree(turns).trajectories(),
-            outcome="aborted" if self.reward is None else ended,
-            reward=self.reward,
+            outcome="aborted" if reward is None else ended,
+            reward=reward,
             messages=said,
             turns=turns,
-            failure="" if self.reward is not None else self.reason,
+            failure=failure if reward is None else "",
             seconds=self.touched_at - self.opened_at,
         )
+
+
+def read_session(path: Path) -> Session:
+    """The session of a record file. Raises RunError for a damaged one."""
+    session = Session(path.stem.partition("-")[2] if path.parent.name == "finished" else path.stem)
+    for event in read_journal(path):
+        session.apply(event)
+    return session
 
 
 def own_distribution(params: SamplingParams) -> bool:

@@ -12,12 +12,15 @@ Whoever learns reads the second folder (`glm5.rl.gateway.reading`), in this proc
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -26,33 +29,18 @@ from glm5.envs.protocol import LARGEST_REWARD
 from glm5.errors import RunError
 from glm5.files import locked
 from glm5.rl.gateway.answers import Message
-from glm5.rl.gateway.session import Session, State, own_distribution
-from glm5.rl.journal import Journal, Record, read_journal
+from glm5.rl.gateway.limits import SessionLimits
+from glm5.rl.gateway.session import Session, State, own_distribution, read_session
+from glm5.rl.journal import Journal, Record
 from glm5.rl.records import Turn
 from glm5.serve import ApiError, Generation
 from glm5.serve.generation import Sample
 from glm5.text import Written
-from glm5.train.checks import check_counts, check_numbers
 
+log = logging.getLogger("glm5.rl")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Of sessions, which name files."""
 HOUR = 3600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionLimits:
-    """What one gateway keeps."""
-
-    max_open: int = 1024
-    """Open sessions; a request that would open one more is answered with 429."""
-    max_tokens: int = 2_000_000
-    """Recorded tokens of one session; past them it takes no more requests."""
-    idle_hours: float = 7 * 24.0
-    """A session of which nothing was heard for so long is closed."""
-
-    def __post_init__(self) -> None:
-        check_counts(self, "max_open", "max_tokens")
-        check_numbers(self, "idle_hours", above=0)
 
 
 @dataclass(frozen=True)
@@ -77,7 +65,8 @@ class Sessions:
     ) -> None:
         """weights: which weights the versions count from. own_sampling: the source is an `OwnDistribution`.
 
-        Raises RunError for a directory that another process records to, and for a damaged file.
+        Raises RunError for a directory that another process records to. Open sessions whose files are damaged are put
+        aside, into the folder `damaged`.
         """
         self.directory, self.weights, self.limits = directory, weights, limits or SessionLimits()
         self.own_sampling, self.clock = own_sampling, clock
@@ -87,8 +76,16 @@ class Sessions:
         self._count = max((int(path.stem.partition("-")[0]) for path in self._closed.values()), default=-1) + 1
         self._open: dict[str, OpenSession] = {}
         for path in sorted(self.opened.glob("*.jsonl")):
-            self._reopen(path)
+            try:
+                self._reopen(path)
+            except RunError as error:  # one session is lost; the others, and those to come, are not
+                aside = directory / "damaged"
+                aside.mkdir(exist_ok=True)
+                log.warning("A recorded session is put aside, to %s: %s", path.rename(aside / path.name), error)
         self._swept = self.clock()
+        self._warned = False
+        self._requests: Counter[str] = Counter()
+        """That are under way, by session."""
 
     @property
     def opened(self) -> Path:
@@ -106,7 +103,7 @@ class Sessions:
         name = f"s-{secrets.token_hex(12)}" if session_id is None else session_id
         with self._lock:
             self.expire()
-            if name in self._open:
+            if name in self._open and self._open[name].session.state == "open":
                 session = self._open[name].session
                 if (group, task) != (session.group, session.task):
                     raise ApiError(409, f"The session {name!r} is open already, with another group or task.")
@@ -118,33 +115,33 @@ class Sessions:
             return session
 
     def reward(self, session_id: str, value: float, reason: str = "", *, final: bool = True) -> Session:
-        """Says what the episode was worth. A reward that is not final may be replaced; a final one closes the session.
+        """Says what the episode was worth. A reward that is not final may be replaced. A final one ends the session: it
+        takes no more requests, and is closed when those that are under way (`request`) have come to their ends.
 
         The same final reward once more is taken as heard already; another one is refused.
         """
         if not abs(value) <= LARGEST_REWARD:
             raise ApiError(400, f"The reward is {value}; it must be a number from -1e6 to 1e6.")
         with self._lock:
-            if session_id not in self._open:
-                session = self.find(session_id)
+            session = self.find(session_id)
+            if session.state != "open":
                 known = session.reward
                 if session.state == "aborted" or known is None:
                     raise ApiError(409, f"The session {session_id!r} was given up: {session.reason}")
                 if (known.value, known.reason) != (value, reason):
                     raise ApiError(409, f"The session {session_id!r} has its final reward already: {known.value}.")
                 return session
-            session = self._open[session_id].session
             self._write(session_id, {"kind": "reward", "value": value, "reason": reason, "final": final}, commit=True)
-            if final:
-                self._close(session_id, "finished", "The reward is final.")
+            self._close_finished(session_id)
             return session
 
     def abandon(self, session_id: str, reason: str) -> None:
         """Gives a session up: it has no reward, and is not learnt from."""
         with self._lock:
-            if session_id in self._open:
+            session = self.find(session_id)
+            if session.state == "open":
                 self._close(session_id, "aborted", reason)
-            elif self.find(session_id).state != "aborted":
+            elif session.state != "aborted":
                 raise ApiError(409, f"The session {session_id!r} is finished and cannot be given up.")
 
     def forget(self, session_id: str) -> None:
@@ -184,7 +181,8 @@ class Sessions:
     def counts(self) -> dict[str, int]:
         """How many there are."""
         with self._lock:
-            return {"open": len(self._open), "closed": len(self._closed)}
+            aside = len(list((self.directory / "damaged").glob("*.jsonl")))
+            return {"open": len(self._open), "closed": len(self._closed), "damaged": aside}
 
     def close(self) -> None:
         """Closes the files; open sessions stay open for the next process."""
@@ -195,12 +193,25 @@ class Sessions:
             self._held.close()
 
     # ---- what the server calls ------------------------------------------------------------------------------------
+    @contextmanager
+    def request(self, session_id: str) -> Iterator[None]:
+        """Around everything that becomes of a request."""
+        with self._lock:
+            self._requests[session_id] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._requests[session_id] -= 1
+                self._requests += Counter()  # forgets those without any
+                self._close_finished(session_id)
+
     def begin(self, session_id: str | None) -> None:
         """A request came: it opens its session if it names a new one. Requests without a session are not recorded."""
         if session_id is None:
             return
         with self._lock:
-            if session_id not in self._open:
+            if session_id not in self._open or self._open[session_id].session.state != "open":
                 self.open(session_id)
             if self._open[session_id].session.tokens >= self.limits.max_tokens:
                 raise ApiError(
@@ -222,6 +233,13 @@ class Sessions:
                 return
             own = self.own_sampling or own_distribution(generation.params)
             own = own and generation.params.structured_outputs is None
+            if not own and not self._warned:
+                self._warned = True
+                log.warning(
+                    "An answer of session %s was not sampled at temperature 1 with nothing cut off (top_p, penalties, "
+                    "response_format): such tokens are recorded and not learnt from. This is said once; "
+                    "GET /rl/sessions/ID says learnable_tokens of each session.", entry.session.id,
+                )  # fmt: skip
             for sample in generation.samples:
                 if sample.tokens:
                     self._write(entry.session.id, self._turn_event(entry.session, generation, sample, own))
@@ -251,7 +269,7 @@ class Sessions:
             raise ApiError(
                 400, f"A session is named by up to 128 letters, digits, '.', '_' and '-', not by {name[:40]!r}."
             )
-        if name in self._closed:
+        if name in self._closed or name in self._open:
             raise ApiError(409, f"The session {name!r} is closed; begin another one under a new name.")
         if len(self._open) >= self.limits.max_open:
             raise ApiError(
@@ -271,6 +289,12 @@ class Sessions:
         self._write(name, {"kind": "closed", "state": state, "reason": reason}, commit=True)
         self._file(name)
 
+    def _close_finished(self, name: str) -> None:
+        """Closes a session that has its final reward and no request under way."""
+        entry = self._open.get(name)
+        if entry is not None and entry.session.state == "finished" and not self._requests[name]:
+            self._close(name, "finished", entry.session.reason)
+
     def _file(self, name: str) -> None:
         """Moves the record of a closed session to the others."""
         self._open.pop(name).journal.close()
@@ -281,23 +305,14 @@ class Sessions:
         self._closed[name] = path
 
     def _reopen(self, path: Path) -> None:
-        """Goes on with a session of an earlier process; one that was closed just before it died is filed now."""
-        name, journal = path.stem, Journal(path)
-        session = read_session(path)
+        """Goes on with a session of an earlier process; one that had come to its end is filed now."""
+        name, session, journal = path.stem, read_session(path), Journal(path)
         self._open[name] = OpenSession(session, journal)
         if journal.count == 0:  # it died before the first line was whole
             self._open.pop(name).journal.close()
             path.unlink()
         elif session.state != "open":
             self._file(name)
-
-
-def read_session(path: Path) -> Session:
-    """The session of a record file. Raises RunError for a damaged one."""
-    session = Session(path.stem.partition("-")[2] if path.parent.name == "finished" else path.stem)
-    for event in read_journal(path):
-        session.apply(event)
-    return session
 
 
 def _held(directory: Path) -> IO[str]:

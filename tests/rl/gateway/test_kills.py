@@ -21,7 +21,7 @@ from glm5.rl.event_log import events_of
 from glm5.rl.fleet import InProcessFleet
 from glm5.rl.gateway import Address, FinishedSessions, Sessions
 from glm5.rl.gateway.learning import OpenFleet
-from glm5.rl.gateway.sessions import read_session
+from glm5.rl.gateway.session import read_session
 from glm5.rl.journal import read_journal
 from glm5.rl.learner import Learner
 from glm5.rl.learner_config import LearnerConfig
@@ -70,7 +70,7 @@ def check(parent, path, agents):
     events = [event for record in read_journal(path / "journal") for event in events_of(record)]
     taken = Counter(event.rollout.task.id for event in events if event.kind == "finished" and event.rollout.turns)
     assert set(taken.values()) == {1}
-    groups = [[r.task.id for r in group] for group in FinishedSessions(path / "sessions", GROUP).poll()]
+    groups = [[r.task.id for r in ready.rollouts] for ready in FinishedSessions(path / "sessions", GROUP).poll()]
     known = [[name in taken for name in group] for group in groups]
     assert all(len(set(group)) == 1 for group in known[:-1])
     order = [all(group) for group in known]

@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from glm5.errors import RunError
 from glm5.rl.event_log import write_events
 from glm5.rl.events import Finished
 from glm5.rl.gateway import FinishedSessions, Sessions, reading
@@ -23,6 +22,10 @@ def close(sessions, name, group=None):
     session = sessions.open(name, group=group)
     sessions._write(name, session.turn_event(Turn((1,), (2,), (-0.5,), (0,), "stop"), learnt=True))
     sessions.reward(name, 1.0)
+
+
+def ids(ready):
+    return [rollout.task.id for rollout in ready.rollouts]
 
 
 async def played(rollouts, wanted, seconds=0.5):
@@ -46,7 +49,7 @@ def sessions(tmp_path):
 def test_a_group_is_given_whole_and_in_the_order_of_becoming_complete(sessions, tmp_path):
     for name, group in [("a", "g"), ("b", "h"), ("c", "h"), ("d", "g"), ("e", "i")]:
         close(sessions, name, group)
-    rollouts = GatewayRollouts(FinishedSessions(sessions.directory, 2), tmp_path / "journal")
+    rollouts = GatewayRollouts(FinishedSessions(sessions.directory, 2))
     done = asyncio.run(played(rollouts, [*tickets(0), *tickets(1), *tickets(2)]))
     assert {t: r.task.id for t, r in done.items()} == dict(
         zip([*tickets(0), *tickets(1)], ["b", "c", "a", "d"], strict=True)
@@ -59,33 +62,51 @@ def test_a_group_is_given_whole_and_in_the_order_of_becoming_complete(sessions, 
 def test_a_group_with_a_place_missing_is_not_filled(sessions, tmp_path):
     for name in "ab":
         close(sessions, name)
-    rollouts = GatewayRollouts(FinishedSessions(sessions.directory, 2), tmp_path / "journal")
+    rollouts = GatewayRollouts(FinishedSessions(sessions.directory, 2))
     assert asyncio.run(played(rollouts, tickets(0)[:1])) == {}
     assert len(asyncio.run(played(rollouts, tickets(1)))) == 2
 
 
-def test_a_torn_group_goes_on_where_it_was_torn_and_no_session_comes_twice(sessions, tmp_path):
+@pytest.mark.parametrize("deleted", ["", "a", "c"])
+def test_a_torn_group_goes_on_where_it_was_torn_and_no_session_comes_twice(sessions, tmp_path, deleted):
     for name in "abcdefgh":
         close(sessions, name, "g" if name < "e" else "h")
-    first = GatewayRollouts(FinishedSessions(sessions.directory, 4), tmp_path / "none")
+    first = GatewayRollouts(FinishedSessions(sessions.directory, 4))
     done = asyncio.run(played(first, tickets(0, range(4))))
     journal = Journal(tmp_path / "journal")
     write_events(journal, [Finished(done[ticket]) for ticket in tickets(0, (0, 2))], 0)
     journal.close()
-    assert sessions_had(tmp_path / "journal") == {"a": tickets(0)[0], "c": tickets(0, (2,))[0]}
-    again = GatewayRollouts(FinishedSessions(sessions.directory, 4), tmp_path / "journal")
+    had = sessions_had(tmp_path / "journal")
+    assert had == {"a": tickets(0)[0], "c": tickets(0, (2,))[0]}
+    if deleted:
+        next(sessions.finished.glob(f"*-{deleted}.jsonl")).unlink()
+    again = GatewayRollouts(FinishedSessions(sessions.directory, 4, had=had))
     done = asyncio.run(played(again, [*tickets(0, (1, 3)), *tickets(1, range(4))]))
     assert [done[ticket].task.id for ticket in [*tickets(0, (1, 3)), *tickets(1, range(4))]] == list("bdefgh")
 
 
-def test_a_damaged_record_stops_the_run_in_a_sentence(sessions, tmp_path):
+def test_a_damaged_record_is_named_and_left_out(sessions, caplog):
     close(sessions, "a")
-    path = next(sessions.finished.iterdir())
+    close(sessions, "b")
+    path = sessions.finished / "00000000-a.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([lines[0], b"x" + lines[1], *lines[2:]]))
-    rollouts = GatewayRollouts(FinishedSessions(sessions.directory, 1), tmp_path / "journal")
-    with pytest.raises(RunError, match="is damaged at line 2"):
-        asyncio.run(played(rollouts, tickets(0, (0,))))
+    cut = sessions.finished / "00000002-c.jsonl"
+    cut.write_bytes(lines[0])
+    finished = FinishedSessions(sessions.directory, 1)
+    done = asyncio.run(played(GatewayRollouts(finished), [*tickets(0, (0,)), *tickets(1, (0,))]))
+    assert [rollout.task.id for rollout in done.values()] == ["b"]
+    assert finished.damaged == [path.name, cut.name] and finished.left_out == "2 cannot be read"
+    assert f"{path} is damaged at line 2" in caplog.text and f"{cut} ends before its session was closed" in caplog.text
+
+
+def test_deleted_sessions_that_a_run_has_had_do_not_shift_the_groups_of_others(sessions, tmp_path):
+    for name in "abcdef":
+        close(sessions, name)
+    had = {"a": tickets(0)[0], "b": tickets(0)[1]}
+    next(sessions.finished.glob("*-a.jsonl")).unlink()
+    finished = FinishedSessions(sessions.directory, 2, had=had)
+    assert [ids(ready) for ready in finished.poll()] == [["c", "d"], ["e", "f"]] and finished.waiting == 0
 
 
 def test_a_directory_in_which_nothing_changed_is_not_listed_again(sessions, monkeypatch):
@@ -97,11 +118,11 @@ def test_a_directory_in_which_nothing_changed_is_not_listed_again(sessions, monk
     assert list(finished.poll()) == list(finished.poll()) == [] and finished.waiting == 1 and len(listed) == 1
     time.sleep(0.02)
     close(sessions, "b")
-    assert [[rollout.task.id for rollout in group] for group in finished.poll()] == [["a", "b"]] and len(listed) == 2
+    assert [ids(ready) for ready in finished.poll()] == [["a", "b"]] and len(listed) == 2
 
 
 def test_a_change_right_before_a_look_is_looked_for_again(sessions):
     finished = FinishedSessions(sessions.directory, 1)
     for name in "abc":  # however coarse the clock of the file system is
         close(sessions, name)
-        assert [[rollout.task.id for rollout in group] for group in finished.poll()] == [[name]]
+        assert [ids(ready) for ready in finished.poll()] == [[name]]

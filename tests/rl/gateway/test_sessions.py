@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_a_reward_that_came_twice_is_heard_once_and_another_one_is_refused(runni
     assert running.reward("later", 1.0, final=False).json()["state"] == "open"
     assert running.reward("later", 0.5, final=False).json()["reward"]["value"] == 0.5
     assert running.reward("later", 0.75).json()["state"] == "finished"
-    assert rollout(running.sessions, "later").reward.value == 0.75
+    assert running.sessions.find("later").reward.value == 0.75
 
 
 @pytest.mark.parametrize(("method", "path", "body", "status", "word"), [
@@ -142,7 +143,7 @@ def test_silence_closes_a_session_with_the_reward_it_has(tmp_path):
     add_turn(sessions, "busy")
     now[0] += 1000
     sessions.expire()
-    assert sessions.counts() == {"open": 1, "closed": 2}
+    assert sessions.counts() == {"open": 1, "closed": 2, "damaged": 0}
     assert rollout(sessions, "silent").outcome == "aborted" and "1 hours" in rollout(sessions, "silent").failure
     assert (rollout(sessions, "rewarded").outcome, rollout(sessions, "rewarded").reward.value) == ("ok", 0.5)
     sessions.close()
@@ -206,10 +207,25 @@ def test_torn_lines_and_deaths_at_every_step_lose_nothing_that_was_answered(tmp_
         (directory / "open" / "s.jsonl").write_bytes(record[:size])
         again = Sessions(directory)
         whole = record[:size].count(b"\n")
-        assert again.counts() == {"open": int(0 < whole < len(lines)), "closed": int(whole == len(lines))}
+        over = whole >= len(lines) - 1  # the last but one is the final reward
+        assert again.counts() == {"open": int(whole > 0 and not over), "closed": int(over), "damaged": 0}
         if whole:
             assert len(again.find("s").turns) == max(0, min(whole - 1, 2)) and again.find("s").group == "g"
         again.close()
+
+
+def test_one_damaged_file_is_put_aside_and_the_others_go_on(tmp_path, caplog):
+    sessions = Sessions(tmp_path)
+    for name in ("good", "bad"):
+        sessions.open(name)
+        add_turn(sessions, name)
+    sessions.close()
+    path = tmp_path / "open" / "bad.jsonl"
+    path.write_bytes(b"x" + path.read_bytes())
+    again = Sessions(tmp_path)
+    assert again.counts() == {"open": 1, "closed": 0, "damaged": 1} and len(again.find("good").turns) == 1
+    assert (tmp_path / "damaged" / "bad.jsonl").exists() and "bad.jsonl is damaged at line 1" in caplog.text
+    again.close()
 
 
 SERVER = """
@@ -276,13 +292,69 @@ def test_an_answer_whose_client_left_is_recorded_and_not_learnt(tmp_path, stream
     engine.close()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_answers_under_way_when_the_final_reward_comes_are_part_of_the_session(tmp_path, stream):
+    model = ScriptedModel("one two three four five six seven")
+    model.delay = 0.02
+    engine, sessions = Engine(model, speaker_tokenizer()), Sessions(tmp_path / "live")
+    app = create_gateway(engine, sessions, model_name="tiny")
+    body = json.dumps({"model": "tiny", "messages": USER, "stream": stream, **OFF}).encode()
+
+    async def rewarded():
+        tasks = [asyncio.create_task(Call(app, scope_of("/s/early/v1/chat/completions"), body).run()) for _ in "ab"]
+        while engine.stats().sampled_tokens < 3:
+            await asyncio.sleep(0.01)
+        assert sessions.reward("early", 1.0).state == "finished"
+        with pytest.raises(ApiError, match="is closed; begin another one"):
+            sessions.begin("early")
+        with pytest.raises(ApiError, match="cannot be given up"):
+            sessions.abandon("early", "")
+        assert not list(sessions.finished.iterdir())
+        shutil.copytree(tmp_path / "live", tmp_path / "killed")
+        await asyncio.wait(tasks)
+
+    asyncio.run(rewarded())
+    assert [path.name for path in sessions.finished.iterdir()] == ["00000000-early.jsonl"]
+    assert [turn.output_ids for turn in rollout(sessions, "early").turns] == [tuple(model.script)] * 2
+    sessions.close()
+    engine.close()
+    again = Sessions(tmp_path / "killed")  # what was under way was lost with the server
+    assert again.counts()["closed"] == 1 and again.reward("early", 1.0).turns == []
+    again.close()
+
+
+def test_a_session_says_how_much_of_it_can_be_learnt_from(tmp_path, caplog):
+    with gateway(tmp_path) as running:
+        empty = running.post("", session="empty").json()
+        assert empty["learnable_tokens"] == 0 and empty["note"].startswith("No answer is recorded here")
+        for _ in range(2):
+            ask(running.openai("cold"), USER, temperature=0.7, max_tokens=3)
+        known = running.reward("cold", 1.0).json()
+        assert known["sampled_tokens"] == 6 and known["learnable_tokens"] == 0
+        assert known["note"].startswith("0 of 6 tokens can be learnt from, so its reward counts for nothing")
+        ask(running.openai("mixed"), USER, temperature=0.7, max_tokens=3)
+        ask(running.openai("mixed"), USER, max_tokens=2)
+        assert running.reward("mixed", 1.0).json()["note"] == "2 of 5 tokens can be learnt from."
+    warned = [record.message for record in caplog.records if "is said once" in record.message]
+    assert len(warned) == 1 and "An answer of session cold" in warned[0]
+
+
+def test_the_reward_of_a_session_without_an_answer_is_nobodys(tmp_path):
+    sessions = Sessions(tmp_path)
+    sessions.open("empty")
+    sessions.reward("empty", 1.0)
+    found = rollout(sessions, "empty")
+    assert (found.outcome, found.reward, found.failure) == ("aborted", None, "no answer was recorded in it")
+    sessions.close()
+
+
 def test_the_key_of_the_server_guards_every_call(tmp_path):
     with gateway(tmp_path, api_key="secret") as running:
         for method, path in [("POST", ""), ("GET", ""), ("GET", "/x"), ("POST", "/x/reward"), ("DELETE", "/x")]:
             assert httpx.request(method, f"{running.url}/rl/sessions{path}", json={}).status_code == 401
         for path in ("/s/x/v1/chat/completions", "/s/x/v1/messages", "/s/x/health/../v1/models", "/s/x/rl/sessions"):
             assert httpx.post(f"{running.url}{path}", json={}).status_code == 401
-        assert running.sessions.counts() == {"open": 0, "closed": 0}
+        assert running.sessions.counts() == {"open": 0, "closed": 0, "damaged": 0}
         client = running.openai("x").with_options(api_key="secret")
         ask(client, USER)
         assert running.sessions.counts()["open"] == 1
@@ -323,13 +395,14 @@ def test_closed_sessions_become_groups_in_the_order_of_closing(tmp_path):
     for name in "adefg":
         sessions.abandon(name, "") if name == "d" else sessions.reward(name, 1.0)
     groups = list(finished.poll())
-    assert [[r.task.id for r in group] for group in groups] == [["c", "a"], ["d", "e"], ["f", "g"]]
+    assert [[r.task.id for r in ready.rollouts] for ready in groups] == [["c", "a"], ["d", "e"], ["f", "g"]]
+    groups = [ready.rollouts for ready in groups]
     assert [group[0].task.category for group in groups] == ["g", "gateway", "g"]
     assert [group[0].ticket for group in groups] == [
         Ticket("gateway", 1), Ticket("gateway", 2), Ticket("gateway", 1, 1)
     ]  # fmt: skip
     assert [r.outcome for r in groups[1]] == ["aborted", "ok"] and finished.waiting == 1
-    assert list(FinishedSessions(tmp_path, 2, weights="w1").poll()) == groups
+    assert [ready.rollouts for ready in FinishedSessions(tmp_path, 2, weights="w1").poll()] == groups
     other = FinishedSessions(tmp_path, 2, weights="w2")
     assert list(other.poll()) == [] and len(other.others) == 7
     sessions.close()
