@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from glm5.engine import ExpertChoices
-from glm5.envs import Reward, Task
-from glm5.rl.records import Rollout, Ticket, Turn
+from glm5.envs import Message, Reward, Task
+from glm5.rl.records import Branch, Rollout, Ticket, Turn
 from glm5.rl.tree import EpisodeTree
 from glm5.scoring import Grade
 
@@ -95,6 +95,7 @@ def experts_from_json(value: Json) -> ExpertChoices | None:
 def rollout_to_json(rollout: Rollout) -> Json:
     """All of it but the trajectories."""
     reward = rollout.reward
+    branches = {"branches": branches_to_json(rollout.branches)} if rollout.branches else {}
     return {
         "ticket": ticket_to_json(rollout.ticket),
         "task": dataclasses.asdict(rollout.task),
@@ -105,6 +106,7 @@ def rollout_to_json(rollout: Rollout) -> Json:
         "failure": rollout.failure,
         "seconds": round(rollout.seconds, 4),
         "tool_seconds": round(rollout.tool_seconds, 4),
+        **branches,
     }
 
 
@@ -122,12 +124,41 @@ def rollout_from_json(value: Json) -> Rollout:
         failure=value["failure"],
         seconds=value["seconds"],
         tool_seconds=value["tool_seconds"],
+        branches=branches_from_json(value.get("branches", ())),
     )
+
+
+def branches_to_json(branches: Sequence[Branch]) -> Json:
+    """One object for each: how many messages it begins with that the one before begins with too, and the rest."""
+    found: list[Json] = []
+    before: list[tuple[Message, int | None]] = []
+    for branch in branches:
+        said = list(zip(branch.messages, branch.turns, strict=True))
+        shared = leading(before, said)
+        messages, turns = branch.messages[shared:], branch.turns[shared:]
+        found.append({"shared": shared, "messages": list(map(dict, messages)), "turns": list(turns)})
+        before = said
+    return found
+
+
+def branches_from_json(values: Json) -> tuple[Branch, ...]:
+    """What `branches_to_json` was given."""
+    branches: list[Branch] = []
+    for value in values:
+        before, shared = branches[-1] if branches else Branch((), ()), value["shared"]
+        messages, turns = (*before.messages[:shared], *value["messages"]), (*before.turns[:shared], *value["turns"])
+        branches.append(Branch(messages, turns))
+    return tuple(branches)
+
+
+def leading(earlier: Sequence[Any], later: Sequence[Any]) -> int:
+    """How many items both begin with."""
+    pairs = zip(earlier, later, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(earlier), len(later)))
 
 
 def shared_tokens(before: tuple[int, ...], prompt: tuple[int, ...]) -> int:
     """Leading tokens that both have."""
     if prompt[: len(before)] == before:
         return len(before)
-    pairs = zip(before, prompt, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(prompt)))
+    return leading(before, prompt)

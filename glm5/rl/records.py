@@ -118,6 +118,15 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class Branch:
+    """What was said along one path through an episode, for people."""
+
+    messages: tuple[Message, ...]
+    turns: tuple[int | None, ...]
+    """Which of the rollout's turns said each message; None for what others said and for what is no turn of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """One finished episode."""
 
@@ -137,6 +146,8 @@ class Rollout:
     """From start to score, by the wall clock."""
     tool_seconds: float = field(default=0.0, compare=False)
     """Of these, in the environment."""
+    branches: tuple[Branch, ...] = ()
+    """Conversations of an episode with several. Empty: `messages` is the only one, and its answers are the turns."""
 
     def __post_init__(self) -> None:
         if (self.reward is not None) != (self.outcome in SCORED):

@@ -10,6 +10,7 @@ from collections import Counter
 
 from glm5.errors import RunError
 from glm5.rl.events import Accepted, BatchMade, Dropped, Event, Finished, Requeued
+from glm5.rl.scheduler_state import NO_TOKENS
 
 UNIFORM = ("all right", "all wrong")
 """Why samples are dropped whose group was scored."""
@@ -96,11 +97,12 @@ class Vain:
         counts = " and ".join(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))
         seen = f"; {self._seen()}" if self.rewards else ""
         newest = f" The newest failure was in {failure}." if self.reasons["env_failure"] else ""
+        cold = " Tokens are learnt from that were sampled with nothing cut off." if self.reasons[NO_TOKENS] else ""
         return (
             f"Nothing could be learnt from the last {self.groups} groups: their samples were dropped ({counts}{seen}). "
             f"Take {self._tasks()} tasks, larger groups, a higher --rollout.temperature or a bonus on entropy "
             "(--learner.entropy), so that the samples of a task differ; keep uniform groups (--uniform-groups keep); "
-            f"or mend an environment that fails.{newest}"
+            f"or mend an environment that fails.{cold}{newest}"
         )
 
     def _tasks(self) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from glm5.engine import ExpertChoices
 from glm5.envs import Reward, Task
 from glm5.rl.codec import rollout_from_json, rollout_to_json
-from glm5.rl.records import Rollout, Ticket, Turn
+from glm5.rl.records import Branch, Rollout, Ticket, Turn
 from glm5.rl.tree import EpisodeTree
 from glm5.scoring import Grade
 
@@ -26,10 +26,15 @@ def test_rollouts_come_back_whole_and_prompts_are_stored_once():
         Reward(0.25, Grade("incorrect", "not quite", "5")),
         ({"role": "user", "content": "ü"}, {"role": "assistant", "content": None, "tool_calls": []}),
         turns,
+        branches=(
+            Branch(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}), (None, 0)),
+            Branch(({"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}), (None, 2)),
+        ),
     )
     value = json.loads(json.dumps(rollout_to_json(rollout)))
     assert rollout_from_json(value) == rollout
     assert [len(turn["experts"][-1]) if "experts" in turn else 0 for turn in value["turns"]] == [0, 0, 56]
     assert [turn["prompt"] for turn in value["turns"]] == [[1, 2, 3], [6], [9]]
+    assert [(len(branch["messages"]), branch["shared"]) for branch in value["branches"]] == [(2, 0), (1, 1)]
     failed = Rollout(Ticket("env", 7), Task("t", (), "", ""), (), "env_failure", None, failure="no light")
     assert rollout_from_json(json.loads(json.dumps(rollout_to_json(failed)))) == failed

@@ -22,9 +22,10 @@ from typing import Literal
 
 from glm5.engine import SamplingParams
 from glm5.envs import Reward, Task
+from glm5.rl.codec import leading
 from glm5.rl.gateway.answers import Answers, Message
 from glm5.rl.journal import Record, read_journal
-from glm5.rl.records import Outcome, Rollout, Ticket, Turn
+from glm5.rl.records import Branch, Outcome, Rollout, Ticket, Turn
 from glm5.rl.tree import EpisodeTree
 from glm5.scoring import Grade
 from glm5.text import Written
@@ -95,7 +96,7 @@ class Session:
         follows = self._all.extended_by(turn.prompt_ids)
         earlier = None if follows is None else self.turns[follows]
         tokens = 0 if earlier is None else len(earlier.turn.prompt_ids) + len(earlier.turn.output_ids)
-        kept = 0 if earlier is None else _same(earlier.messages, messages)
+        kept = 0 if earlier is None else leading(earlier.messages, messages)
         return {
             "kind": "turn", "follows": follows, "prompt": turn.prompt_ids[tokens:], "output": turn.output_ids,
             "logprobs": turn.logprobs, "versions": [[v, len(list(run))] for v, run in groupby(turn.versions)],
@@ -158,7 +159,21 @@ class Session:
             turns=turns,
             failure=failure if reward is None else "",
             seconds=self.touched_at - self.opened_at,
+            branches=self._branches(),
         )
+
+    def _branches(self) -> tuple[Branch, ...]:
+        """The conversation of each leaf, with the answers that its prompt holds as they were sampled."""
+        learnt = [place for place, recorded in enumerate(self.turns) if recorded.learnt]
+        numbers = {place: number for number, place in enumerate(learnt)}
+        found = []
+        for leaf in self._all.leaves:
+            last = self.turns[leaf]
+            said = (*last.messages, *([last.answer] if last.answer else []))
+            answers = {len(self.turns[place].messages): numbers.get(place) for place in self._all.chain(leaf)}
+            if said:
+                found.append(Branch(said, tuple(answers.get(place) for place in range(len(said)))))
+        return tuple(found)
 
 
 def read_session(path: Path) -> Session:
@@ -180,9 +195,3 @@ def own_distribution(params: SamplingParams) -> bool:
 
 def _reward(value: float, reason: str) -> Reward:
     return Reward(value, Grade("correct" if value > 0 else "incorrect", reason))
-
-
-def _same(earlier: Sequence[Message], messages: Sequence[Message]) -> int:
-    """Leading messages that both have."""
-    pairs = zip(earlier, messages, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(earlier), len(messages)))

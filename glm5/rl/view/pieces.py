@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from glm5.rl.records import Trajectory, Turn
+from glm5.rl.codec import branches_to_json
+from glm5.rl.records import Branch, Rollout, Trajectory, Turn
 from glm5.rl.view.history import Told
 from glm5.text import Detokenizer, Tokenizer
 
@@ -45,7 +46,7 @@ def body_of(one: Told, tokenizer: Tokenizer, trainer: Sequence[Sequence[float]] 
         for number, trajectory in enumerate(rollout.trajectories)
     ]
     return {
-        "messages": [dict(message) for message in rollout.messages],
+        "branches": branches_to_json(rollout.branches or [_only_branch(rollout)]),
         "answer": rollout.task.answer,
         "reason": rollout.reward.reason if rollout.reward else "",
         "failure": rollout.failure,
@@ -54,6 +55,13 @@ def body_of(one: Told, tokenizer: Tokenizer, trainer: Sequence[Sequence[float]] 
         "turns": [_turn(turn) for turn in rollout.turns],
         "paths": paths,
     }
+
+
+def _only_branch(rollout: Rollout) -> Branch:
+    """The conversation whose answers are the turns, one after the other."""
+    numbers = iter(range(len(rollout.turns)))
+    turns = [next(numbers, None) if message["role"] == "assistant" else None for message in rollout.messages]
+    return Branch(rollout.messages, tuple(turns))
 
 
 def path_of(trajectory: Trajectory, tokenizer: Tokenizer, trainer: Sequence[float] | None) -> list[Any]:

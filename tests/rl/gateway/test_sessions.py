@@ -339,6 +339,24 @@ def test_a_session_says_how_much_of_it_can_be_learnt_from(tmp_path, caplog):
     assert len(warned) == 1 and "An answer of session cold" in warned[0]
 
 
+def test_every_branch_of_a_session_is_told_with_the_turns_that_said_it(tmp_path):
+    with gateway(tmp_path) as running:
+        client = running.openai("s")
+        first = {"role": "assistant", "content": ask(client, USER, max_tokens=3).choices[0].message.content}
+        ask(client, [*USER, first, *USER], max_tokens=3)
+        other = [{"role": "user", "content": "And 2 + 2?"}, {"role": "assistant", "content": "5"}, *USER]
+        ask(client, other, max_tokens=3, temperature=0.5)
+        ask(client, other, max_tokens=3)
+        running.reward("s", 1.0)
+        found = rollout(running.sessions, "s")
+    assert len(found.turns) == 3 and [branch.turns for branch in found.branches] == [
+        (None, 0, None, 1), (None, None, None, None), (None, None, None, 2)
+    ]  # fmt: skip
+    said = [[message["content"] for message in branch.messages] for branch in found.branches]
+    assert said[0][:3] == [USER[0]["content"], first["content"], USER[0]["content"]]
+    assert said[2][:3] == ["And 2 + 2?", "5", USER[0]["content"]]
+
+
 def test_the_reward_of_a_session_without_an_answer_is_nobodys(tmp_path):
     sessions = Sessions(tmp_path)
     sessions.open("empty")

@@ -48,7 +48,8 @@ def test_every_token_is_in_the_page_with_all_that_is_known_of_it(tmp_path):
     versions = [version for part in sampled for version, count in part["versions"] for _ in range(count)]
     assert versions == [v for turn in made.turns for v in turn.versions]
     assert [x for part in sampled for x in part["trainer"]] == trainer[made.id][0]
-    assert body["messages"] == [dict(message) for message in made.messages]
+    (branch,) = body["branches"]
+    assert branch == {"shared": 0, "messages": [dict(m) for m in made.messages], "turns": [None, 0, None, 1]}
     assert [turn["output"] for turn in body["turns"]] == [len(turn.output_ids) for turn in made.turns]
 
 
@@ -69,7 +70,7 @@ def test_hostile_text_stays_inside(tmp_path):
     page = written(tmp_path, told([made]), title=HOSTILE)
     assert page.count("<script") == 3 and page.count("</script>") == 3 and "<img" not in page and "<!--" not in page
     _, (body,) = opened(page)
-    assert body["messages"][0]["content"] == HOSTILE
+    assert body["branches"][0]["messages"][0]["content"] == HOSTILE
     policy = re.search(r'Content-Security-Policy" content="(.*?)"', page)[1]
     for tag, directive in (("script", "script-src"), ("style", "style-src")):
         (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -105,7 +106,7 @@ def test_chunks_are_opened_one_by_one(tmp_path):
     assert index["chunks"] == 4 and len(bodies) == 200
     for row, body in zip(index["rows"], bodies, strict=True):
         number = int(row["id"].split("/")[1]) * 8 + row["sample"]
-        assert body["messages"][-1]["content"] == f"It is {number}."
+        assert body["branches"][0]["messages"][-1]["content"] == f"It is {number}."
 
 
 def test_the_trainers_log_probabilities_are_those_of_a_forward_pass():

@@ -1,5 +1,7 @@
 """The viewer's page in headless Chromium, opened from disk: filters, groups, tokens, hostile text, light and dark."""
 
+from dataclasses import replace
+
 import pytest
 from page_reader import needs_browser, start_browser
 from rollouts_made import rollout
@@ -7,6 +9,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from speaker import speaker_tokenizer
 
+from glm5.rl.records import Branch
 from glm5.rl.view import Told, told, write_viewer
 
 pytestmark = needs_browser
@@ -140,6 +143,24 @@ def test_search_finds_questions_answers_tools_and_failures(viewer):
         viewer.until(lambda: viewer.groups() == groups)  # noqa: B023
     viewer.one("#clear").click()
     viewer.until(lambda: len(viewer.groups()) == 3)
+
+
+def test_every_branch_of_an_episode_is_shown_with_the_figures_of_its_own_turns(browser, tmp_path):
+    made = rollout(calls=[("add", "{}", "42")], fork=True)
+    user = {"role": "user", "content": "Ask."}
+    few, first, second = ({"role": "assistant", "content": text} for text in ("An example.", "Left.", "Zebra."))
+    branches = (Branch((user, few, first), (None, None, 0)), Branch((user, few, second), (None, None, 1)))
+    viewer = Viewer(browser, tmp_path / "branches.html", told([replace(made, branches=branches)]))
+    boxes = [box.text for box in viewer.all("article .branch, article .message")]
+    figures = [f"turn {number + 1}: {len(turn.output_ids)} tokens" for number, turn in enumerate(made.turns)]
+    assert boxes[0] == "branch 1" and boxes[4] == "branch 2: its first 2 messages are those of branch 1"
+    assert "turn" not in boxes[2] and "An example." in boxes[2]
+    assert figures[0] in boxes[3] and "Left." in boxes[3] and figures[1] in boxes[5] and "Zebra." in boxes[5]
+    viewer.fill("search", "left")
+    viewer.until(lambda: viewer.text("#found") == "1 of 1 episodes in 1 group")
+    viewer.fill("search", "elephant")
+    viewer.until(lambda: viewer.text("#found") == "0 of 1 episodes in 0 groups")
+    assert not viewer.complaints()
 
 
 def test_tokens_are_coloured_by_log_probability_version_and_mask(viewer):

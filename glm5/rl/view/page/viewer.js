@@ -63,7 +63,7 @@ async function search() {
 }
 function textOf(body) {
   if (body.text === undefined) {
-    const said = body.messages.map((m) => [m.content, m.reasoning_content, JSON.stringify(m.tool_calls || "")].map(shown).join("\n"));
+    const said = body.branches.flatMap((branch) => branch.messages).map((m) => [m.content, m.reasoning_content, JSON.stringify(m.tool_calls || "")].map(shown).join("\n"));
     body.text = [body.reason, body.failure, body.answer, ...said].join("\n").toLowerCase();
   }
   return body.text;
@@ -121,7 +121,7 @@ async function choose(name) {
   const head = byId("group-head");
   head.replaceChildren();
   if (members.length) {
-    const asked = bodies[0].messages.find((message) => message.role !== "assistant");
+    const asked = bodies[0].branches.flatMap((branch) => branch.messages).find((message) => message.role !== "assistant");
     head.append(make("h2", "", name), make("p", "", shown(asked && asked.content).slice(0, 600) || members[0].question));
     if (bodies[0].answer) head.append(make("p", "faint", `expected: ${bodies[0].answer.slice(0, 300)}`));
   } else head.append(make("p", "faint", "No episode passes the filters."));
@@ -151,20 +151,25 @@ function shown(content) {
   return typeof content === "string" ? content : JSON.stringify(content, null, 1);
 }
 function talk(body) {
-  let turn = 0;
-  return body.messages.map((message) => {
-    const box = make("div", `message ${["assistant", "tool"].includes(message.role) ? message.role : "user"}`);
-    const timed = message.role === "assistant" ? body.turns[turn++] : undefined;
-    box.append(make("span", "role", shown(message.role)
-      + (timed ? `, turn ${turn}: ${timed.output} tokens after ${timed.prompt} (${timed.cached} cached), ${timed.seconds} s, ${timed.finish}` : "")));
-    if (message.reasoning_content) box.append(make("div", "thought", shown(message.reasoning_content)));
-    if (message.content) box.append(document.createTextNode(shown(message.content)));
-    for (const call of message.tool_calls || []) {
-      const made = call.function || {};
-      box.append(make("div", "call", `${shown(made.name)}(${shown(made.arguments)})`));
-    }
-    return box;
+  return body.branches.flatMap((branch, number) => {
+    const boxes = branch.messages.map((message, i) => said(message, branch.turns[i], body.turns));
+    const begins = branch.shared === 0 ? "begins anew" : `its first ${branch.shared} messages are those of branch ${number}`;
+    const head = `branch ${number + 1}` + (number === 0 ? "" : `: ${begins}`);
+    return body.branches.length > 1 ? [make("h4", "faint branch", head), ...boxes] : boxes;
   });
+}
+function said(message, turn, turns) {
+  const box = make("div", `message ${["assistant", "tool"].includes(message.role) ? message.role : "user"}`);
+  const timed = turn === null ? undefined : turns[turn];
+  box.append(make("span", "role", shown(message.role)
+    + (timed ? `, turn ${turn + 1}: ${timed.output} tokens after ${timed.prompt} (${timed.cached} cached), ${timed.seconds} s, ${timed.finish}` : "")));
+  if (message.reasoning_content) box.append(make("div", "thought", shown(message.reasoning_content)));
+  if (message.content) box.append(document.createTextNode(shown(message.content)));
+  for (const call of message.tool_calls || []) {
+    const made = call.function || {};
+    box.append(make("div", "call", `${shown(made.name)}(${shown(made.arguments)})`));
+  }
+  return box;
 }
 
 // ---- tokens
