@@ -184,6 +184,8 @@ class Core:
             blocks_used=scheduler.blocks.used,
             blocks_total=scheduler.blocks.num_blocks,
             steps=self.steps,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_prompt_tokens=scheduler.cached_prompt_tokens,
             cached_tokens=scheduler.cached_tokens,
             computed_tokens=scheduler.computed_tokens,
             sampled_tokens=self.sampled_tokens,

@@ -111,8 +111,12 @@ class EngineStats:
     blocks_used: int
     blocks_total: int
     steps: int
+    prompt_tokens: int
+    """Of the requests that began, each prompt counted once."""
+    cached_prompt_tokens: int
+    """Of these, taken from the prefix cache."""
     cached_tokens: int
-    """Tokens taken from the prefix cache instead of being computed."""
+    """Tokens taken from the prefix cache instead of being computed, after preemptions too."""
     computed_tokens: int
     """Tokens that went through the model, drafts included."""
     sampled_tokens: int

@@ -77,6 +77,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.request_of: dict[Sequence, Request] = {}
+        self.prompt_tokens = self.cached_prompt_tokens = 0
         self.cached_tokens = self.computed_tokens = self.preemptions = 0
 
     # ---- coming and going ---------------------------------------------------------------------------------------
@@ -229,7 +230,9 @@ class Scheduler:
         self.cached_tokens += sequence.computed
         request = self.request_of[sequence]
         if request.cached_tokens is None:
-            request.cached_tokens = sequence.computed
+            request.cached_tokens = min(sequence.computed, len(sequence.prompt_ids))
+            self.prompt_tokens += len(sequence.prompt_ids)
+            self.cached_prompt_tokens += request.cached_tokens
         self._move(sequence, self.waiting, self.running)
         return True
 

@@ -44,7 +44,7 @@ class Figures:
     finish_reasons: tuple[str, ...] = ()
     first_token_seconds: float | None = None
     token_seconds: float | None = None
-    """Mean time between two tokens."""
+    """Mean time between two tokens of one sample."""
 
 
 class AccessLog:
@@ -96,15 +96,17 @@ def level_of(figures: Figures) -> int:
 
 def generated(generation: Any, began: float) -> dict[str, Any]:
     """The figures of a `Generation`, for a request that began at `began` (`time.perf_counter`)."""
-    first, last, tokens = generation.first_token_at, generation.last_token_at, generation.completion_tokens
-    several = first is not None and last is not None and tokens > 1
+    begun = [sample for sample in generation.samples if sample.tokens]
+    first = min((sample.first_token_at for sample in begun), default=None)
+    pauses = sum(len(sample.tokens) - 1 for sample in begun)  # samples run side by side, so each has its own
+    waited = sum(sample.last_token_at - sample.first_token_at for sample in begun)
     return {
         "prompt_tokens": generation.prompt_tokens,
         "cached_tokens": generation.cached_tokens,
-        "output_tokens": tokens,
+        "output_tokens": generation.completion_tokens,
         "finish_reasons": tuple(sample.finish_reason for sample in generation.samples),
         "first_token_seconds": None if first is None else first - began,
-        "token_seconds": (last - first) / (tokens - 1) if several else None,
+        "token_seconds": waited / pauses if pauses else None,
     }
 
 

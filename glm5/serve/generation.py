@@ -76,6 +76,9 @@ class Sample:
     tokens: list[TokenDelta] = field(default_factory=list)
     reasoning_tokens: int = 0
     """Tokens up to the end of the reasoning, which they include."""
+    first_token_at: float = 0.0
+    """Of `time.perf_counter`, as is the next; of no meaning without tokens."""
+    last_token_at: float = 0.0
 
     @property
     def text(self) -> str:
@@ -89,6 +92,9 @@ class Sample:
 
     def take(self, token: TokenDelta) -> list[Delta]:
         """Adds a token; what it gives the parser to say."""
+        self.last_token_at = time.perf_counter()
+        if not self.tokens:
+            self.first_token_at = self.last_token_at
         self.tokens.append(token)
         if self.parser is None:
             return []
@@ -145,9 +151,6 @@ class Generation:
             Sample(index, prompt, parser(f"{self.id}/{index}") if parser else None)
             for index, prompt in enumerate(prompt for prompt in self.prompts for _ in range(params.n))
         ]
-        self.first_token_at: float | None = None
-        """Of `time.perf_counter`, as is the next."""
-        self.last_token_at: float | None = None
         self._streams: list[TokenSource] = []
         self._version = source.version
 
@@ -180,8 +183,6 @@ class Generation:
         try:
             async with aclosing(self._merged()) as tokens:
                 async for prompt, token in tokens:
-                    self.last_token_at = time.perf_counter()
-                    self.first_token_at = self.first_token_at or self.last_token_at
                     sample = self.samples[prompt * self.params.n + token.index]
                     yield Step(sample, token, sample.take(token))
             for sample in self.samples:

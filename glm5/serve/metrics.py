@@ -45,7 +45,7 @@ class Metrics:
         self.finished = counter("samples", "Samples that ended, by reason.", ("finish_reason",))
         self.first_token = histogram("time_to_first_token_seconds", "From request to first token.", FIRST_TOKEN_SECONDS)
         self.per_token = histogram(
-            "time_per_output_token_seconds", "Mean time between the tokens of a request.", TOKEN_SECONDS
+            "time_per_output_token_seconds", "Mean time between the tokens of a sample, by request.", TOKEN_SECONDS
         )
         self.seconds = histogram("request_seconds", "From request to the end of the response.", REQUEST_SECONDS)
         self.prompt_length = histogram("prompt_length_tokens", "Prompt tokens per request.", LENGTHS)
@@ -86,6 +86,8 @@ ENGINE_GAUGES = {
 }
 ENGINE_COUNTERS = {
     "steps": "Steps of the engine.",
+    "prompt_tokens": "Prompt tokens of the requests that began.",
+    "cached_prompt_tokens": "Of these, taken from the prefix cache.",
     "cached_tokens": "Tokens taken from the prefix cache instead of being computed.",
     "computed_tokens": "Tokens that went through the model.",
     "sampled_tokens": "Tokens that were sampled.",
@@ -116,9 +118,8 @@ class _Now(Collector):
             yield CounterMetricFamily(f"glm5_engine_{name}", text, value=stats[name])
         used = stats["blocks_used"] / max(stats["blocks_total"], 1)
         yield GaugeMetricFamily("glm5_engine_cache_usage_ratio", "Share of the cache blocks in use.", value=used)
-        seen = stats["cached_tokens"] + stats["computed_tokens"]
-        hits = stats["cached_tokens"] / max(seen, 1)
-        yield GaugeMetricFamily("glm5_engine_prefix_hit_ratio", "Cached tokens over all tokens.", value=hits)
+        hits = stats["cached_prompt_tokens"] / max(stats["prompt_tokens"], 1)
+        yield GaugeMetricFamily("glm5_engine_prefix_hit_ratio", "Cached prompt tokens over all of them.", value=hits)
         if stats["drafted_tokens"]:
             share = stats["accepted_tokens"] / stats["drafted_tokens"]
             yield GaugeMetricFamily("glm5_engine_draft_acceptance_ratio", "Accepted over drafted tokens.", value=share)

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from plain import GREEDY, ToyModel
+from plain import GREEDY, ToyModel, run, submit, toy_core
 from speaker import speaker_tokenizer
 
 from glm5.engine import Engine, SamplingParams
@@ -243,3 +243,17 @@ def test_stats_count_what_was_done():
     stats = engine.stats()
     assert (stats.sampled_tokens, stats.computed_tokens + stats.cached_tokens) == (8, 16)
     assert (stats.blocks_total, stats.blocks_used, stats.version, stats.running) == (50, 0, 4, 0)
+
+
+def test_the_prefix_caches_share_counts_each_prompt_once_and_no_sampled_token():
+    core = toy_core(num_blocks=11, block_size=4)
+    prompt = list(range(9))
+    first = submit(core, prompt, replace(GREEDY, n=2, temperature=1.0, seed=1))
+    run(core)
+    assert (core.stats(0).prompt_tokens, core.stats(0).cached_prompt_tokens) == (9, 0)
+    requests = [submit(core, prompt + list(range(i)), replace(GREEDY, max_tokens=20)) for i in (0, 8, 8)]
+    run(core)
+    stats, counted = core.stats(0), [first, *requests]
+    assert stats.preemptions > 0  # and what is computed again, or found again, is not counted again
+    assert stats.prompt_tokens == sum(len(r.sequences[0].prompt_ids) for r in counted) == 9 + 9 + 17 + 17
+    assert stats.cached_prompt_tokens == sum(r.cached_tokens for r in counted) == 0 + 8 + 8 + 16

@@ -4,19 +4,23 @@ import asyncio
 import io
 import json
 import logging
+import time
+from types import SimpleNamespace
 
 import pytest
 from asgi_client import Call, scope_of
 from chat_client import USER, ask, client_of
 from prometheus_client.parser import text_string_to_metric_families
 
+from glm5.engine import SamplingParams, TokenDelta
 from glm5.engine.core import Core
 from glm5.errors import InputError
 from glm5.serve import Limits
-from glm5.serve.access_log import JsonLines
+from glm5.serve.access_log import JsonLines, generated
 from glm5.serve.auth import check_key
 from glm5.serve.errors import ApiError
 from glm5.serve.gate import Gate, Place
+from glm5.serve.generation import Generation
 from glm5.serve.host_check import OWN_NAMES
 from glm5.serve.http import is_loopback
 from glm5.serve.slow_readers import SendAtLeisure
@@ -139,6 +143,29 @@ def test_metrics_count_requests_by_route():
     assert found["glm5_http_requests_total", "GET", "unknown", "404"] == 2
     assert found["glm5_requests_running",] == found["glm5_draining",] == 0
     assert "kumquat" not in str(found)
+
+
+def test_the_time_between_tokens_is_that_of_each_sample(monkeypatch):
+    moments = iter([10.0, 11.0, 12.0, 13.0, 14.0, 16.0, 20.0])
+    monkeypatch.setattr(
+        "glm5.serve.generation.time", SimpleNamespace(time=time.time, perf_counter=lambda: next(moments))
+    )
+    source = SimpleNamespace(version=0)
+    generation = Generation(source, [[1], [2]], SamplingParams(n=2))
+    assert generated(generation, 9.0)["first_token_seconds"] is generated(generation, 9.0)["token_seconds"] is None
+    for sample in (1, 0, 1, 0, 1, 3, 0):  # the third of four has none yet, and the last has one
+        generation.samples[sample].take(TokenDelta(sample % 2, 5, 0.0, (), 0, ""))
+    figures = generated(generation, 9.0)
+    assert (figures["first_token_seconds"], figures["output_tokens"]) == (1.0, 7)
+    assert figures["token_seconds"] == ((14 - 10) + (20 - 11)) / (2 + 2)
+
+
+def test_the_share_of_the_prefix_cache_is_one_of_prompt_tokens():
+    client = client_of("</think>ok")
+    for _ in range(2):
+        reply = client.post("/v1/completions", json={"model": "tiny", "prompt": [7] * 130, "max_tokens": 40})
+        assert reply.status_code == 200
+    assert metrics_of(client)["glm5_engine_prefix_hit_ratio",] == 128 / 260
 
 
 def test_health_answers_a_question_without_a_body():
