@@ -6,7 +6,9 @@
 The agent is a plain program: base URL, tool loop, answer. Its tasks are fresh requests for the tools of
 `glm5.data.tools` (calculator, weather, alarm, letters), `--group-size` attempts at each, those of a round side by side
 over HTTP. An attempt is worth 0.2 for the right tool, 0.4 for its arguments, 0.4 for an answer that says its result.
-Before and after, the same agent does `--judged` held-out requests against a plain server, at temperature 1.
+Before and after, the same agent does the same `--judged` held-out requests against a plain server, at temperature 1;
+the gain is the mean over the requests, with its standard error. A finished run in `--out` is judged again, not done
+again: more requests tell a small gain from chance.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import statistics
 import tempfile
 import threading
 import time
@@ -41,6 +44,7 @@ from glm5.rl.gateway import Address, train_from_gateway
 from glm5.rl.gateway.learning import served
 from glm5.rl.learner import LearnerConfig
 from glm5.serve import create_app
+from glm5.train import RunDirectory
 
 TOWNS = ("Paris", "Rome", "Oslo", "Lima", "Kyoto", "Quito")
 TURNS = 3
@@ -64,7 +68,7 @@ class Options:
     judged: int = 384
     seed: int = 0
     out: Path | None = None
-    """The run directory, which must not exist; a temporary one when left out."""
+    """The run directory; a temporary one when left out."""
 
 
 @dataclass(frozen=True)
@@ -184,13 +188,31 @@ def plain_server(model: Path) -> Iterator[str]:
     engine.close()
 
 
-def judged(model: Path, options: Options) -> float:
-    """Mean reward of the agent on held-out requests."""
+def judged(model: Path, options: Options) -> list[float]:
+    """The agent's rewards on the held-out requests."""
     requests = ToolRequests(options.seed, TOWNS, "heldout")
     fresh = [requests.request() for _ in range(options.judged)]
     with plain_server(model) as url, ThreadPoolExecutor(16) as pool:
-        rewards = pool.map(lambda request: AGENTS[options.agent](url, request).reward(request), fresh)
-        return sum(rewards) / len(fresh)
+        return list(pool.map(lambda request: AGENTS[options.agent](url, request).reward(request), fresh))
+
+
+def learnt(parent: Path, options: Options, directory: Path) -> RunDirectory:
+    """The finished run: found, or made."""
+    if (directory / "run.json").exists():
+        return RunDirectory.open(directory)
+    optimizer = OptimizerConfig(name="adamw", lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    scheduler = SchedulerConfig(
+        groups_per_batch=options.groups_per_batch, group_size=options.group_size, max_staleness=options.max_staleness
+    )
+    schedule = Schedule(shape="linear", warmup_steps=4, final_fraction=0.05)
+    learner = LearnerConfig(optimizer=optimizer, schedule=schedule)
+    config = RLRunConfig(parent=parent, steps=options.steps, scheduler=scheduler, learner=learner)
+    use, began = Use(options), time.perf_counter()
+    run = train_from_gateway(config, directory, Address(port=0), ready=use.begin)
+    print(f"{options.steps} steps in {time.perf_counter() - began:.0f} s")
+    use.over.set()
+    use.thread.join()
+    return run
 
 
 def main() -> None:
@@ -199,30 +221,20 @@ def main() -> None:
     random.seed(options.seed)
     parent = options.model or bundled_model()
     scratch = Path(tempfile.mkdtemp())
-    optimizer = OptimizerConfig(name="adamw", lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    scheduler = SchedulerConfig(
-        groups_per_batch=options.groups_per_batch, group_size=options.group_size, max_staleness=options.max_staleness
-    )
-    schedule = Schedule(shape="linear", warmup_steps=4, final_fraction=0.05)
-    learner = LearnerConfig(optimizer=optimizer, schedule=schedule)
-    config = RLRunConfig(parent=parent, steps=options.steps, scheduler=scheduler, learner=learner)
-    use = Use(options)
-    before, began = judged(parent, options), time.perf_counter()
-    run = train_from_gateway(config, options.out or scratch / "run", Address(port=0), ready=use.begin)
-    seconds = time.perf_counter() - began
-    use.over.set()
-    use.thread.join()
-    after = judged(run.model_directory, options)
+    run = learnt(parent, options, options.out or scratch / "run")
+    before, after = judged(parent, options), judged(run.model_directory, options)
+    gains = [late - early for early, late in zip(before, after, strict=True)]
+    gain, error = statistics.fmean(gains), statistics.stdev(gains) / len(gains) ** 0.5
     metrics = run.read("metrics")
     fifth = max(1, len(metrics) // 5)
-    first, last = (sum(m["trained_reward"] for m in part) / len(part) for part in (metrics[:fifth], metrics[-fifth:]))
-    print(f"{machine()}; seed {options.seed}, {options.steps} steps in {seconds:.0f} s")
-    print("| agent | held-out reward before | after | trained reward, first fifth | last fifth | oldest token |")
-    print("|---|---|---|---|---|---|")
+    first, last = (statistics.fmean(m["trained_reward"] for m in part) for part in (metrics[:fifth], metrics[-fifth:]))
+    print(f"{machine()}; seed {options.seed}, {len(metrics)} steps, {len(gains)} held-out requests")
+    print("| agent | held-out reward before | after | gain | trained reward, first fifth | last fifth | oldest token |")
+    print("|---" * 7 + "|")
     age = max(m["max_staleness"] for m in metrics)
-    print(f"| {options.agent} | {before:.3f} | {after:.3f} | {first:.3f} | {last:.3f} | {age} versions |")
-    if options.out is None:
-        shutil.rmtree(scratch)
+    held_out = f"{statistics.fmean(before):.3f} | {statistics.fmean(after):.3f} | {gain:+.3f} ± {error:.3f}"
+    print(f"| {options.agent} | {held_out} | {first:.3f} | {last:.3f} | {age} versions |")
+    shutil.rmtree(scratch)
 
 
 if __name__ == "__main__":
