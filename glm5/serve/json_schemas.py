@@ -33,6 +33,10 @@ _UNHELD = frozenset(
 )  # fmt: skip
 _MOVED = frozenset({"$id", "$anchor", "$dynamicAnchor", "$recursiveAnchor"})
 """What references below it would mean is not followed."""
+_MOST_BRANCHES = 256
+"""Of a `oneOf`, each of which is compared with each."""
+_Facts = tuple[frozenset[str], dict[str, set[str]], set[str]]
+"""Types of a schema; and of an object the listed values of its properties, and which properties it must have."""
 _NAMED = frozenset({"properties", "patternProperties"})
 _VALUES = frozenset({"enum", "const", "required", "type", "x-guidance"})
 
@@ -66,12 +70,12 @@ class _Copy:
     def __init__(self, root: Any, where: str) -> None:
         self._root, self._where = root, where
         self._numbers: dict[str, str] = {}
+        self._waiting: list[str] = []
 
     def shared(self) -> dict[str, Any]:
         """All that was referred to, by number."""
         found: dict[str, Any] = {}
-        while len(found) < len(self._numbers):  # each may refer to more
-            reference = list(self._numbers)[len(found)]
+        for reference in self._waiting:  # which grows, for each may refer to more
             target = referred(reference, self._root)
             found[self._numbers[reference]] = self._inner(target, top=target is self._root)
         return found
@@ -106,7 +110,10 @@ class _Copy:
     def _number(self, reference: Any) -> str:
         if not isinstance(reference, str) or referred(reference, self._root) is None:
             raise InputError(f"{self._where} uses '$ref': {reference!r} leads to no schema in it; mend it.")
-        return self._numbers.setdefault(reference, str(len(self._numbers)))
+        if reference not in self._numbers:
+            self._numbers[reference] = str(len(self._numbers))
+            self._waiting.append(reference)
+        return self._numbers[reference]
 
 
 def _as_held(schema: Mapping[str, Any], root: Any) -> Mapping[str, Any]:
@@ -138,18 +145,18 @@ def _texts(values: Any) -> bool:
 def _exclusive(branches: Any, root: Any) -> bool:
     """Whether no value can be two of the branches: they differ in type, or in a tag that each requires, as in the
     tagged unions of pydantic and Zod. (llguidance sees that too, but not behind references.)"""
-    if not isinstance(branches, list):
+    if not isinstance(branches, list) or len(branches) > _MOST_BRANCHES:
         return False
-    return all(_differ(one, other, root) for one, other in itertools.combinations(branches, 2))
+    known = [(schema_types(branch, root), *_tags(branch, root)) for branch in branches]
+    return all(_differ(one, other) for one, other in itertools.combinations(known, 2))
 
 
-def _differ(one: Any, other: Any, root: Any) -> bool:
-    types, others = schema_types(one, root), schema_types(other, root)
+def _differ(one: _Facts, other: _Facts) -> bool:
+    (types, tags, needed), (others, more, also) = one, other
     if types and others and types.isdisjoint(others) and not {"integer", "number"} <= types | others:
         return True
     if not types == others == {"object"}:
         return False
-    (tags, needed), (more, also) = _tags(one, root), _tags(other, root)
     return any(tags[key].isdisjoint(more[key]) for key in tags.keys() & more.keys() & (needed | also))
 
 

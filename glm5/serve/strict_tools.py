@@ -41,10 +41,9 @@ def check_strict(name: str, parameters: Any) -> None:
 
 def _check(schema: Any, root: Mapping[str, Any], where: str) -> None:
     """Only where an argument may be a string do our own rules write it."""
-    types = schema_types(schema, root)
-    if types and "string" not in types:
+    types, strings = schema_types(schema, root), StringSchema(schema, root)
+    if types and not strings.possible:
         return
-    strings = StringSchema(schema, root)
     _refuse(strings.unheld, where)
     if not types and any(not _own(keyword) for keyword in strings.asked):
         raise InputError(f"{where} needs a type: its schema would not be held without one.")

@@ -18,7 +18,7 @@ from glm5.text.values import JSON_TYPES, json_types, referred
 
 _COMBINED = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
 _UNSAID = frozenset({"not", "if"})
-_MOST = 64
+_MOST = 1024
 """Alternatives; a schema of a few references and lists of them may ask for thousands."""
 
 
@@ -72,6 +72,11 @@ class StringSchema:
         self.alternatives = self._read(schema)
         if any(one.patterns and one.texts for one in self.alternatives):
             self.unheld.add("pattern")  # of listed values: expressions are the grammar's, and it has only their texts
+
+    @property
+    def possible(self) -> bool:
+        """Whether a string may be valid: also where a branch says nothing, and no type beside it is a string's."""
+        return any(one.texts != () for one in self.alternatives)
 
     def _read(self, schema: Any) -> list[Alternative]:
         if schema is False:
@@ -127,7 +132,7 @@ class StringSchema:
             if keyword == "allOf":
                 yield from each
                 continue
-            if keyword == "oneOf" and any(_overlap(*pair) for pair in itertools.combinations(each, 2)):
+            if keyword == "oneOf" and _overlap(each):
                 self.unheld.add(keyword)
             yield [one for alternatives in each for one in alternatives]
 
@@ -142,12 +147,16 @@ class StringSchema:
         return self._behind[reference] or []
 
 
-def _overlap(these: list[Alternative], those: list[Alternative]) -> bool:
-    """Whether a string may be both, as far as is seen at once."""
-    for one, other in itertools.product(these, those):
-        texts, others = one.texts, other.texts
-        if texts == () or others == ():
-            continue
-        if texts is None or others is None or not set(texts).isdisjoint(others):
+def _overlap(branches: list[list[Alternative]]) -> bool:
+    """Whether a string may be of two branches, as far as is seen at once: any string and another, or the same text."""
+    seen: set[str] = set()
+    any_text = False
+    for branch in branches:
+        found = [one.texts for one in branch]
+        texts = {text for each in found for text in each or ()}
+        free = None in found
+        if (free and (seen or any_text)) or (any_text and texts) or not seen.isdisjoint(texts):
             return True
+        seen |= texts
+        any_text = any_text or free
     return False

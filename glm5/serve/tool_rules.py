@@ -132,9 +132,9 @@ def _value(schema: Any, root: Mapping[str, Any], where: str) -> list[str] | None
     types = schema_types(schema, root)
     if not types:
         return None if schema is False else [_TEXT]
-    if "string" not in types:
-        return [_json(schema, root, where)]
     strings = StringSchema(schema, root)
+    if "string" not in types and not strings.possible:
+        return [_json(schema, root, where)]
     found: list[str] = []
     for one in strings.alternatives:
         if one.texts is None:

@@ -103,7 +103,7 @@ def value_json(text: str, types: frozenset[str], *, exact: bool) -> str:
     """The JSON of an argument's text. exact: as a grammar held it (`exact_json`)."""
     found = exact_json(text, types) if exact else None
     if found is None:
-        found = to_json(text if exact and "string" in types else typed(text, types))
+        found = to_json(text if exact and types else typed(text, types))
     return found
 
 

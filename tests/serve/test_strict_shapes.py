@@ -130,6 +130,12 @@ RAW = {
         },
         "required": ["a", "b", "c", "d", "e", "f"], "$defs": {"Short": {"type": "string", "maxLength": 3}},
     },
+    "a branch that takes anything": {
+        "type": "object",
+        "properties": {"a": {"anyOf": [{}, {"type": "null"}]},
+                       "b": {"anyOf": [True, {"type": "integer", "minimum": 5}], "pattern": "^x", "maxLength": 4}},
+        "required": ["a", "b"],
+    },
     "what asks for nothing": {
         "type": "object", "x-order": 1,
         "properties": {
