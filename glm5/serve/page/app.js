@@ -10,7 +10,7 @@ import { SettingsSheet, requestFields } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import * as store from "./store.js";
 import { toast } from "./toast.js";
-import { AnswerView, UserView } from "./view.js";
+import { AnswerView, UserView, isWrittenIn } from "./view.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -45,7 +45,7 @@ class Page {
   connect() {
     byId("new").addEventListener("click", () => this.startNew());
     byId("open-settings").addEventListener("click", () => this.settings.open());
-    byId("export").addEventListener("click", () => this.export());
+    byId("export").addEventListener("click", () => exportFile(this.conversation, this.models.chosen));
     byId("delete").addEventListener("click", () => this.delete());
     byId("import").addEventListener("change", (event) => this.import(event.target));
     byId("title").addEventListener("input", (event) => this.rename(event.target.value));
@@ -112,10 +112,6 @@ class Page {
     });
   }
 
-  export() {
-    exportFile(this.conversation, this.models.chosen);
-  }
-
   async import(field) {
     const [file] = field.files;
     field.value = "";
@@ -179,8 +175,7 @@ class Page {
 
   /** Whether an answer comes into the conversation on screen, or the reader writes into it. */
   isBusy() {
-    return this.running.has(this.conversation.id) || this.settings.sheet.open || this.log.querySelector(".editor") !== null ||
-      [...this.log.querySelectorAll(".result-box textarea")].some((box) => box.value);
+    return this.running.has(this.conversation.id) || this.settings.sheet.open || isWrittenIn(this.log);
   }
 
   changedSettings(save = true) {
@@ -208,19 +203,11 @@ class Page {
     const view = message.role === "user" ? new UserView(message, this.actions) : new AnswerView(message, this.actions);
     this.views.set(message, view);
     this.log.append(view.element);
-    if (message.role === "assistant") view.update(this.isLive(message), this.resultsOf(message));
+    if (message.role === "assistant") view.update(this.isLive(message), store.resultsOf(this.conversation, message));
   }
 
   isLive(message) {
     return this.running.get(this.conversation.id)?.answer.message === message;
-  }
-
-  /** The results that follow an answer with tool calls, in the order of its calls. */
-  resultsOf(message) {
-    const { messages } = this.conversation;
-    const results = [];
-    for (let i = messages.indexOf(message) + 1; messages[i]?.role === "tool"; i++) results.push(messages[i].content);
-    return results;
   }
 
   // ---- what the reader does
@@ -231,10 +218,11 @@ class Page {
   }
 
   edit(message, text) {
+    if (message.role === "user") this.offerUndo(message);
     message.content = text;
     if (message.role === "assistant") {
       this.save();
-      this.views.get(message).update(false, this.resultsOf(message));
+      this.views.get(message).update(false, store.resultsOf(this.conversation, message));
       return;
     }
     this.cutAfter(message);
@@ -247,6 +235,7 @@ class Page {
   }
 
   again(message) {
+    this.offerUndo(message);
     this.cutAfter(message);
     this.conversation.messages.pop();
     this.ask();
@@ -262,11 +251,25 @@ class Page {
   }
 
   editResults(message) {
-    message.drafts = this.resultsOf(message);
+    message.drafts = store.resultsOf(this.conversation, message);
     this.cutAfter(message);
     this.save();
     this.showMessages();
     this.views.get(message).element.querySelector(".result-box textarea").focus();
+  }
+
+  /** What was said after a message that is done again goes; until the toast does, the reader can have it back. */
+  offerUndo(message) {
+    const { conversation } = this;
+    const { messages } = conversation;
+    if (!messages.slice(messages.indexOf(message) + 1).some(({ role }) => role === "user")) return;
+    const before = structuredClone(messages);
+    toast("What was said after that is removed.", "Undo", () => {
+      this.running.get(conversation.id)?.answer.stop();
+      conversation.messages = before;
+      this.keep(conversation);
+      this.show(conversation);
+    });
   }
 
   cutAfter(message) {
@@ -297,6 +300,7 @@ class Page {
     this.sidebar.show(conversation);
     this.showMessages();
     this.scroll.toEnd();
+    if (document.activeElement === document.body) this.composer.focus(); // the button that asked is gone
     announce("Answering.");
     const error = await answer.run(body, store.apiKey.get());
     if (this.running.get(conversation.id)?.answer === answer) this.running.delete(conversation.id);
@@ -322,7 +326,7 @@ class Page {
   }
 
   refresh(message) {
-    this.views.get(message)?.update(this.isLive(message), this.resultsOf(message));
+    this.views.get(message)?.update(this.isLive(message), store.resultsOf(this.conversation, message));
     this.scroll.follow();
   }
 

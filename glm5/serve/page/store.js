@@ -137,6 +137,13 @@ function isMessage(message) {
   return (message?.role === "user" || message?.role === "tool") && typeof message.content === "string";
 }
 
+/** The results that follow an answer with tool calls, in the order of its calls. */
+export function resultsOf({ messages }, message) {
+  const results = [];
+  for (let i = messages.indexOf(message) + 1; messages[i]?.role === "tool"; i++) results.push(messages[i].content);
+  return results;
+}
+
 /** Whether a call has come to its end. Others cannot be sent back; the server would refuse their arguments. */
 export function isWholeCall(call) {
   try {

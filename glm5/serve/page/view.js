@@ -21,7 +21,7 @@ export class UserView {
 
   edit() {
     openEditor(this.element, this.message.content, "Edited message", "Send", (text) => (
-      this.actions.edit(this.message, text)
+      text.trim() && this.actions.edit(this.message, text)
     ));
   }
 }
@@ -134,6 +134,11 @@ function pretty(text) {
   } catch {
     return text;
   }
+}
+
+/** Whether the reader edits one of the messages, or writes the result of a call. */
+export function isWrittenIn(log) {
+  return [...log.querySelectorAll("textarea")].some((box) => box.value || box.closest(".editor"));
 }
 
 /** Puts a text box over a message. Escape or Cancel leaves the message as it was. */
