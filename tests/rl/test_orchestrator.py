@@ -228,13 +228,13 @@ def test_a_run_that_hangs_says_what_it_waits_for(parent, tmp_path):
 
 
 def test_a_run_that_teaches_nothing_says_so(parent, tmp_path):
-    config = config_of(parent, groups_in_vain=5)
-    nothing = r"the last [56] groups.*\(2\d all wrong; rewards: 0 \(2\d times\)\). Take easier tasks"
+    config = config_of(parent, groups_in_vain=5)  # three groups at once may come back in one turn of the loop
+    nothing = r"the last [5-7] groups.*\(2\d all wrong; rewards: 0 \(2\d times\)\). Take easier tasks"
     for run in (train_rl, train_in_lockstep):
         path = tmp_path / run.__name__
         with pytest.raises(RunError, match=nothing):
             run(config, [Chat(reward=lambda said: 0.0)], path)
-        with pytest.raises(RunError, match=r"the last (9|1[0-2]) groups"):  # five more: something may have been mended
+        with pytest.raises(RunError, match=r"the last (9|1[0-4]) groups"):  # five more: something may have been mended
             run(config, [Chat(reward=lambda said: 0.0)], path, resume=True)
 
 
