@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from benchmarks.measure import machine
+from benchmarks.measure import agreement, machine, status_bytes
 from benchmarks.memory import GIVING_BACK
 from glm5.config import ModelConfig
 from glm5.data import IGNORED, Batch
@@ -113,7 +113,7 @@ def measured(options: Options) -> Case:
     prepare(stage, model, loop)
     ids_BT = torch.randint(0, VOCABULARY, (1, options.tokens + 1))
     batch = Batch(ids_BT[:, :-1], ids_BT[:, 1:], torch.zeros_like(ids_BT[:, :-1]))
-    before, seconds = bytes_of("VmRSS"), []
+    before, seconds = status_bytes("VmRSS"), []
     for _ in range(options.repeats):
         model.zero_grad(set_to_none=True)
         started = time.process_time()
@@ -121,15 +121,9 @@ def measured(options: Options) -> Case:
         seconds.append(time.process_time() - started)
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     return Case(
-        options.mib[0], options.peer, bytes_of("VmHWM") - before, gradients, tuple(seconds), found.loss,
+        options.mib[0], options.peer, status_bytes("VmHWM") - before, gradients, tuple(seconds), found.loss,
         found.grad_norms["grad_norm"],
     )  # fmt: skip
-
-
-def bytes_of(name: str) -> int:
-    """A line of this process's status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 def in_a_process(options: Options, mib: int, *, peer: bool = False) -> Case:
@@ -155,8 +149,7 @@ def table(options: Options, cases: list[Case]) -> str:
     for case in cases:
         name = "all at once" if case is plain else f"{case.mib:,}"
         name = f"PyTorch's `linear_cross_entropy`, pieces of {case.mib:,} MiB" if case.peer else name
-        apart = max(abs(case.loss / plain.loss - 1), abs(case.norm / plain.norm - 1))
-        same = "the same" if apart == 0 else f"within {apart:.0e}"
+        same = agreement((case.loss, case.norm), (plain.loss, plain.norm))
         same = f"{case.loss:.6f}, {case.norm:.6f}" if case is plain else same
         over = (case.peak - case.gradients) / 1e9
         times = f"{statistics.median(case.seconds):.1f} ({min(case.seconds):.1f} to {max(case.seconds):.1f})"

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +83,18 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
     done.set()
     watcher.join()
     return max(peak, resident()) - before
+
+
+def status_bytes(name: str) -> int:
+    """A line of this process's status in Linux, such as VmHWM: the most memory that it has held."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def agreement(found: Sequence[float], plain: Sequence[float]) -> str:
+    """In words, how far figures are from those of the plain way, relative to these."""
+    apart = max(abs(one / other - 1) for one, other in zip(found, plain, strict=True))
+    return "the same" if apart == 0 else f"within {apart:.0e}"
 
 
 def machine() -> dict[str, object]:

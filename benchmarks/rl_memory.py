@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmarks.measure import machine
+from benchmarks.measure import agreement, machine, status_bytes
 from glm5.config import ModelConfig
 from glm5.model import GLM5
 from glm5.rl.learner import Learner, LearnerConfig
@@ -74,9 +74,9 @@ def measured(options: Options) -> Case:
     config = dataclasses.replace(ModelConfig.from_preset("nano"), vocab_size=VOCABULARY)
     learner = Learner(GLM5(config), LearnerConfig(logits_mib=options.mib[0], pass_tokens=options.tokens))
     example = example_of(options.tokens, options.trained)
-    before, started = _bytes("VmRSS"), time.process_time()
+    before, started = status_bytes("VmRSS"), time.process_time()
     values = learner.backward([example], Given())
-    seconds, peak = time.process_time() - started, _bytes("VmHWM") - before
+    seconds, peak = time.process_time() - started, status_bytes("VmHWM") - before
     grads = [p.grad for p in learner.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads).item()
     return Case(options.mib[0], peak, sum(g.nbytes for g in grads), seconds, values["loss"], norm)
@@ -91,11 +91,6 @@ def example_of(tokens: int, trained: int) -> Example:
     logprobs = tuple(-torch.tensor(VOCABULARY).log().item() if flag else 0.0 for flag in flags)
     trajectory = Trajectory(tuple(ids), flags, logprobs, tuple(0 if flag else -1 for flag in flags))
     return Example(trajectory, 1.0, 1 / trained, 1.0, "random", tuple(range(first, tokens)), (0,) * trained)
-
-
-def _bytes(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 def in_a_process(options: Options, mib: int) -> Case:
@@ -118,9 +113,8 @@ def table(options: Options, cases: list[Case]) -> str:
     ]
     for case in cases:
         name = "all at once" if case is plain else f"{case.mib:,}"
-        apart = max(abs(case.loss / plain.loss - 1), abs(case.norm / plain.norm - 1))
         over = (case.peak - case.gradients) / 1e9
-        same = "the same" if apart == 0 else f"within {apart:.0e}"
+        same = agreement((case.loss, case.norm), (plain.loss, plain.norm))
         same = f"{case.loss:.6f}, {case.norm:.6f}" if case is plain else same
         lines.append(f"| {name} | {case.peak / 1e9:.2f} | {over:.2f} | {case.seconds:.1f} | {same} |")
     return "\n".join(lines)
