@@ -198,8 +198,8 @@ def judged(model: Path, options: Options) -> list[float]:
 
 def learnt(parent: Path, options: Options, directory: Path) -> RunDirectory:
     """The finished run: found, or made."""
-    if (directory / "run.json").exists():
-        return RunDirectory.open(directory)
+    if (directory / "run.json").exists() and (run := RunDirectory.open(directory)).finished:
+        return run
     optimizer = OptimizerConfig(name="adamw", lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0)
     scheduler = SchedulerConfig(
         groups_per_batch=options.groups_per_batch, group_size=options.group_size, max_staleness=options.max_staleness
