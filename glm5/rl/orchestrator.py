@@ -134,12 +134,12 @@ class Orchestrator:
             for ticket in session.under_way():
                 self._begin(ticket)
             while session.version < self.config.steps:
-                stop = stopped() or session.vain.full
-                if stop and self._learning is None:
-                    if session.vain.full:
-                        break
+                stop, full = stopped(), session.vain.full
+                await self._advance(learning=not stop, sampling=not (stop or full))
+                if self._learning is None and stop:
                     self._interrupted()
-                await self._advance(sampling=not stop)
+                if self._learning is None and full:  # and nothing is left to learn from
+                    break
                 await self._take_news()
                 self.watch.glance(len(self.playing), self._ready(), lambda: self.fleet.stats().engines)
             await self._mirrored(last=True)
@@ -158,11 +158,11 @@ class Orchestrator:
                 self._interrupted()
         await waiting
 
-    async def _advance(self, *, sampling: bool) -> None:
-        """Everything that can be done now is begun."""
+    async def _advance(self, *, learning: bool, sampling: bool) -> None:
+        """Everything that can be done now, and is still wanted, is begun."""
         session = self.session
         await self._publish_if_allowed()
-        if self._learning is None and sampling:
+        if self._learning is None and learning:
             if session.batch is None:
                 _, cancelled = session.next_batch()
                 self._cancel(cancelled)

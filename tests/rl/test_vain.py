@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +105,45 @@ def test_a_parent_that_knows_it_all_is_the_result(parent, tmp_path):
     run = train_rl(config_of(parent), [SingleTurn(Course())], tmp_path / "run", publish_to=tmp_path / "weights")
     assert run.finished and run.read("metrics") == [] and "stopped after step 0 of 20" in report_of(run)
     assert all(w.equal(weights_of(parent)[n]) for n, w in weights_of(run.model_directory).items())
+
+
+@pytest.fixture
+def slow_learner(monkeypatch):
+    """Steps take until the run is full of what teaches nothing. Gives what raises in them, if anything."""
+    vains, broken, init, step = [], [], Vain.__init__, Learner.step
+
+    def begin(self, *arguments):
+        vains.append(self)
+        init(self, *arguments)
+
+    def slow(self, batch):
+        for _ in range(3000):
+            if vains[-1].full:
+                break
+            time.sleep(0.02)
+        if broken:
+            raise broken.pop()
+        return step(self, batch)
+
+    monkeypatch.setattr(Vain, "__init__", begin)
+    monkeypatch.setattr(Learner, "step", slow)
+    return broken
+
+
+def test_what_waits_to_be_learnt_from_is_learnt_from_before_the_end(parent, tmp_path, slow_learner):
+    wide = SchedulerConfig(groups_per_batch=2, group_size=4, max_running=8, max_staleness=6)
+    run = train_rl(replace(config_of(parent), scheduler=wide), [SingleTurn(Course(mastered=6))], tmp_path / "run")
+    assert run.finished and len(run.read("metrics")) == 3
+    assert json.loads((run.path / "learnt.json").read_text())["step"] == 3
+
+
+def test_a_batch_that_was_handed_out_before_a_crash_is_learnt_from_before_the_end(parent, tmp_path, slow_learner):
+    slow_learner.append(MemoryError("of the learner"))
+    with pytest.raises(MemoryError):
+        train_rl(config_of(parent), [SingleTurn(Course(mastered=2))], tmp_path / "run")
+    run = train_rl(config_of(parent), [SingleTurn(Course(mastered=2))], tmp_path / "run", resume=True)
+    assert run.finished and [line["trained"] for line in run.read("metrics")] == [8]
+    assert any(not w.equal(weights_of(parent)[n]) for n, w in weights_of(run.model_directory).items())
 
 
 def report_of(run):
