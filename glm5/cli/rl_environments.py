@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from glm5.cli.rl_own import KIND as OWN
-from glm5.cli.rl_own import code_of, own_environment
+from glm5.cli.rl_own import OwnFile
 from glm5.data.corpus import Split
 from glm5.data.world import World
 from glm5.data.world_text import open_world
@@ -64,19 +64,19 @@ def named_environment(text: str, world: Path | None = None, *, split: Split = "t
     """
     spec, _, weight = text.rpartition("@") if _is_weight(text.rpartition("@")[2]) and "@" in text else (text, "", "1")
     kind, _, rest = spec.partition(":")
-    if kind not in KINDS:
-        raise InputError(f"There is no environment {kind!r}.{did_you_mean(kind, KINDS)}")
+    if kind not in KINDS and kind != OWN:
+        raise InputError(f"There is no environment {kind!r}.{did_you_mean(kind, [*KINDS, OWN])}")
     if float(weight) <= 0:
         raise InputError(f"The weight of {spec} is {weight}; it must be more than 0.")
+    if kind == OWN:
+        file, _, named = rest.partition(":")
+        name, _, given = named.partition(":")
+        chosen, source = _open_settings(f"{OWN}:{file}:{name}", given), OwnFile.read(file)
+        return Named(source.environment(name, chosen, split), float(weight), spec, source.code)
     try:
-        environment = KINDS[kind](rest, world, split)
-        return Named(environment, float(weight), spec, code_of(Path(rest.partition(":")[0])) if _own(spec) else None)
+        return Named(KINDS[kind](rest, world, split), float(weight), spec)
     except TypeError as error:
         raise InputError(f"{spec}: {error}") from None
-
-
-def _own(spec: str) -> bool:
-    return spec.startswith(OWN)
 
 
 def _is_weight(text: str) -> bool:
@@ -128,12 +128,6 @@ def _verifiers(rest: str, world: Path | None, split: Split) -> Environment:
     return named_taskset(name, chosen)
 
 
-def _python(rest: str, world: Path | None, split: Split) -> Environment:
-    file, _, named = rest.partition(":")
-    name, _, given = named.partition(":")
-    return own_environment(file, name, _open_settings(f"{OWN}{file}:{name}", given), split)
-
-
 def _open_settings(of: str, given: str) -> dict[str, Any]:
     """The settings of somebody's own code, none of which is a secret."""
     chosen = settings(given)
@@ -170,6 +164,5 @@ KINDS: dict[str, Callable[[str, Path | None, Split], Environment]] = {
     "lookup": lambda rest, world, split: lookup_environment(_world("lookup", world), **settings(rest)),
     "facts": _facts,
     "openenv": _openenv,
-    "python": _python,
     "verifiers": _verifiers,
 }

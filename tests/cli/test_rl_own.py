@@ -1,6 +1,9 @@
 """Environments of one's own, by their file: runs, resumes and replays know the code that they were begun with."""
 
 import json
+import os
+import sys
+from hashlib import sha256
 
 import pytest
 from speaker import speaker_model, speaker_tokenizer
@@ -36,6 +39,14 @@ def drawn(split, largest=9):
 
 
 questions = Sums()
+
+
+def missing():
+    raise ValueError("no such table")
+
+
+def leaves():
+    raise SystemExit(0)
 """
 
 
@@ -63,12 +74,40 @@ def test_an_object_or_a_function_that_makes_it(file):
         ("mine.py:drawn:smallest=5", "unexpected keyword argument 'smallest'"),
         ("mine.py:drawn:api_key=5", "looks like a secret"),
         ("broken.py:capitals", "cannot be read: ZeroDivisionError: division by zero"),
+        ("script.py:capitals", r"script\.py cannot be read: SystemExit: 0"),
+        ("mine.py:missing", r"missing of .*mine\.py made no environment: ValueError: no such table"),
+        ("mine.py:leaves", r"leaves of .*mine\.py made no environment: SystemExit: 0"),
     ],
 )
 def test_what_is_refused_and_how(file, rest, says):
     (file.parent / "broken.py").write_text("1 / 0")
+    (file.parent / "script.py").write_text(OWN + "raise SystemExit(0)")
     with pytest.raises(InputError, match=says):
         named_environment(f"python:{file.parent}/{rest}")
+
+
+def test_the_code_that_runs_is_the_code_whose_hash_is_noted(tmp_path):
+    path, seen = tmp_path / "edited.py", []
+    for reward in ("1.0", "0.0"):  # of one size, in one second: a cache of bytecode would take them for the same
+        path.write_text(
+            OWN + f"capitals = single_questions('capitals', [('?', '!')], lambda task, message: {reward})\n"
+        )
+        os.utime(path, (1e9, 1e9))
+        named = named_environment(f"python:{path}:capitals")
+        score = named.environment.questions.score
+        value = score(named.environment.task(0, 0), {"role": "assistant", "content": "x"}).value
+        seen.append((named.code == sha256(path.read_bytes()).hexdigest(), value))
+    assert seen == [(True, 1.0), (True, 0.0)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_may_import_its_neighbours(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "neighbour_of_mine.py").write_text("answer = 'Paris'\n")
+    path = tmp_path / "with_neighbour.py"
+    path.write_text("from neighbour_of_mine import answer\n" + OWN.replace('"Paris"', "answer"))
+    task = named_environment(f"python:{path}:capitals").environment.task(0, 0)
+    assert task.answer in ("Paris", "Lima")
 
 
 def test_a_run_is_resumed_and_replayed_with_the_code_that_it_was_begun_with(file, tmp_path, capsys, monkeypatch):
