@@ -31,8 +31,8 @@ from rich.console import Console
 
 from glm5.cli import rl_outside, rl_simulate
 from glm5.cli.rl_engines import EngineOptions
-from glm5.cli.rl_environments import Named, named_environment
-from glm5.cli.rl_record import Record, check_parent, in_flags, noted, parse
+from glm5.cli.rl_environments import Named
+from glm5.cli.rl_record import Record, check_parent, code_of, environments, in_flags, noted, parse
 from glm5.cli.threads import use_threads
 from glm5.envs.protocol import UniformGroups
 from glm5.errors import InputError
@@ -115,38 +115,35 @@ def run(arguments: Sequence[str]) -> int:
     flags = parse(Flags, RLOptions, arguments, record)
     use_threads(flags.run.threads)
     check_parent(flags.config, record)
-    anew = any(argument.split("=")[0] in ("--env", "--held-out-env") for argument in arguments)
+    act = train if flags.run.replay_step is None else again
     try:
-        return again(flags, record) if flags.run.replay_step is not None else train(flags, record, anew=anew)
+        return act(flags, record, arguments)
     except RunChanged as error:
         raise error if record is None else in_flags(error, flags.config, record) from None
 
 
-def train(flags: Flags, record: Record | None, *, anew: bool) -> int:
-    """A run, or the rest of one. anew: whether its environments are said again."""
+def train(flags: Flags, record: Record | None, arguments: Sequence[str]) -> int:
+    """A run, or the rest of one."""
     options, engines = flags.run, flags.engines
-    environments = [named_environment(text, options.world) for text in options.env]
+    learnt = environments(options.env, options.world, arguments, record)
     engines.check(resume=options.resume)
     if options.deterministic and (engines.executor != "local" or engines.publish_to is not None):
         raise InputError("--deterministic runs in one process; leave --executor and --publish-to out.")
-    if not environments:
+    if not learnt:
         raise InputError(nothing_to_learn_from(record))
-    held_out = [named_environment(text, options.world, split="heldout") for text in options.held_out_env]
-    check_held_out(environments, held_out)
-    code = {named.environment.name: named.code for named in (*environments, *held_out) if named.code is not None}
-    if record is not None:
-        record.check_code(code, anew=anew)
-    config = replace(with_full_names(flags.config, environments), command=noted(flags, code))
+    held_out = environments(options.held_out_env, options.world, arguments, record, "heldout")
+    check_held_out(learnt, held_out)
+    config = replace(with_full_names(flags.config, learnt), command=noted(flags, code_of([*learnt, *held_out])))
     console = Console(stderr=options.json)
     play = train_in_lockstep
     if not options.deterministic:
         play = functools.partial(train_rl, make_fleet=engines.fleet(config, options.out), publish_to=engines.mirror)
     done = play(
         config,
-        [named.environment for named in environments],
+        [named.environment for named in learnt],
         options.out,
         held_out=[named.environment for named in held_out],
-        sources=sources_of(environments, options.uniform_groups or ("keep" if config.aids.teachers else None)),
+        sources=sources_of(learnt, options.uniform_groups or ("keep" if config.aids.teachers else None)),
         resume=options.resume,
         console=console,
     )
@@ -154,12 +151,12 @@ def train(flags: Flags, record: Record | None, *, anew: bool) -> int:
     return 0
 
 
-def again(flags: Flags, record: Record | None) -> int:
+def again(flags: Flags, record: Record | None, arguments: Sequence[str]) -> int:
     """A step once more. Environments have no part in it but that teachers may be named after them."""
     assert record is not None and flags.run.replay_step is not None
     config = flags.config
     if config.aids.teachers != record.config.aids.teachers:
-        config = with_full_names(config, [named_environment(text, flags.run.world) for text in flags.run.env])
+        config = with_full_names(config, environments(flags.run.env, flags.run.world, arguments, record))
     replayed = replay_step(config, flags.run.out, flags.run.replay_step)
     return print_replay(replayed, Console(stderr=flags.run.json), flags.run.json)
 

@@ -41,6 +41,8 @@ from glm5.envs import (
 from glm5.errors import InputError, did_you_mean
 
 Settings = Mapping[str, Any]
+CheckCode = Callable[[str, str], None]
+"""Is told an environment of one's own, as the command line names it, and the hash of its file, before that is run."""
 SECRET = frozenset({"key", "apikey", "token", "secret", "password"})
 """Last words of the names of settings that are secrets: the run's record shows what the command line says."""
 
@@ -57,7 +59,9 @@ class Named:
     """The hash of the file that it is from, for one of your own."""
 
 
-def named_environment(text: str, world: Path | None = None, *, split: Split = "train") -> Named:
+def named_environment(
+    text: str, world: Path | None = None, *, split: Split = "train", check_code: CheckCode | None = None
+) -> Named:
     """The environment of a name; raises InputError that says what is wrong with it.
 
     split: of the tasks, where the kind has one (lookup and openenv have none; held out, verifiers needs its own).
@@ -72,6 +76,8 @@ def named_environment(text: str, world: Path | None = None, *, split: Split = "t
         file, _, named = rest.partition(":")
         name, _, given = named.partition(":")
         chosen, source = _open_settings(f"{OWN}:{file}:{name}", given), OwnFile.read(file)
+        if check_code is not None:
+            check_code(spec, source.code)
         return Named(source.environment(name, chosen, split), float(weight), spec, source.code)
     try:
         return Named(KINDS[kind](rest, world, split), float(weight), spec)

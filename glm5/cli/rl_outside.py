@@ -22,8 +22,7 @@ import tyro
 from rich.console import Console
 
 from glm5.cli.rl_engines import EngineOptions
-from glm5.cli.rl_environments import named_environment
-from glm5.cli.rl_record import Record, check_parent, in_flags, noted, parse
+from glm5.cli.rl_record import Record, check_parent, code_of, environments, in_flags, noted, parse
 from glm5.cli.threads import use_threads
 from glm5.envs.protocol import UniformGroups
 from glm5.errors import InputError
@@ -94,12 +93,12 @@ def run(arguments: Sequence[str], record: Record | None) -> int:
     flags = parse(Flags, OutsideOptions, arguments, record)
     check_parent(flags.config, record)
     try:
-        return train(flags)
+        return train(flags, record, arguments)
     except RunChanged as error:
         raise error if record is None else in_flags(error, flags.config, record) from None
 
 
-def train(flags: Flags) -> int:
+def train(flags: Flags, record: Record | None, arguments: Sequence[str]) -> int:
     """A run, or the rest of one."""
     options, console = flags.run, Console(stderr=flags.run.json)
     if options.from_gateway == (options.from_records is not None):
@@ -108,10 +107,11 @@ def train(flags: Flags) -> int:
     engines = flags.engines
     engines.check(resume=options.resume)
     use_threads(options.threads)
-    config = replace(flags.config, command=noted(flags))
+    held_out = environments(options.held_out_env, options.world, arguments, record, "heldout")
+    config = replace(flags.config, command=noted(flags, code_of(held_out)))
     common: dict[str, Any] = {
         "uniform_groups": options.uniform_groups,
-        "held_out": [named_environment(t, options.world, split="heldout").environment for t in options.held_out_env],
+        "held_out": [named.environment for named in held_out],
         "resume": options.resume,
         "console": console,
     }

@@ -10,7 +10,7 @@ their defaults; what is given is then compared by `RunDirectory.start`, as for a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
@@ -19,8 +19,10 @@ import tyro
 from pydantic import TypeAdapter
 
 from glm5.cli.rl_engines import EngineOptions
+from glm5.cli.rl_environments import Named, named_environment
 from glm5.cli.rl_flags import REGISTRY, teacher_words, written, written_optional
 from glm5.cli.rl_own import whole_path
+from glm5.data.corpus import Split
 from glm5.errors import InputError, RunError
 from glm5.rl.aids_config import Teacher
 from glm5.rl.config import RLRunConfig, recorded_config
@@ -115,19 +117,18 @@ class Record:
         sessions = [session.get("settings", {}).get("command") for session in self.directory.description["sessions"]]
         return [command for command in [self.config.command, *reversed(sessions)] if command]
 
-    def check_code(self, code: Mapping[str, str], *, anew: bool) -> None:
-        """Raises RunError for an environment of one's own whose file no session of the run had, unless it is said anew.
+    def check_code(self, spec: str, code: str) -> None:
+        """Raises RunError for an environment of one's own whose file no session of the run had.
 
-        code: the hash of the file, by the name of the environment.
+        spec: the environment as the command line names it, without a weight. code: the hash of the file.
         """
-        for name, newest in code.items():
-            known = [command["code"][name] for command in self._commands if name in command.get("code", {})]
-            if known and newest not in known and not anew:
-                raise RunError(
-                    f"The file of the environment {name} has changed since {self.directory.path} was started (its hash "
-                    f"is {newest[:12]} now, but {known[0][:12]} then); restore it, or say its --env again to go on "
-                    "with it as it is now."
-                )
+        noted = [command.get("code", {}) for command in self._commands]
+        known = [codes[whole_path(spec)] for codes in noted if whole_path(spec) in codes]
+        if known and code not in known:
+            raise RunError(
+                f"The file of {spec} has changed since {self.directory.path} was started (its hash is {code[:12]} now, "
+                f"but {known[0][:12]} then); restore it, or say that environment again to go on with it as it is now."
+            )
 
     @property
     def outside(self) -> bool:
@@ -185,8 +186,26 @@ def _with(kind: Callable[..., AnyFlags], flags: AnyFlags, **changed: Any) -> Any
     return kind(**{"config": flags.config, "run": flags.run, "engines": flags.engines, **changed})
 
 
+def environments(
+    texts: Sequence[str], world: Path | None, arguments: Sequence[str], record: Record | None, split: Split = "train"
+) -> list[Named]:
+    """Those of --env, or of --held-out-env where the split is "heldout".
+
+    The file of one that the arguments do not name again must be as the run had it; else it is not run (RunError).
+    """
+    flag = "--held-out-env" if split == "heldout" else "--env"
+    again = any(argument.partition("=")[0].replace("_", "-") == flag for argument in arguments)
+    check = None if again or record is None else record.check_code
+    return [named_environment(text, world, split=split, check_code=check) for text in texts]
+
+
+def code_of(environments: Iterable[Named]) -> dict[str, str]:
+    """The hashes of the files of those of one's own, by what the command line names, whatever directory it is in."""
+    return {whole_path(named.short): named.code for named in environments if named.code is not None}
+
+
 def noted(flags: Flags, code: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What the run's record shall say of the command line. code: hashes of the files of one's own environments."""
+    """What the run's record shall say of the command line. code: as from `code_of`."""
     run = {name: value for name, value in plain(_resolved(flags.run)).items() if name not in NOW}
     return {"run": run, "engines": plain(_resolved(flags.engines)), **({"code": dict(code)} if code else {})}
 

@@ -12,6 +12,9 @@ import glm5
 from glm5.cli.main import main
 from glm5.cli.rl_environments import named_environment
 from glm5.errors import InputError
+from glm5.rl.gateway import Sessions
+from glm5.rl.records import Turn
+from glm5.train.run_directory import directory_sha256
 
 OWN = """
 from dataclasses import dataclass
@@ -138,9 +141,32 @@ def test_a_run_is_resumed_and_replayed_with_the_code_that_it_was_begun_with(file
     capsys.readouterr()
     monkeypatch.chdir("/")
     assert resumed(2) == 2
-    file.write_text(OWN.replace("float(len", "-float(len"))
-    assert "The file of the environment capitals has changed" in resumed(3)
+    ran = tmp_path / "the changed file ran"
+    file.write_text(OWN.replace("float(len", "-float(len") + f"open({str(ran)!r}, 'w').close()\n")
+    for more in ((), ("--held-out-env", "none"), ("--held_out_env=sums",)):  # what is said again is another one
+        assert "mine.py:capitals has changed since" in resumed(3, *more)
+    assert not ran.exists()
     assert main(["rl", "--replay-step", "1", "--out", str(tmp_path / "run"), "--threads", "1"]) == 0
     capsys.readouterr()
     assert resumed(3, "--env", f"python:{file}:capitals") == 3
     assert resumed(4) == 4  # one of the files that it was learnt with
+
+
+def test_a_run_of_recorded_sessions_knows_the_code_that_it_measures_with(file, tmp_path, capsys):
+    glm5.save_model(speaker_model(), tmp_path / "parent", speaker_tokenizer())
+    sessions = Sessions(tmp_path / "records", weights=directory_sha256(tmp_path / "parent"))
+    for number in range(2):
+        session = sessions.open(f"s{number}")
+        turn = Turn((1, 5), (2 + number, 3), (-0.5, -0.6), (0, 0), "stop")
+        sessions._write(session.id, session.turn_event(turn, learnt=True))
+        sessions.reward(session.id, float(number))
+    sessions.close()
+    out, measured = str(tmp_path / "run"), f"python:{file}:capitals"
+    begin = ["rl", "--parent", str(tmp_path / "parent"), "--from-records", str(sessions.directory), "--out", out]
+    begin += ["--scheduler.groups-per-batch", "1", "--scheduler.group-size", "2", "--held-out-env", measured]
+    assert main([*begin, "--held-out.tasks", "1", "--threads", "1", "--json"]) == 0
+    file.write_text(OWN + "\n")
+    resume = ["rl", "--resume", "--out", out, "--threads", "1", "--json"]
+    capsys.readouterr()
+    assert main(resume) == 1 and "mine.py:capitals has changed since" in " ".join(capsys.readouterr().err.split())
+    assert main([*resume, "--held_out_env", measured]) == 0
