@@ -67,7 +67,8 @@ def test_pauses_double_up_to_the_longest_and_end_with_the_bound(monkeypatch):
         clock[0] += pause + 1.0  # a try takes its time
     full = [min(0.5 * 2**i, 30.0) for i in range(len(found))]
     assert all(most / 2 <= pause <= most for pause, most in zip(found[:-1], full[:-1], strict=True))
-    assert clock[0] == pytest.approx(301.0) and len(set(found)) == len(found) > 8
+    assert 300.0 - 1e-6 <= clock[0] <= 301.0 + 1e-6  # the last try may have taken it over the bound by itself
+    assert len(set(found)) == len(found) > 8
     assert list(outage.pauses(0.0)) == []
 
 

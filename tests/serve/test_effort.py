@@ -7,6 +7,7 @@ from speaker import ScriptedModel, speaker_tokenizer
 
 from glm5 import Tokenizer
 from glm5.engine import Engine
+from glm5.errors import TextError
 from glm5.serve import create_app
 from glm5.text.template import CHAT_TEMPLATE, takes_effort
 
@@ -37,12 +38,18 @@ def test_the_effort_is_said_by_the_models_own_template(path, effort):
     assert "Effort" not in prompt(path, CHAT_TEMPLATE, effort)
 
 
-def test_a_broken_template_is_said_so():
+def test_a_broken_template_is_not_served():
     tokenizer = Tokenizer(speaker_tokenizer().backend, "{% if reasoning_effort %}")
+    with pytest.raises(TextError, match="cannot render this conversation"):
+        create_app(Engine(ScriptedModel("ok"), tokenizer), model_name="tiny")
+
+
+def test_a_conversation_that_a_template_cannot_render_is_said_so():
+    tokenizer = Tokenizer(speaker_tokenizer().backend, "{% if messages | length > 1 %}{{ nothing() }}{% endif %}")
     app = create_app(Engine(ScriptedModel("ok"), tokenizer), model_name="tiny")
     client = TestClient(app, raise_server_exceptions=False)
     for effort in ({}, {"reasoning_effort": "high"}):
-        answer = client.post("/v1/chat/completions", json={"model": "tiny", "messages": USER, **effort})
+        answer = client.post("/v1/chat/completions", json={"model": "tiny", "messages": USER * 2, **effort})
         assert answer.status_code == 400 and "cannot render this conversation" in answer.json()["error"]["message"]
 
 
