@@ -8,15 +8,15 @@ infrastructure's is an `EnvironmentFailure` (`glm5.envs.toolbox`).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 
+from glm5.envs.function_hash import function_hash
 from glm5.envs.protocol import EpisodeLimits, Message, Observation, Questions, Reward, Task, Tool, UniformGroups
 from glm5.envs.rewards import reward_of
 from glm5.envs.threads import in_own_thread
 from glm5.envs.toolbox import Function, Toolbox
+from glm5.errors import ConfigError
 
 Judge = Callable[[Task, Sequence[Message]], Reward | float]
 """Of a whole conversation: what the model said and what the tools answered, without the question."""
@@ -33,16 +33,24 @@ class ToolEnvironment:
     judge: Judge | None = None
     """Instead of the questions' own score, which sees the last message only."""
     name: str = ""
-    """As an environment's. By default those of the questions and tools and, of a judge, the hash of its source too."""
+    """As an environment's. By default those of the questions and tools and, of a judge, a hash of what it does; raises
+    ConfigError for a judge of which that cannot be told (`function_hash.py`)."""
 
     def __post_init__(self) -> None:
-        if not self.name:
-            object.__setattr__(self, "name", self._own_name())
+        if not self.name or isinstance(self.name, _Derived):
+            object.__setattr__(self, "name", _Derived(self._own_name()))
 
     def _own_name(self) -> str:
         tools = _called(self.tools) if callable(self.tools) else "+".join(map(_called, self.tools)) or "no tools"
-        judge = [] if self.judge is None else [f"{_called(self.judge)}-{_source_hash(self.judge)}"]
-        return "/".join([self.questions.name, tools, *judge])
+        if self.judge is None:
+            return f"{self.questions.name}/{tools}"
+        known = function_hash(self.judge)
+        if known is None:
+            raise ConfigError(
+                f"The judge {_called(self.judge)} is no plain function with its source at hand, bound to nothing but "
+                "numbers and texts, so two such judges could not be told apart: give the environment a name=."
+            )
+        return f"{self.questions.name}/{tools}/{_called(self.judge)}-{known}"
 
     def task(self, seed: int, index: int) -> Task:
         """As the questions give it."""
@@ -64,13 +72,8 @@ def _called(function: Callable[..., object]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _source_hash(function: Callable[..., object]) -> str:
-    """Of its text, or of its name where Python has none."""
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
-        text = _called(function)
-    return sha256(text.encode()).hexdigest()[:8]
+class _Derived(str):
+    """A name that nobody gave: a copy with other parts (`dataclasses.replace`) makes its own."""
 
 
 class ToolEpisode:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -22,7 +23,7 @@ from glm5.envs import (
     calculator_environment,
     lookup_environment,
 )
-from glm5.errors import InputError
+from glm5.errors import ConfigError, InputError
 from glm5.text import CHAT_TEMPLATE, parse_assistant
 from glm5.text.template import render
 
@@ -233,7 +234,36 @@ def test_other_tools_and_another_judge_are_another_environment():
     assert made[0].name == f"{Sums().name}/add" and len({environment.name for environment in made}) == len(made)
     assert ToolEnvironment(Sums(), [add], judge=judge).name == made[2].name
     assert ToolEnvironment(Sums(), [add], judge=judge, name="mine").name == "mine"
-    assert ToolEnvironment(Sums(), [add], judge=partial(judge)).name.startswith(f"{Sums().name}/add/partial-")
+
+
+def test_a_copy_has_the_name_of_its_own_parts_and_keeps_one_that_was_given():
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    environment = ToolEnvironment(Sums(), [add])
+    assert replace(environment, tools=[calculator]).name == f"{Sums().name}/calculator"
+    assert (
+        replace(environment, judge=bound_judge(1.0)).name == ToolEnvironment(Sums(), [add], judge=bound_judge(1.0)).name
+    )
+    assert replace(ToolEnvironment(Sums(), [add], name="mine"), tools=[calculator]).name == "mine"
+
+
+def bound_judge(value):
+    return lambda task, conversation: value
+
+
+class Judge:
+    def __call__(self, task, conversation):
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    "judge", [Judge(), Judge().__call__, partial(bound_judge(1.0)), bound_judge([1.0]), eval("lambda *_: 1.0")]
+)
+def test_a_judge_that_its_source_does_not_tell_apart_asks_for_a_name(judge):
+    with pytest.raises(ConfigError, match=r"is no plain function .* give the environment a name="):
+        ToolEnvironment(Sums(), [calculator], judge=judge)
+    assert ToolEnvironment(Sums(), [calculator], judge=judge, name="mine").name == "mine"
 
 
 def test_what_the_parser_gives_is_what_the_environment_takes():
