@@ -1,13 +1,17 @@
 """Rollouts as JSON values and back, without loss: the form in which the journal and recorded sessions hold them.
 
-Prompts of later turns repeat what was said before, so a turn is stored as the number of tokens that it shares with the
-turn before it (prompt and output) and the rest. Trajectories follow from the turns and are made again.
+Prompts of later turns repeat what was said before, so a turn is stored as the number of tokens that it shares with an
+earlier turn (prompt and output) and the rest: with the one that shares the most, because the turns of sub-agents that
+work at once come in any order. Branches of a conversation are stored likewise, by messages. Trajectories follow from
+the turns and are made again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from base64 import b64decode, b64encode
+from bisect import bisect, insort
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,13 +37,17 @@ def ticket_from_json(value: Json) -> Ticket:
 
 
 def turns_to_json(turns: Sequence[Turn]) -> Json:
-    """One object for each turn."""
+    """One object for each turn; `like` is the number of the earlier turn that shares its first tokens."""
     found: list[Json] = []
-    before: tuple[int, ...] = ()
-    for turn in turns:
-        shared = shared_tokens(before, turn.prompt_ids)
+    ordered: list[tuple[tuple[int, ...], int]] = []
+    """Earlier turns by their tokens: the one that shares the most with a prompt is beside the prompt's place."""
+    for number, turn in enumerate(turns):
+        place = bisect(ordered, (turn.prompt_ids, -1))
+        near = [(shared_tokens(tokens, turn.prompt_ids), n) for tokens, n in ordered[max(place - 1, 0) : place + 1]]
+        shared, like = max(near, default=(0, 0))
         found.append(
             {
+                "like": like,
                 "shared": shared,
                 "prompt": turn.prompt_ids[shared:],
                 "output": turn.output_ids,
@@ -52,15 +60,16 @@ def turns_to_json(turns: Sequence[Turn]) -> Json:
         )
         if turn.experts is not None:
             found[-1]["experts"] = experts_to_json(turn.experts)
-        before = turn.prompt_ids + turn.output_ids
+        insort(ordered, (turn.prompt_ids + turn.output_ids, number))
     return found
 
 
 def turns_from_json(values: Json) -> tuple[Turn, ...]:
-    """What `turns_to_json` was given."""
+    """What `turns_to_json` was given. Earlier versions wrote each turn as the rest of the one before it."""
     turns: list[Turn] = []
     for value in values:
-        before = turns[-1].prompt_ids + turns[-1].output_ids if turns else ()
+        like = turns[value.get("like", -1)] if turns else None
+        before = () if like is None else like.prompt_ids + like.output_ids
         turns.append(
             Turn(
                 prompt_ids=before[: value["shared"]] + tuple(value["prompt"]),
@@ -129,15 +138,32 @@ def rollout_from_json(value: Json) -> Rollout:
 
 
 def branches_to_json(branches: Sequence[Branch]) -> Json:
-    """One object for each: how many messages it begins with that the one before begins with too, and the rest."""
+    """One object for each: how many messages it begins with that an earlier one, `like`, begins with too, and the rest.
+
+    No earlier one shares more. A message is shared where its answer's turn is the same.
+    """
     found: list[Json] = []
-    before: list[tuple[Message, int | None]] = []
-    for branch in branches:
-        said = list(zip(branch.messages, branch.turns, strict=True))
-        shared = leading(before, said)
-        messages, turns = branch.messages[shared:], branch.turns[shared:]
-        found.append({"shared": shared, "messages": list(map(dict, messages)), "turns": list(turns)})
-        before = said
+    said: list[tuple[Message, int | None]] = []
+    """Each message once for each beginning that it goes on from: a tree, whose root is -1."""
+    told_by: list[int] = []
+    """The first branch with that message there."""
+    after: defaultdict[int, list[int]] = defaultdict(list)
+    for number, branch in enumerate(branches):
+        messages = list(zip(branch.messages, branch.turns, strict=True))
+        at, shared = -1, 0
+        for message in messages:
+            following = next((place for place in after[at] if said[place] == message), None)
+            if following is None:
+                break
+            at, shared = following, shared + 1
+        like = told_by[at] if shared else 0
+        for message in messages[shared:]:
+            after[at].append(len(said))
+            at = len(said)
+            said.append(message)
+            told_by.append(number)
+        rest, turns = list(map(dict, branch.messages[shared:])), list(branch.turns[shared:])
+        found.append({"like": like, "shared": shared, "messages": rest, "turns": turns})
     return found
 
 
@@ -145,16 +171,23 @@ def branches_from_json(values: Json) -> tuple[Branch, ...]:
     """What `branches_to_json` was given."""
     branches: list[Branch] = []
     for value in values:
-        before, shared = branches[-1] if branches else Branch((), ()), value["shared"]
-        messages, turns = (*before.messages[:shared], *value["messages"]), (*before.turns[:shared], *value["turns"])
+        like, shared = branches[value["like"]] if branches else Branch((), ()), value["shared"]
+        messages, turns = (*like.messages[:shared], *value["messages"]), (*like.turns[:shared], *value["turns"])
         branches.append(Branch(messages, turns))
     return tuple(branches)
 
 
 def leading(earlier: Sequence[Any], later: Sequence[Any]) -> int:
-    """How many items both begin with."""
-    pairs = zip(earlier, later, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(earlier), len(later)))
+    """How many items both begin with; found by halves, which are compared as a whole."""
+    earlier, later = tuple(earlier), tuple(later)
+    low, high = 0, min(len(earlier), len(later))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if earlier[low:middle] == later[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def shared_tokens(before: tuple[int, ...], prompt: tuple[int, ...]) -> int:

@@ -153,7 +153,7 @@ function shown(content) {
 function talk(body) {
   return body.branches.flatMap((branch, number) => {
     const boxes = branch.messages.map((message, i) => said(message, branch.turns[i], body.turns));
-    const begins = branch.shared === 0 ? "begins anew" : `its first ${branch.shared} messages are those of branch ${number}`;
+    const begins = branch.shared === 0 ? "begins anew" : `its first ${branch.shared} messages are those of branch ${branch.like + 1}`;
     const head = `branch ${number + 1}` + (number === 0 ? "" : `: ${begins}`);
     return body.branches.length > 1 ? [make("h4", "faint branch", head), ...boxes] : boxes;
   });
