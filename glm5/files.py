@@ -22,6 +22,11 @@ from typing import IO, Any, BinaryIO
 
 from glm5.errors import RunError
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -90,25 +95,35 @@ def restore_directory(path: Path) -> None:
         os.rename(aside, path)
 
 
-def locked(path: Path, taken: str) -> IO[str]:
+class Lock:
+    """A locked file, until `close`. Children that were forked meanwhile do not keep it, nor do they let it go."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file, self._owner = file, os.getpid()
+
+    def close(self) -> None:
+        """Lets go. Again, it does nothing."""
+        if fcntl is not None and not self._file.closed and os.getpid() == self._owner:
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # closing is not enough where a child has the file open
+        self._file.close()
+
+
+def locked(path: Path, taken: str) -> Lock:
     """Locks the file at `path`, which is made, until what this gives is closed; a killed process lets go.
 
     Raises RunError(taken) when another process holds it, and OSError where there can be no such file. On systems
     without such locks nobody is kept out.
     """
     file = open(path, "w")  # noqa: SIM115 (the caller closes it)
-    if os.name != "posix":
-        return file
-    import fcntl
-
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
         if isinstance(error, BlockingIOError):
             raise RunError(taken) from None
         raise
-    return file
+    return Lock(file)
 
 
 def sha256_of(path: Path) -> str:

@@ -58,6 +58,34 @@ def test_a_lock_keeps_other_processes_out_until_its_holder_is_gone(tmp_path):
         locked(tmp_path / "nowhere" / "lock", "somebody is in")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="there is no fork")
+def test_a_forked_child_neither_keeps_a_lock_nor_lets_it_go(tmp_path):
+    lock = locked(tmp_path / "lock", "somebody is in")
+    heard, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.read(heard, 1)
+            lock.close()
+        finally:
+            os._exit(0)
+    other = os.fork()
+    if other == 0:
+        try:
+            lock.close()
+        finally:
+            os._exit(0)
+    os.waitpid(other, 0)
+    with pytest.raises(RunError, match="somebody is in"):
+        locked(tmp_path / "lock", "somebody is in")
+    lock.close()
+    locked(tmp_path / "lock", "somebody is in").close()  # though the first child lives, with the file open
+    os.write(told, b".")
+    os.waitpid(child, 0)
+    for end in (heard, told):
+        os.close(end)
+
+
 def test_a_directory_stays_when_the_block_fails(tmp_path):
     write(tmp_path / "d", "earlier")
     with pytest.raises(IsADirectoryError), replacing_directory(tmp_path / "d") as beside:

@@ -20,14 +20,14 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from glm5.checkpoint.training_state import DamagedCheckpoint, TrainingCheckpoints, load_training_state
 from glm5.errors import RunError
-from glm5.files import locked, replacing, sha256_of, write_json
+from glm5.files import Lock, locked, replacing, sha256_of, write_json
 from glm5.parallel.mesh import on_first, world_rank
 from glm5.train.recorded import (
     OPERATIONAL,
@@ -228,7 +228,7 @@ def exclusive(path: Path) -> Iterator[None]:
             lock.close()
 
 
-def _locked(path: Path) -> IO[str]:
+def _locked(path: Path) -> Lock:
     make_directory(path, path)
     try:
         return locked(path / ".lock", f"{path} is being trained by another process; wait for it, or stop it.")

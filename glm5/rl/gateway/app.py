@@ -83,9 +83,12 @@ def create_gateway(
 def install_sessions(app: FastAPI, sessions: Sessions) -> None:
     """Adds the calls about sessions."""
 
+    def told(session: Session) -> dict[str, Any]:
+        return described(session, sessions.under_way(session.id))
+
     @app.post("/rl/sessions")
     def open_session(body: OpenRequest) -> dict[str, Any]:
-        return described(sessions.open(body.session, group=body.group, task=body.task))
+        return told(sessions.open(body.session, group=body.group, task=body.task))
 
     @app.get("/rl/sessions")
     def count() -> dict[str, int]:
@@ -94,16 +97,16 @@ def install_sessions(app: FastAPI, sessions: Sessions) -> None:
 
     @app.get("/rl/sessions/{name}")
     def one(name: str) -> dict[str, Any]:
-        return described(sessions.find(name))
+        return told(sessions.find(name))
 
     @app.post("/rl/sessions/{name}/reward")
     def reward(name: str, body: RewardRequest) -> dict[str, Any]:
-        return described(sessions.reward(name, body.value, body.reason, final=body.final))
+        return told(sessions.reward(name, body.value, body.reason, final=body.final))
 
     @app.post("/rl/sessions/{name}/abandon")
     def abandon(name: str, body: AbandonRequest) -> dict[str, Any]:
         sessions.abandon(name, body.reason)
-        return described(sessions.find(name))
+        return told(sessions.find(name))
 
     @app.delete("/rl/sessions/{name}")
     def forget(name: str) -> dict[str, Any]:
@@ -111,8 +114,9 @@ def install_sessions(app: FastAPI, sessions: Sessions) -> None:
         return {"session": name, "deleted": True}
 
 
-def described(session: Session) -> dict[str, Any]:
-    """A session for its owner. The base URLs are to be put behind the server's own address."""
+def described(session: Session, under_way: int) -> dict[str, Any]:
+    """A session for its owner, with the number of its requests that are under way. The base URLs are to be put behind
+    the server's own address."""
     reward = session.reward
     return {
         "session": session.id,
@@ -123,22 +127,25 @@ def described(session: Session) -> dict[str, Any]:
         "turns": len(session.turns),
         "sampled_tokens": session.sampled_tokens,
         "learnable_tokens": session.learnable_tokens,
-        "note": note_of(session),
+        "under_way": under_way,
+        "note": note_of(session, under_way),
         "openai_base_url": f"/s/{session.id}/v1",
         "anthropic_base_url": f"/s/{session.id}",
     }
 
 
-def note_of(session: Session) -> str:
-    """How much of a session can be learnt from, in a sentence."""
+def note_of(session: Session, under_way: int) -> str:
+    """How much of a session can be learnt from, in a sentence, and that there may be more to come."""
+    requests = "1 request is" if under_way == 1 else f"{under_way} requests are"
+    coming = f" {requests} under way; what is answered is part of the session, and counts too." if under_way else ""
     if not session.turns:
-        return "No answer is recorded here; without one, its reward counts for nothing."
+        return f"No answer is recorded here{coming and ' yet'}; without one, its reward counts for nothing.{coming}"
     said = f"{session.learnable_tokens} of {session.sampled_tokens} tokens can be learnt from"
     if session.learnable_tokens:
-        return f"{said}."
+        return f"{said}.{coming}"
     return (
         f"{said}, so its reward counts for nothing: answers are learnt from when they were sampled at temperature 1 "
-        "with nothing cut off (top_p 1, no penalties, no response_format), and came to their end."
+        f"with nothing cut off (top_p 1, no penalties, no response_format), and came to their end.{coming}"
     )
 
 

@@ -98,7 +98,11 @@ def train_from_gateway(
 
     def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
         sessions = Sessions(recorded, weights=weights, limits=address.sessions, own_sampling=True)
-        return OpenFleet(engines(model, tokenizer, version), sessions, address, config.rollout.seed, meter, ready)
+        try:
+            return OpenFleet(engines(model, tokenizer, version), sessions, address, config.rollout.seed, meter, ready)
+        except BaseException:
+            sessions.close()
+            raise
 
     rollouts = GatewayRollouts(FinishedSessions(recorded, size, had=sessions_had(run_directory / JOURNAL)))
     return train_rl(
@@ -127,10 +131,11 @@ def train_from_records(
     settings = outside(config, patience=config.patience)
     check_followed(config, run_directory, patience=config.patience, held_out=bool(held_out))
     size, weights = settings.scheduler.group_size, directory_sha256(parent)
-    if not (records / "finished").is_dir():
-        raise InputError(f"There are no recorded sessions in {records}; record some with glm5 serve --record DIR.")
     journal = run_directory / JOURNAL
-    finished = FinishedSessions(records, size, weights, had=sessions_had(journal))
+    had = sessions_had(journal)
+    if not had and not (records / "finished").is_dir():
+        raise InputError(f"There are no recorded sessions in {records}; record some with glm5 serve --record DIR.")
+    finished = FinishedSessions(records, size, weights, had=had)
     groups = list(finished.poll())
     steps = batches_of(settings.scheduler, agents, groups, journal)
     if steps == 0:

@@ -115,7 +115,7 @@ class FinishedSessions:
         return sorted(name for name in os.listdir(folder) if name.endswith(".jsonl") and name not in self._seen)
 
     def _read(self, name: str) -> Session | None:
-        """A session that may be learnt from. A file that cannot be read is named and left out: the others go on."""
+        """A session that the run has had or may learn from. A file that cannot be read is named and left out."""
         self._seen.add(name)
         path = self.directory / "finished" / name
         try:
@@ -123,11 +123,12 @@ class FinishedSessions:
             if session.state == "open":
                 raise RunError(f"{path} ends before its session was closed.")
         except RunError as error:
-            if path.exists():  # else it was deleted just now
+            had = path.stem.partition("-")[2] in self.had  # then nothing is lost
+            if path.exists() and not had:  # else it was deleted just now
                 self.damaged.append(name)
                 log.warning("A recorded session is left out: %s", error)
             return None
-        if self.weights is not None and session.weights != self.weights:
+        if session.id not in self.had and self.weights is not None and session.weights != self.weights:
             self.others.append(OtherWeights(session.id, session.weights))
             return None
         return session

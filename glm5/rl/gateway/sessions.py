@@ -12,6 +12,7 @@ Whoever learns reads the second folder (`glm5.rl.gateway.reading`), in this proc
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -23,11 +24,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from glm5.envs.protocol import LARGEST_REWARD
 from glm5.errors import RunError
-from glm5.files import locked
+from glm5.files import Lock, locked
 from glm5.rl.gateway.answers import Message
 from glm5.rl.gateway.limits import SessionLimits
 from glm5.rl.gateway.session import Session, State, own_distribution, read_session
@@ -79,9 +79,7 @@ class Sessions:
             try:
                 self._reopen(path)
             except RunError as error:  # one session is lost; the others, and those to come, are not
-                aside = directory / "damaged"
-                aside.mkdir(exist_ok=True)
-                log.warning("A recorded session is put aside, to %s: %s", path.rename(aside / path.name), error)
+                log.warning("A recorded session is put aside, to %s: %s", path.rename(self._aside(path.stem)), error)
         self._swept = self.clock()
         self._warned = False
         self._requests: Counter[str] = Counter()
@@ -177,6 +175,11 @@ class Sessions:
         """The open sessions."""
         with self._lock:
             return [entry.session for entry in self._open.values()]
+
+    def under_way(self, session_id: str) -> int:
+        """Requests of a session that have not come to their end."""
+        with self._lock:
+            return self._requests[session_id]
 
     def counts(self) -> dict[str, int]:
         """How many there are."""
@@ -295,6 +298,13 @@ class Sessions:
         if entry is not None and entry.session.state == "finished" and not self._requests[name]:
             self._close(name, "finished", entry.session.reason)
 
+    def _aside(self, name: str) -> Path:
+        """Where a damaged session is put: its name, numbered where an earlier one has it."""
+        folder = self.directory / "damaged"
+        folder.mkdir(exist_ok=True)
+        names = itertools.chain([name], (f"{name}~{number}" for number in itertools.count(2)))
+        return next(path for one in names if not (path := folder / f"{one}.jsonl").exists())
+
     def _file(self, name: str) -> None:
         """Moves the record of a closed session to the others."""
         self._open.pop(name).journal.close()
@@ -315,7 +325,7 @@ class Sessions:
             self._file(name)
 
 
-def _held(directory: Path) -> IO[str]:
+def _held(directory: Path) -> Lock:
     """Makes sure that one process records to the directory, which is made."""
     try:
         for folder in ("open", "finished"):

@@ -11,8 +11,10 @@ from speaker import speaker_model, speaker_tokenizer
 
 from glm5.engine import Engine
 from glm5.rl.gateway import Sessions, create_gateway
+from glm5.rl.records import Ticket, Turn
 
 OFF = {"chat_template_kwargs": {"enable_thinking": False}}
+USER = [{"role": "user", "content": "What is 12 + 30?"}]
 TOOL = {
     "type": "function",
     "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
@@ -66,3 +68,14 @@ def ask(client, messages, **fields):
 
 def full(turn):
     return turn.prompt_ids + turn.output_ids
+
+
+def add_turn(sessions, name, output=(5, 6), prompt=(1, 2)):
+    """A turn without a server."""
+    session = sessions._open[name].session
+    turn = Turn(prompt, output, (-0.5,) * len(output), (3,) * len(output), "stop")
+    sessions._write(name, session.turn_event(turn, learnt=True))
+
+
+def rollout(sessions, name):
+    return sessions.find(name).rollout(Ticket("gateway", 0))

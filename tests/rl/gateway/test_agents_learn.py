@@ -1,5 +1,6 @@
 """Agent programs, unchanged, are served, rewarded and learnt from while they run; and later, from their records."""
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -18,7 +19,7 @@ from glm5.errors import InputError
 from glm5.optim import OptimizerConfig
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
-from glm5.rl.gateway import OwnDistribution, train_from_gateway, train_from_records
+from glm5.rl.gateway import OwnDistribution, Sessions, train_from_gateway, train_from_records
 from glm5.rl.gateway.learning import Address
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.view.watch import snapshot_of
@@ -131,6 +132,16 @@ def test_an_unchanged_agent_improves_while_it_is_used(parent, tmp_path, agent):
     assert run.finished and len(list((run.path / "sessions" / "finished").iterdir())) >= 12 * 8
 
 
+def test_a_run_whose_engines_cannot_be_made_lets_its_sessions_go(parent, tmp_path):
+    def no_engines(model, tokenizer, version):
+        raise MemoryError
+
+    with pytest.raises(MemoryError) as held:  # as a notebook does, which keeps the last error with its frames
+        train_from_gateway(config_of(parent), tmp_path / "run", Address(port=0), make_fleet=no_engines)
+    Sessions(tmp_path / "run" / "sessions").close()
+    assert held.value.__traceback__ is not None
+
+
 # ---- from records ------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def records(parent, tmp_path_factory):
@@ -158,7 +169,9 @@ def share_of_right(model):
 
 
 @pytest.mark.timeout(300)
-def test_records_are_learnt_from_later_and_a_torn_run_ends_the_same(parent, records, tmp_path, monkeypatch):
+def test_records_are_learnt_from_later_and_a_torn_run_ends_the_same_without_them(
+    parent, records, tmp_path, monkeypatch
+):
     whole = train_from_records(config_of(parent), records, tmp_path / "whole")
     lines = whole.read("metrics")
     assert 3 <= len(lines) <= 6 and [line["max_staleness"] for line in lines] == list(range(len(lines)))
@@ -167,10 +180,12 @@ def test_records_are_learnt_from_later_and_a_torn_run_ends_the_same(parent, reco
 
     step = Learner.step
     monkeypatch.setattr(Learner, "step", lambda self, batch: 1 / 0 if batch.step == 2 else step(self, batch))
+    copy = shutil.copytree(records, tmp_path / "records")
     with pytest.raises(ZeroDivisionError):
-        train_from_records(config_of(parent), records, tmp_path / "torn")
+        train_from_records(config_of(parent), copy, tmp_path / "torn")
     monkeypatch.undo()
-    torn = train_from_records(config_of(parent), records, tmp_path / "torn", resume=True)
+    shutil.rmtree(copy)  # the run's journal holds all
+    torn = train_from_records(config_of(parent), copy, tmp_path / "torn", resume=True)
     ours, theirs = (glm5.load_model(r.model_directory, dtype=torch.float32).state_dict() for r in (whole, torn))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert (torn.path / "metrics.jsonl").read_text() == (whole.path / "metrics.jsonl").read_text()

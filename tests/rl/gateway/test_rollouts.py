@@ -5,6 +5,7 @@ import os
 import time
 
 import pytest
+from gateway_tools import add_turn
 
 from glm5.rl.event_log import write_events
 from glm5.rl.events import Finished
@@ -109,6 +110,18 @@ def test_deleted_sessions_that_a_run_has_had_do_not_shift_the_groups_of_others(s
     assert [ids(ready) for ready in finished.poll()] == [["c", "d"], ["e", "f"]] and finished.waiting == 0
 
 
+def test_sessions_that_a_run_has_had_are_not_said_to_be_left_out(sessions):
+    """Those of a run that an earlier version began name their weights as that one did."""
+    for name in "abcd":
+        close(sessions, name)
+    path = next(sessions.finished.glob("*-a.jsonl"))
+    path.write_bytes(b"x" + path.read_bytes())
+    had = {"a": tickets(0)[0], "b": tickets(0)[1], "c": tickets(1)[0]}
+    finished = FinishedSessions(sessions.directory, 2, "w", had=had)
+    assert list(finished.poll()) == [] and finished.damaged == []
+    assert [other.session_id for other in finished.others] == ["d"]
+
+
 def test_a_directory_in_which_nothing_changed_is_not_listed_again(sessions, monkeypatch):
     monkeypatch.setattr(reading, "SETTLED", 0)
     listed, listdir = [], os.listdir
@@ -126,3 +139,28 @@ def test_a_change_right_before_a_look_is_looked_for_again(sessions):
     for name in "abc":  # however coarse the clock of the file system is
         close(sessions, name)
         assert [ids(ready) for ready in finished.poll()] == [[name]]
+
+
+def test_closed_sessions_become_groups_in_the_order_of_closing(tmp_path):
+    sessions = Sessions(tmp_path, weights="w1")
+    finished = FinishedSessions(tmp_path, 2, weights="w1")
+    for name, group in [("a", "g"), ("b", "h"), ("c", "g"), ("d", None), ("e", None), ("f", "g"), ("g", "g")]:
+        sessions.open(name, group=group)
+        add_turn(sessions, name)
+    sessions.reward("b", 1.0)
+    sessions.reward("c", 0.0)
+    assert list(finished.poll()) == [] and finished.waiting == 2
+    for name in "adefg":
+        sessions.abandon(name, "") if name == "d" else sessions.reward(name, 1.0)
+    groups = list(finished.poll())
+    assert [[r.task.id for r in ready.rollouts] for ready in groups] == [["c", "a"], ["d", "e"], ["f", "g"]]
+    groups = [ready.rollouts for ready in groups]
+    assert [group[0].task.category for group in groups] == ["g", "gateway", "g"]
+    assert [group[0].ticket for group in groups] == [
+        Ticket("gateway", 1), Ticket("gateway", 2), Ticket("gateway", 1, 1)
+    ]  # fmt: skip
+    assert [r.outcome for r in groups[1]] == ["aborted", "ok"] and finished.waiting == 1
+    assert [ready.rollouts for ready in FinishedSessions(tmp_path, 2, weights="w1").poll()] == groups
+    other = FinishedSessions(tmp_path, 2, weights="w2")
+    assert list(other.poll()) == [] and len(other.others) == 7
+    sessions.close()
