@@ -18,6 +18,7 @@ from glm5.engine.request import Request
 from glm5.engine.runner import Chunk, Output
 from glm5.engine.sampler import prompt_logprobs
 from glm5.engine.scheduler import Scheduler, Work
+from glm5.engine.sequence import Sequence
 from glm5.engine.speculative import Speculator
 from glm5.errors import CheckpointError
 
@@ -54,13 +55,21 @@ class Core:
         self.steps = self.sampled_tokens = self.drafted_tokens = self.accepted_tokens = 0
 
     def add(self, request: Request) -> None:
-        """Queues a request: the first of its sequences, from which the others are forked, or all that go on apart."""
+        """Queues a request: the first of its sequences, from which the others are forked, or all that go on apart, the
+        others when the prompt's log-probabilities are there, if these are wanted."""
         self.requests[request.number] = request
-        for sequence in request.sequences if request.forked else request.sequences[:1]:
+        if request.complete:
+            self.end(request)
+        elif request.forked and not request.wants_prompt:
+            self._go_on(request, request.sequences)
+        else:
+            self.scheduler.add(request, request.first)
+
+    def _go_on(self, request: Request, sequences: list[Sequence]) -> None:
+        """Queues what has not ended of sequences that have got tokens elsewhere."""
+        for sequence in sequences:
             if not sequence.done:
                 self.scheduler.add(request, sequence)
-        if all(sequence.done for sequence in request.sequences):
-            self.end(request)
 
     def end(self, request: Request, error: BaseException | None = None) -> None:
         """Ends a request as it is, with the error if there is one, and gives back what it holds."""
@@ -116,7 +125,7 @@ class Core:
             if number in self.requests:
                 request = self.requests[number]
                 request.mailbox.put(new)
-                if all(sequence.done for sequence in request.sequences):
+                if request.complete:
                     self.end(request)
         return True
 
@@ -167,13 +176,15 @@ class Core:
 
     def _prompt_logprobs(self, work: Work, logits_KV: Tensor) -> None:
         """Takes the prompt's log-probabilities from the rows of its tokens."""
-        entries = work.request.prompt_logprobs if work.sequence.index == 0 else None
+        request, entries = work.request, work.request.prompt_of(work.sequence)
         prompt, top = work.sequence.prompt_ids, work.sequence.params.prompt_logprobs
-        if entries is None or top is None or len(entries) >= len(prompt):
+        if entries is None or top is None:
             return
         known, end = len(entries), min(work.end + 1, len(prompt))
         first = work.end - len(logits_KV)  # the position of the first row that was kept; it predicts the next token
         entries += prompt_logprobs(logits_KV[known - 1 - first : end - 1 - first], list(prompt[known:end]), top)
+        if request.forked and not request.wants_prompt:
+            self._go_on(request, [sequence for sequence in request.sequences if sequence is not request.first])
 
     def stats(self, queued: int) -> EngineStats:
         """The counters; `queued` requests have not been taken over yet."""

@@ -116,9 +116,26 @@ class Request:
     forked: bool = False
     """Whether every sequence stands for itself: from the first token on, or from the start when it goes on."""
     place: tuple[float, int] = field(init=False)
+    first: Sequence = field(init=False)
+    """The one that computes the prompt for all: the first, or when it goes on the first that has not ended."""
 
     def __post_init__(self) -> None:
         self.place = (self.rank, self.number)
+        self.first = next((sequence for sequence in self.sequences if not sequence.done), self.sequences[0])
+
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are still missing."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.first.prompt_ids)
+
+    def prompt_of(self, sequence: Sequence) -> list[PromptLogprob] | None:
+        """The prompt's log-probabilities so far, if this sequence computes those that are missing."""
+        return self.prompt_logprobs if sequence is self.first and self.wants_prompt else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to compute."""
+        return not self.wants_prompt and all(sequence.done for sequence in self.sequences)
 
     def output(self) -> RequestOutput:
         """What there is of it."""

@@ -162,17 +162,17 @@ class Scheduler:
         """Adds what the sequence can do with the tokens left in the budget; returns how many it takes."""
         request, start = self.request_of[sequence], sequence.computed
         size = min(sequence.pending, left)
-        entries = request.prompt_logprobs if sequence.index == 0 else None
-        prompt = len(sequence.prompt_ids)
-        wanted = entries is not None and len(entries) < prompt
-        if wanted:
+        entries = request.prompt_of(sequence)
+        if entries is not None:
             size = min(size, self.logprob_rows)
+            if sequence.done:  # it is here for its prompt alone
+                size = min(size, len(sequence.prompt_ids) - start)
         drafts = self._drafts(sequence, left - size) if size == sequence.pending else []
         if size < 1 or not self._make_room(sequence, start + size + len(drafts), step):
             return 0
         end = start + size
         keep = 1 + len(drafts) if end == len(sequence.token_ids) else 0
-        if entries is not None and wanted:  # the row of a token predicts the next one
+        if entries is not None:  # the row of a token predicts the next one
             keep = max(keep, end + len(drafts) - max(start, len(entries) - 1))
         ids = sequence.token_ids[start:end] + drafts
         step.works.append(Work(request, sequence, ids, start, keep, len(drafts)))
@@ -248,8 +248,8 @@ class Scheduler:
     def _reusable(self, sequence: Sequence) -> list[bytes]:
         """Digests of the blocks that it could take: at least its last token is computed, for its logits."""
         last = len(sequence.token_ids) - 1
-        entries = self.request_of[sequence].prompt_logprobs if sequence.index == 0 else None
-        if entries is not None and len(entries) < len(sequence.prompt_ids):
+        entries = self.request_of[sequence].prompt_of(sequence)
+        if entries is not None:
             last = len(entries) - 1
         blocks = last // self.blocks.block_size
         if self.blocks.prefix_caching:

@@ -48,6 +48,32 @@ def test_completions_that_ended_stay_ended(engine):
     assert apart(rest, 2) == apart(whole[first_end + 1 :], 2)
 
 
+@pytest.mark.parametrize("most", [3, 2048])
+def test_the_prompts_logprobs_are_complete_with_the_first_token_whoever_has_ended(most):
+    """In pieces of three tokens, and at once; whether the first, another, all or none of the completions goes on."""
+    engine = Engine(speaker_model(), speaker_tokenizer(), strict=True, block_size=4, max_num_batched_tokens=most)
+    prompt = list(range(40, 57))
+    params = SamplingParams(
+        max_tokens=6, seed=8, n=3, prompt_logprobs=2, stop_token_ids=list(range(0, 320, 5)), ignore_eos=True
+    )
+    stream = engine.stream(prompt, params)
+    whole, wanted = list(stream), stream.prompt_logprobs
+    assert len(wanted) == len(prompt) and None not in wanted[1:]
+    ends = [max(i for i, delta in enumerate(whole) if delta.index == index) for index in range(3)]
+    assert len(set(ends)) == 3
+    for ended in ((), (0,), (1,), (0, 2), (0, 1, 2)):
+        said = [d for i, d in enumerate(whole) if d.index in ended or i < 3]
+        rest = engine.stream(prompt, params, said=said)
+        deltas = []
+        for delta in rest:
+            assert deltas or rest.prompt_logprobs == wanted
+            deltas.append(delta)
+        assert rest.prompt_logprobs == wanted
+        assert apart(said + deltas, 3) == apart(whole, 3)
+    assert engine.stats().running == engine.stats().waiting == engine.stats().blocks_used == 0
+    engine.close()
+
+
 def test_tokens_that_the_request_cannot_have_got_are_refused(engine):
     params = SamplingParams(max_tokens=3, seed=1, ignore_eos=True)
     whole = list(engine.stream(PROMPT, params))
