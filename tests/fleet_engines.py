@@ -71,6 +71,27 @@ def poisoned_engine():
     return engine
 
 
+def mistaken_engine(flag):
+    """Makes a mistake between two steps after 50 tokens, where it finds and removes the file `flag`; raises what is no
+    `Exception` in the step of the prompt 1, 300."""
+    engine = slow_engine()
+    wait, run = engine._wait, engine._core.runner.run
+
+    def waits(busy):
+        if engine.stats().sampled_tokens > 50 and flag.exists():
+            flag.unlink()
+            raise ZeroDivisionError
+        return wait(busy)
+
+    def step(chunks, collect):
+        if any(chunk.token_ids == [1, 300] for chunk in chunks):
+            raise SystemExit("out")
+        return run(chunks, collect)
+
+    engine._wait, engine._core.runner.run = waits, step
+    return engine
+
+
 def refusing_engine():
     """Cannot be built."""
     raise CheckpointError("There is no model at /nowhere; give a model directory.")

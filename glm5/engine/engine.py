@@ -118,7 +118,8 @@ class Engine:
         self._count = self._swaps = 0
         self._woken = self._closed = False
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self.failure: str | None = None
+        """The kind of mistake of its own by which the engine's thread has ended; no more requests are taken then."""
         self._step_lock = threading.Lock()
         """Held while a step runs and while weights are swapped. Taken before `_changed`, never after it."""
 
@@ -126,11 +127,6 @@ class Engine:
     def version(self) -> int:
         """Of the weights that the next step uses."""
         return self._core.scheduler.version
-
-    @property
-    def failed(self) -> bool:
-        """Whether the engine's thread has ended by a mistake of its own; no more requests are taken then."""
-        return self._failure is not None
 
     # ---- requests -----------------------------------------------------------------------------------------------
     def generate(
@@ -271,9 +267,8 @@ class Engine:
 
     def _submit(self, requests: list[Request]) -> None:
         with self._changed:
-            if self._failure is not None:
-                kind = type(self._failure).__name__  # a message might quote somebody's prompt
-                raise UnavailableError(f"This engine has ended by a mistake of its own ({kind}); make a new one.")
+            if self.failure is not None:
+                raise UnavailableError(f"This engine ended by a mistake of its own ({self.failure}); make a new one.")
             if self._closed:
                 raise InputError("This engine is closed; make a new one.")
             if self._thread is None and self.threaded:
@@ -306,7 +301,7 @@ class Engine:
                 self._end_all()
         except BaseException as error:  # nobody may wait for a thread that is gone
             with self._changed:
-                self._closed, self._failure = True, error
+                self._closed, self.failure = True, type(error).__name__  # a message might quote somebody's prompt
             atexit.unregister(self.close)
             self._end_all(error)
             raise

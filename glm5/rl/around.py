@@ -44,6 +44,11 @@ class AroundSource(Generic[Inner]):
         return getattr(self.source, "ready", None)
 
     @property
+    def failure(self) -> str | None:
+        """Why it answers nothing any more."""
+        return getattr(self.source, "failure", None)
+
+    @property
     def stats(self) -> Any:
         """What it does."""
         return getattr(self.source, "stats", None)

@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from glm5.envs import Environment
+from glm5.errors import RunError
 from glm5.rl.aids import Aids
 from glm5.rl.concurrency import load_of, next_limit
 from glm5.rl.config import RLRunConfig
@@ -177,6 +178,8 @@ class Orchestrator:
             async with asyncio.timeout(GLANCE):
                 news = [await self._news.get()]
         except TimeoutError:
+            if self._learning is None:  # what it learns is not lost
+                self._check_fleet(None)
             self._check_patience()
             return
         self.meter.moved()
@@ -184,6 +187,7 @@ class Orchestrator:
             news.append(self._news.get_nowait())
         for item in news:
             if isinstance(item, BaseException):
+                self._check_fleet(item)
                 raise item
             if isinstance(item, Rollout):
                 self.playing.pop(item.id, None)
@@ -298,6 +302,14 @@ class Orchestrator:
             f"{self.session.run.path}.",
             how_to_go_on(self.config, self.session.run),
         )
+
+    def _check_fleet(self, error: BaseException | None) -> None:
+        """Ends a run whose engines are gone for good. error: what somebody got who asked them."""
+        failure = self.fleet.failure
+        if failure is not None:
+            raise RunError(
+                f"{failure}; nothing that was finished is lost. {how_to_go_on(self.config, self.session.run)}"
+            ) from error
 
     def _check_patience(self) -> None:
         """A run in which nothing moves says what it waits for; a learner that is at work is only reported."""

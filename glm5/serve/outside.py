@@ -48,7 +48,7 @@ def install_outside(
     @app.get("/health")
     async def health() -> JSONResponse:
         away = backend_ready is not None and not await backend_ready()
-        trouble = "engine failed" if getattr(source, "failed", False) else "backend away" if away else None
+        trouble = "engine failed" if getattr(source, "failure", None) else "backend away" if away else None
         body: dict[str, Any] = {
             "status": lifecycle.status if trouble is None or lifecycle.draining else trouble,
             "model": service.model_name, "weight_version": source.version,

@@ -202,10 +202,10 @@ def test_a_mistake_between_two_steps_ends_every_request_and_the_engine_says_so(m
     monkeypatch.setattr("glm5.engine.engine.BUFFERED_TOKENS", 8)
     engine = Engine(ToyModel())
     streams = [engine.stream([i], replace(GREEDY, max_tokens=100)) for i in (1, 2)]
-    assert next(streams[0]) and not engine.failed
+    assert next(streams[0]) and engine.failure is None
     with monkeypatch.context() as broken:
         broken.setattr(Core, "next_deadline", property(lambda core: 1 / 0))  # asked when both are full
-        wait_for(lambda: engine.failed)
+        wait_for(lambda: engine.failure)
         for stream in streams:
             with pytest.raises(ZeroDivisionError):
                 list(stream)

@@ -65,7 +65,7 @@ class Behind:
     """A source with everything."""
 
     tokenizer, max_model_len, version, grammars = speaker_tokenizer(), 7, 3, object()
-    there = True
+    there, failure = True, None
 
     def stream(self, *arguments, **options):
         raise NotImplementedError
@@ -87,7 +87,7 @@ def test_each_member_is_that_of_the_source(around):
     assert (source.max_model_len, source.version, source.tokenizer) == (7, 3, behind.tokenizer)
     assert asyncio.run(source.ready()) is True
     bare = around(object())
-    assert bare.grammars is bare.ready is bare.stats is None
+    assert bare.grammars is bare.ready is bare.stats is bare.failure is None
 
 
 def test_health_says_when_what_is_behind_is_away():
@@ -99,6 +99,9 @@ def test_health_says_when_what_is_behind_is_away():
             behind.there = False
             reply = await client.get("/health")
             assert (reply.status_code, reply.json()["status"]) == (503, "backend away")
+            behind.failure = "No engine is left"
+            reply = await client.get("/health")
+            assert (reply.status_code, reply.json()["status"]) == (503, "engine failed")
 
     asyncio.run(story())
 
@@ -119,6 +122,12 @@ def test_a_gateway_run_serves_as_its_engines_would(tmp_path):
             assert "glm5_engine_blocks_total 16.0" in text and "glm5_engine_version 0.0" in text
             sampled = sum(engine.stats().sampled_tokens for engine in engines)
             assert f"glm5_engine_sampled_tokens_total {float(sampled)}" in text and sampled
+            assert (await client.get("/health")).status_code == 200
+            engines[1].failure = "ZeroDivisionError"
+            reply = await client.get("/health")
+            assert (reply.status_code, reply.json()["status"]) == (503, "engine failed")
+            assert [state.up for state in opened.stats().engines] == [True, False]
+            assert opened.failure == "Engine 1 has ended by a mistake of its own (ZeroDivisionError)"
         await opened.source.close()
 
     asyncio.run(story())

@@ -1,5 +1,6 @@
 """The run loop in its modes: sync equals the plain loop to the bit, async learns and loses nothing."""
 
+import asyncio
 import copy
 import os
 import signal
@@ -247,6 +248,39 @@ def test_a_mistake_of_the_engine_stops_the_run_with_its_sentence(parent, tmp_pat
 
     with pytest.raises(glm5.errors.CheckpointError, match="NaN or infinite logits"):
         train_rl(config_of(parent), [SingleTurn(Letters())], tmp_path / "run", make_fleet=broken_fleet)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_run_whose_engine_failed_says_so_and_is_resumed(parent, tmp_path):
+    config = config_of(parent, steps=3)
+
+    def mistaken_fleet(model, tokenizer, version):
+        fleet = strict_fleet(model, tokenizer, version)
+        engine = fleet.engines["0"]
+        wait = engine._wait
+        engine._wait = lambda busy: 1 / 0 if engine.stats().sampled_tokens > 100 else wait(busy)
+        return fleet
+
+    sentence = r"Engine 0 has ended by a mistake of its own \(ZeroDivisionError\); nothing .* lost\. .*--resume"
+    with pytest.raises(RunError, match=sentence):
+        train_rl(config, [SingleTurn(Letters())], tmp_path / "run", make_fleet=mistaken_fleet)
+    run = train_rl(config, [SingleTurn(Letters())], tmp_path / "run", make_fleet=strict_fleet, resume=True)
+    assert run.finished and [line["step"] for line in run.read("metrics")] == [0, 1, 2]
+
+
+def test_a_run_whose_engines_are_gone_ends_also_when_nobody_asks_them(parent, tmp_path):
+    fleets = []
+
+    def make(*arguments):
+        fleets.append(strict_fleet(*arguments))
+        return fleets[-1]
+
+    async def outside_agent(ticket):
+        fleets[0].engines["0"].failure = "ZeroDivisionError"
+        await asyncio.sleep(600)
+
+    with pytest.raises(RunError, match=r"Engine 0 has ended by a mistake of its own"):
+        train_rl(config_of(parent), [SingleTurn(Letters())], tmp_path / "run", make_fleet=make, player=outside_agent)
 
 
 def test_it_learns_asynchronously(parent, tmp_path):

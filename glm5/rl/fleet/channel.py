@@ -128,8 +128,7 @@ class ChannelMember:
             ended = (
                 "its process has ended" if isinstance(error, EOFError | OSError) else f"it sent nonsense ({error!r})"
             )
-            if not self._give_up(ended):
-                self._events.lost(self, ended)
+            self._end(ended)
 
     def _hear(self, kind: str, *values: Any) -> None:
         self._heard = time.monotonic()
@@ -155,6 +154,13 @@ class ChannelMember:
             self._ready.set_result(*values)
         elif kind == "refused":
             self._ready.set_exception(*values)
+        elif kind == "failed":
+            self._end(*values)
+
+    def _end(self, reason: str) -> None:
+        """It is to be replaced, unless it is being closed."""
+        if not self._give_up(reason):
+            self._events.lost(self, reason)
 
     def _give_up(self, reason: str) -> bool:
         """Nobody waits for it any longer; True if that was so before."""

@@ -57,6 +57,12 @@ class InProcessFleet:
         """Of the weights that every engine has."""
         return min(engine.version for engine in self.engines.values())
 
+    @property
+    def failure(self) -> str | None:
+        """See `Fleet.failure`. One engine that failed is enough: nobody else has what it was asked for."""
+        kinds = {name: engine.failure for name, engine in self.engines.items() if engine.failure is not None}
+        return next((f"Engine {name} has ended by a mistake of its own ({kind})" for name, kind in kinds.items()), None)
+
     def stream(
         self,
         prompt_ids: Sequence[int],
@@ -97,8 +103,8 @@ class InProcessFleet:
         """What each engine does."""
         return FleetStats(
             tuple(
-                EngineState(name=name, up=True, version=engine.version, requests=self._served[name], restarts=0,
-                            engine=engine.stats())
+                EngineState(name=name, up=engine.failure is None, version=engine.version,
+                            requests=self._served[name], restarts=0, engine=engine.stats())
                 for name, engine in self.engines.items()
             )
         )  # fmt: skip

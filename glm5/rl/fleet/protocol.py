@@ -65,6 +65,10 @@ class Fleet(Protocol):
     def version(self) -> int:
         """The newest weights that every engine has."""
 
+    @property
+    def failure(self) -> str | None:
+        """Why it cannot go on, whatever is waited for: the beginning of a sentence. None while it can."""
+
     def stream(
         self,
         prompt_ids: Sequence[int],

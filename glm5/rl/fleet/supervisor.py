@@ -83,6 +83,12 @@ class SupervisedFleet:
         """The newest weights that every engine has."""
         return self._version
 
+    @property
+    def failure(self) -> str | None:
+        """See `Fleet.failure`: every seat was given up."""
+        given_up = [seat.given_up for seat in self._seats if seat.given_up is not None]
+        return f"No engine is left: {given_up[-1]}" if len(given_up) == len(self._seats) else None
+
     def stream(
         self,
         prompt_ids: Sequence[int],
@@ -207,9 +213,8 @@ class SupervisedFleet:
         """Begins a job on the engine that its session belongs to, or lets it wait for one."""
         names = {seat.member: seat.name for seat in self._seats if seat.member is not None}
         if not names:
-            given_up = [seat.given_up for seat in self._seats if seat.given_up is not None]
-            if len(given_up) == len(self._seats):
-                self._finish(job, FleetError(f"No engine is left: {given_up[-1]}"))
+            if self.failure is not None:
+                self._finish(job, FleetError(self.failure))
             else:
                 self._waiting.append(job)
             return
@@ -273,9 +278,9 @@ class SupervisedFleet:
                 self._launches.begin(seat, self, delay)
                 return
             log.error("%s; its seat is given up", seat.given_up)
-            if all(other.given_up for other in self._seats):
+            if self.failure is not None:
                 for job in list(self._jobs.values()):
-                    self._finish(job, FleetError(f"No engine is left: {seat.given_up}"))
+                    self._finish(job, FleetError(self.failure))
             self._changed.notify_all()
 
     def _settled(self) -> None:
@@ -296,8 +301,8 @@ class SupervisedFleet:
         """Every engine that lives takes the newest snapshot; one that does not is replaced."""
         with self._publishing:
             with self._changed:
-                if all(seat.given_up for seat in self._seats):
-                    raise FleetError(f"No engine is left: {self._seats[-1].given_up}")
+                if self.failure is not None:
+                    raise FleetError(self.failure)
                 asked = [(s, s.member, s.member.update(version)) for s in self._seats if s.member is not None]
             until = time.monotonic() + self.config.update_seconds
             for seat, member, future in asked:

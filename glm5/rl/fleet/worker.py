@@ -4,9 +4,10 @@ Messages are pickled tuples, the first element of which names them:
 
     fleet to engine   begin Order | abort number | weights ticket sources | stop
     engine to fleet   ready Facts | refused error | tokens [Delivery] | end number error | taken ticket version error
-                      | alive EngineStats
+                      | alive EngineStats | failed reason
 
-When the connection breaks, the fleet is gone, and so is the process: nobody is left behind.
+When the connection breaks, the fleet is gone, and so is the process: nobody is left behind. When the engine has failed,
+its requests do not end: the fleet hears of it, and has them go on elsewhere.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class WeightSource(Protocol):
 
 
 class Worker:
-    """One engine that serves one connection. `run` returns when the fleet says stop.
+    """One engine that serves one connection. `run` returns when the fleet says stop, or the engine has failed.
 
     lost: called when the connection breaks; it must end the process.
     """
@@ -119,6 +120,10 @@ class Worker:
             self._loop = asyncio.get_running_loop()
         self._read()
         while not self._stopped.is_set():
+            if engine.failure is not None:
+                self._flush()
+                self._send("failed", f"its engine has ended by a mistake of its own ({engine.failure})")
+                return
             self._send("alive", engine.stats())
             try:
                 await asyncio.wait_for(self._stopped.wait(), ALIVE_SECONDS)
@@ -140,7 +145,7 @@ class Worker:
 
     async def _stream(self, order: Order) -> None:
         """One request, from its admission to its end."""
-        error: Exception | None = None
+        error: BaseException | None = None
         first = True
         try:
             begin = partial(
@@ -157,11 +162,15 @@ class Worker:
                     first = False
             finally:
                 stream.close()
-        except Exception as failure:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as failure:
             error = failure
+        self._tasks.pop(order.number, None)
+        if error is not None and self.engine.failure is not None:
+            return  # what it has got is sent with the news of that
         self._flush()
         self._send("end", order.number, error and _portable(error))
-        self._tasks.pop(order.number, None)
 
     def _flush(self) -> None:
         """Sends what all requests have got since the last time, together."""
@@ -189,6 +198,6 @@ class Worker:
         return self.engine.version
 
 
-def _portable(error: Exception) -> Exception:
+def _portable(error: BaseException) -> GLM5Error:
     """An error that can be sent: the user's own as they are, others in words."""
     return error if isinstance(error, GLM5Error) else FleetError(f"The engine failed: {error!r}; look at its log.")

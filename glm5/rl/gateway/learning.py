@@ -255,6 +255,7 @@ class NoEngines:
     def __init__(self, tokenizer: Tokenizer, version: int) -> None:
         self.tokenizer: Tokenizer | None = tokenizer
         self.max_model_len = 0
+        self.failure: str | None = None
         self.version = version
 
     def stream(

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import fleet_engines
@@ -132,6 +133,36 @@ def test_an_engine_killed_in_the_middle_of_a_token_changes_no_bit():
             alone.close()
             assert fleet.stats().moved >= 2 and sum(state.restarts for state in fleet.stats().engines) == 3
             await until(lambda: not Path(f"/proc/{stopped}").exists() or stopped not in pids(fleet))
+
+    asyncio.run(story())
+
+
+def test_an_engine_that_failed_is_replaced_and_its_requests_go_on(tmp_path, caplog):
+    wanted, flag = undisturbed(n=2), tmp_path / "flag"
+    flag.touch()
+
+    async def story():
+        async with running(fleet_of(partial(fleet_engines.mistaken_engine, flag), 2)) as fleet:
+            first = await play(fleet, n=2)
+            assert [sorted(tokens) for tokens in first] == [sorted(tokens) for tokens in wanted]
+            assert not flag.exists() and fleet.stats().moved and fleet.failure is None
+            assert sum(state.restarts for state in fleet.stats().engines) == 1
+            assert "its engine has ended by a mistake of its own (ZeroDivisionError)" in caplog.text
+            await until(lambda: len(pids(fleet)) == 2)
+
+            # What ends a request alone ends it, whatever it is.
+            with pytest.raises(FleetError, match=r"The engine failed: SystemExit\('out'\)"):
+                await asyncio.wait_for(anext(fleet.stream([1, 300], params_of(0))), 30)
+            assert len(pids(fleet)) == 2
+
+        flag.touch()
+        one = fleet_of(partial(fleet_engines.mistaken_engine, flag), 1, replace(QUICK, max_restarts=0))
+        async with running(one) as fleet:
+            with pytest.raises(
+                FleetError, match=r"No engine is left: engine 0 failed \(1 times\): its engine has ended"
+            ):
+                await play(fleet)
+            assert fleet.failure.startswith("No engine is left: engine 0 failed (1 times): its engine has ended")
 
     asyncio.run(story())
 

@@ -6,6 +6,7 @@ import sys
 import threading
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from functools import partial
 from multiprocessing.connection import Listener
 
 import fleet_engines
@@ -88,6 +89,20 @@ def test_a_node_is_killed_and_the_run_goes_on(cluster):
             await fleet.publish(4, speaker_model(seed=2).state_dict())
             assert [state.version for state in fleet.stats().engines] == [4, 4] and fleet.version == 4
             alone.close()
+
+    asyncio.run(story())
+
+
+@pytest.mark.soak
+def test_an_actor_whose_engine_failed_is_replaced(cluster, tmp_path, caplog):
+    wanted, flag = undisturbed(), tmp_path / "flag"
+    flag.touch()
+
+    async def story():
+        async with running(partial(fleet_engines.mistaken_engine, flag), 2) as fleet:
+            assert await play(fleet) == wanted
+            assert sum(state.restarts for state in fleet.stats().engines) == 1 and fleet.stats().moved
+            assert "its engine has ended by a mistake of its own (ZeroDivisionError)" in caplog.text
 
     asyncio.run(story())
 
