@@ -45,6 +45,7 @@ import llguidance
 from glm5.engine.grammar_probe import LIMITS, AbandonedError, GrammarProbe, NotStartedError, Vocabulary
 from glm5.engine.grammar_state import GrammarState, one_line
 from glm5.engine.lazy_grammar import LazyGrammar
+from glm5.engine.panics import panics_refused
 from glm5.engine.sampling_params import StructuredOutputs
 from glm5.engine.spellings import GuardedGrammar, Spellings
 from glm5.errors import InputError, UnavailableError
@@ -105,6 +106,7 @@ class GrammarCompiler:
                     self._keep(self._kept, outputs, matcher)
         tags = tuple(outputs.unspelled)
 
+        @panics_refused("structured_outputs cannot be used")
         def fresh() -> GrammarState | GuardedGrammar:
             state = GrammarState(matcher.deep_copy(), self._vocab_size)
             return GuardedGrammar(state, self._spelled(tags), tags) if tags else state
@@ -160,6 +162,7 @@ class GrammarCompiler:
             while len(where) > KEPT:
                 where.popitem(last=False)
 
+    @panics_refused("structured_outputs cannot be used")
     def _compiled(self, outputs: StructuredOutputs, wanted: Callable[[], bool]) -> llguidance.LLMatcher:
         named = f"structured_outputs.{outputs.kind}"
         try:

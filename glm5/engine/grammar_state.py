@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 import llguidance
 import numpy as np
 import numpy.typing as npt
 
+from glm5.engine.panics import panics_refused
 from glm5.errors import InputError
 
+T = TypeVar("T")
 _PICTURE = re.compile(r"\s*(\d+ \|.*|\^|<non-verbose/>|)")
 """Lines of llguidance's messages that show the place in the grammar, or say that they do not."""
 
@@ -20,28 +25,44 @@ class GrammarState:
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._broken: InputError | None = None
+        """A panic after which nothing is known of the matcher."""
 
     @property
     def complete(self) -> bool:
-        """Whether nothing can follow."""
-        return self._matcher.is_stopped() and not self._matcher.is_error()
+        """Whether nothing can follow. Of one that is broken the next `allowed` or `accept` says so."""
+        with suppress(InputError):
+            return self._asked(lambda: self._matcher.is_stopped() and not self._matcher.is_error())
+        return False
 
     def allowed(self) -> npt.NDArray[np.bool_]:
         """Which tokens may come next, bool [V]; at least one. Raises InputError beyond the limits of a step."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        bits = np.frombuffer(self._asked(self._matcher.compute_bitmask), dtype=np.uint8)
         self._refuse_errors()
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
 
     def accept(self, token_id: int) -> None:
         """Goes on by a token. Raises InputError for one that is not allowed."""
-        if not self._matcher.consume_token(token_id):
+        if not self._asked(lambda: self._matcher.consume_token(token_id)):
             self._refuse_errors()
             raise InputError(f"Token {token_id} does not fit the structure of this completion.")
 
     def rollback(self, count: int) -> None:
-        """Goes back by `count` tokens."""
-        if count and not self._matcher.rollback(count):
-            self._refuse_errors()
+        """Goes back by `count` tokens. One that cannot is broken."""
+        if count:
+            with suppress(InputError):
+                self._asked(lambda: self._matcher.rollback(count))
+
+    def _asked(self, work: Callable[[], T]) -> T:
+        """What the matcher answers. Raises InputError for a panic, then and ever after."""
+        if self._broken is not None:
+            raise InputError(str(self._broken))
+        try:
+            with panics_refused("The structured output cannot go on"):
+                return work()
+        except InputError as error:
+            self._broken = error
+            raise
 
     def _refuse_errors(self) -> None:
         if self._matcher.is_error():
