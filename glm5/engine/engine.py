@@ -317,7 +317,7 @@ class Engine:
                 return self._core.step(time.monotonic())
             except BaseException as error:  # a mistake of the engine itself: nobody may wait for it
                 finish_all(self._core.take_all(), error)
-                return False
+                return bool(self._arrived)  # those behind a request that could not be taken over
 
     def _wait(self, busy: bool) -> bool:
         """Waits until there is something to do; False ends the thread."""
@@ -329,7 +329,7 @@ class Engine:
                 deadline = self._core.next_deadline
                 idle = IDLE_SECONDS if deadline is None else max(deadline - time.monotonic(), 0.0)
                 if not self._changed.wait(idle):
-                    if self._core.requests:  # all paused, or a deadline has come
+                    if self._core.requests or self._arrived:  # all paused, or a deadline has come
                         self._woken = True
                     elif not self._swaps and not self._woken:  # a request may come between timeout and lock
                         self._thread = None
