@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from glm5.envs.protocol import EnvironmentFailure, Message, Reward, Task
 from glm5.scoring import Grade, grade_exact, grade_number
+from glm5.scoring.grade import Outcome
 
 RewardFunction = Callable[[Task, Message], Reward | float]
 
@@ -43,8 +44,9 @@ def rewarded(function: RewardFunction, task: Task, message: Message) -> Reward:
 
 
 def reward_of(value: float, task: Task) -> Reward:
-    """A bare number as a reward; more than nothing counts as correct."""
+    """A bare number as a reward; more than nothing counts as correct, though nobody has judged that."""
     if not math.isfinite(value):
         raise EnvironmentFailure(f"the reward of {task.id} is {value}", "verifier")
     value = float(value)
-    return Reward(value, Grade("correct" if value > 0 else "incorrect", f"the environment gave {value:g}"))
+    outcome: Outcome = "correct" if value > 0 else "incorrect"
+    return Reward(value, Grade(outcome, f"the environment gave {value:g}", judged=False))

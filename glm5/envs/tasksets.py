@@ -134,7 +134,7 @@ class TasksetEpisode:
             raise EnvironmentFailure(f"{self._task.id} has no value for the rewards {missing}", "verifier")
         value = float(trace.reward)
         parts = ", ".join(f"{name} {reward.value:g}" for name, reward in trace.rewards.items())
-        return Reward(value, Grade("correct" if value > 0 else "incorrect", parts))
+        return Reward(value, Grade("correct" if value > 0 else "incorrect", parts, judged=False))
 
     async def close(self) -> None:
         """Nothing is held."""

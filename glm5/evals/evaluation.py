@@ -53,7 +53,9 @@ class ScoredAnswer:
         """The answer as a JSON object."""
         graded: dict[str, Any] = {"outcome": "environment_failure", "reward": None, "reason": None, "extracted": None}
         if self.reward is not None:
-            graded = {"reward": self.reward.value, **asdict(self.reward.grade)}
+            grade = self.reward.grade
+            graded = {"reward": self.reward.value, "outcome": grade.outcome, "reason": grade.reason,
+                      "extracted": grade.extracted}  # fmt: skip
         return {"id": self.task.id, "category": self.task.category, "messages": list(self.task.messages),
                 "answer": self.task.answer, "text": self.output.text, "token_ids": self.output.token_ids,
                 "finish_reason": self.output.finish_reason, "versions": sorted(set(self.output.versions)),

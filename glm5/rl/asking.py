@@ -159,7 +159,7 @@ def plain_reward(given: Any) -> Reward:
         raise EnvironmentFailure(f"score: the reward is {value}, no number up to {LARGEST_REWARD:,.0f}", "verifier")
     found = _blaming("score", plain, [grade.outcome, grade.reason, grade.extracted])
     _storable("score", found)
-    return Reward(value, Grade(*found))
+    return Reward(value, Grade(found[0], found[1], found[2], judged=_blaming("score", bool, grade.judged)))
 
 
 def reason_of(error: EnvironmentFailure) -> str:

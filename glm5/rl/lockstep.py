@@ -117,7 +117,7 @@ class Lockstep:
                     admitted.append(ticket)
             await self._settle()
             await self._after_tokens()
-            while session.version < self.config.steps and not (session.vain.full and session.batch is None):
+            while session.version < self.config.steps and not self._in_vain():
                 await self._tick(admitted)
                 admitted = []
             session.checkpoint()
@@ -128,6 +128,11 @@ class Lockstep:
             await asyncio.gather(*self.playing.values(), return_exceptions=True)
             self.engine.close()
             session.journal.commit()
+
+    def _in_vain(self) -> bool:
+        """Whether the run ends before its last step."""
+        vain = self.session.vain
+        return vain.full and self.session.batch is None and not (vain.undecided and self.playing)
 
     async def _tick(self, admitted: Sequence[Ticket]) -> None:
         """One tick."""

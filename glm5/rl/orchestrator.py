@@ -135,11 +135,11 @@ class Orchestrator:
             for ticket in session.under_way():
                 self._begin(ticket)
             while session.version < self.config.steps:
-                stop, full = stopped(), session.vain.full
-                await self._advance(learning=not stop, sampling=not (stop or full))
+                stop, full, undecided = stopped(), session.vain.full, session.vain.undecided
+                await self._advance(learning=not stop, sampling=not stop and (undecided or not full))
                 if self._learning is None and stop:
                     self._interrupted()
-                if self._learning is None and full:  # and nothing is left to learn from
+                if self._learning is None and full and not (undecided and self.playing):  # nothing is left to learn
                     break
                 await self._take_news()
                 self.watch.glance(len(self.playing), self._ready(), lambda: self.fleet.stats().engines)

@@ -66,15 +66,15 @@ class Scheduler(SchedulerState):
 
     # What happens.
 
-    def admit(self) -> list[Ticket]:
-        """The rollouts to start now."""
+    def admit(self, *, new_groups: bool = True) -> list[Ticket]:
+        """The rollouts to start now. new_groups: whether groups are begun."""
         admitted: list[Ticket] = []
         limits = {name: source.max_running for name, source in self.tasks.sources.items()}
         limited = any(limit is not None for limit in limits.values())
         running = Counter(ticket.environment for ticket in self._holding_places()) if limited else Counter[str]()
         while len(self.running) + len(self.cancelled) < self.max_running:
             free = [name for name, limit in limits.items() if limit is None or running[name] < limit]
-            ticket = self._next_ticket(free)
+            ticket = self._next_ticket(free, new_groups=new_groups)
             if ticket is None:
                 break
             self._emit(Started(ticket, self.version))
@@ -144,10 +144,12 @@ class Scheduler(SchedulerState):
 
     # Decisions.
 
-    def _next_ticket(self, free: list[str]) -> Ticket | None:
+    def _next_ticket(self, free: list[str], *, new_groups: bool) -> Ticket | None:
         for group in self.groups.values():
             if group.started < self.config.group_size and group.ticket.environment in free:
                 return sibling(group.ticket, group.started)
+        if not new_groups:
+            return None
         accepted = sum(bool(group.weights) for group in self.groups.values())
         open = len(self.groups) - accepted
         if room(self.config, step=self.step, published=self.version, open=open, accepted=accepted,

@@ -72,7 +72,7 @@ class Session:
         self.batch_tick = 0
         self._window, self._figures = Window(), dict[str, Any]()
         size = config.scheduler.group_size
-        self.vain = Vain(size, config.groups_in_vain * size)
+        self.vain = Vain(self.environments, size, config.groups_in_vain * size)
         self.failure = ""
         """Of the newest rollout that failed: environment and reason."""
         self._advised = False
@@ -122,8 +122,8 @@ class Session:
 
     # ---- the scheduler, with its journal --------------------------------------------------------------------------
     def admit(self) -> list[Ticket]:
-        """The rollouts to start now."""
-        tickets = self.scheduler.admit()
+        """The rollouts to start now: those of groups that were begun, where what is under way decides on the end."""
+        tickets = self.scheduler.admit(new_groups=not self.vain.undecided)
         self._written()
         return tickets
 

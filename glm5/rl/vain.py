@@ -1,13 +1,16 @@
 """Groups that teach nothing, one after the other: how many, why, with which rewards, and what that says of the run.
 
-Where all that was scored is right, the task is learnt: the run is finished before its last step. Where answers are
-wrong, or rewarded without being right, or mostly fail, it is an error (`NothingLearnt`).
+Where all that was scored is right, in every environment, the task is learnt: the run is finished before its last step.
+Right is what a judged grade calls so; a positive number alone does not. Where answers are wrong, or rewarded without
+being right, or mostly fail, it is an error (`NothingLearnt`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
+from glm5.envs import Reward
 from glm5.errors import RunError
 from glm5.rl.events import Accepted, BatchMade, Dropped, Event, Finished, Requeued
 from glm5.rl.scheduler_state import NO_TOKENS
@@ -25,19 +28,21 @@ class NothingLearnt(RunError):
 class Vain:
     """What was dropped since a group was accepted: a fold of the events of a run.
 
-    most: samples in vain after which the run ends.
+    environments: of the run, by name. most: samples in vain after which the run ends.
     """
 
-    def __init__(self, group_size: int, most: int) -> None:
-        self.group_size, self.most = group_size, most
+    def __init__(self, environments: Iterable[str], group_size: int, most: int) -> None:
+        self.environments, self.group_size, self.most = tuple(environments), group_size, most
         self.reasons: Counter[str] = Counter()
         """Why samples were dropped."""
         self.rewards: Counter[float] = Counter()
         """Of those that were scored."""
-        self._right = 0
-        """Of these, as right."""
-        self._scored: dict[str, tuple[float, bool]] = {}
-        """Reward and whether it is for a right answer, of rollouts without a fate."""
+        self._right: Counter[str] = Counter()
+        """Of these, as right, by environment."""
+        self._bare = 0
+        """Of these, by a number alone."""
+        self._scored: dict[str, Reward] = {}
+        """Of rollouts without a fate."""
         self._before = 0
         """Samples in vain that do not count any more: what failed in an earlier sitting of the run may be mended."""
 
@@ -45,19 +50,21 @@ class Vain:
         """Takes the next event."""
         match event:
             case Finished(rollout) if rollout.reward is not None:
-                self._scored[rollout.id] = (rollout.reward.value, rollout.reward.grade.outcome == "correct")
+                self._scored[rollout.id] = rollout.reward
             case Dropped(ticket, reason):
                 self.reasons[reason] += 1
-                value, right = self._scored.pop(ticket.id, (None, False))
-                if value is not None and reason in UNIFORM:
-                    self.rewards[value] += 1
-                    self._right += right
+                reward = self._scored.pop(ticket.id, None)
+                if reward is not None and reason in UNIFORM:
+                    self.rewards[reward.value] += 1
+                    self._bare += not reward.grade.judged
+                    self._right[ticket.environment] += reward.grade.correct and reward.grade.judged
             case Requeued(ticket):
                 self._scored.pop(ticket.id, None)
             case Accepted():
                 self.reasons.clear()
                 self.rewards.clear()
-                self._right = self._before = 0
+                self._right.clear()
+                self._bare = self._before = 0
             case BatchMade(_, selections):
                 for selection in selections:
                     for ticket in selection.tickets:
@@ -65,7 +72,7 @@ class Vain:
 
     def resumed(self, *, go_on: bool) -> None:
         """The events so far are of an earlier sitting. go_on: also where all was right, which else still counts."""
-        if go_on or not self.all_right:
+        if go_on or not self._right_so_far:
             self._before = self.reasons.total()
 
     @property
@@ -74,10 +81,24 @@ class Vain:
         return self.reasons.total() - self._before >= self.most
 
     @property
+    def undecided(self) -> bool:
+        """Whether it was too much and speaks for an end as learnt, so that what is under way decides."""
+        return self.full and self._right_so_far
+
+    @property
     def all_right(self) -> bool:
-        """Whether what was scored was right throughout, and that is most of it."""
+        """Whether what was scored was right throughout, and that is most of it, and some of every environment."""
+        return self._right_so_far and not self._unscored()
+
+    @property
+    def _right_so_far(self) -> bool:
         scored = self.rewards.total()
-        return 0 < scored == self._right and not self.reasons["all wrong"] and 2 * scored >= self.reasons.total()
+        right = 0 < scored == self._right.total() and not self.reasons["all wrong"]
+        return right and 2 * scored >= self.reasons.total()
+
+    def _unscored(self) -> list[str]:
+        """Environments of which nothing was right."""
+        return [name for name in self.environments if not self._right[name]]
 
     @property
     def groups(self) -> int:
@@ -102,8 +123,16 @@ class Vain:
             f"Nothing could be learnt from the last {self.groups} groups: their samples were dropped ({counts}{seen}). "
             f"Take {self._tasks()} tasks, larger groups, a higher --rollout.temperature or a bonus on entropy "
             "(--learner.entropy), so that the samples of a task differ; keep uniform groups (--uniform-groups keep); "
-            f"or mend an environment that fails.{cold}{newest}"
+            f"or mend an environment that fails.{self._why_not_learnt()}{cold}{newest}"
         )
+
+    def _why_not_learnt(self) -> str:
+        """Where nothing was wrong."""
+        if self._right_so_far:
+            return f" What was scored was right, but nothing was scored of {', '.join(self._unscored())}."
+        if not self._bare or self.reasons["all wrong"]:
+            return ""
+        return " That a number is positive does not say that an answer is right: a Reward with a Grade does."
 
     def _tasks(self) -> str:
         right, wrong = (self.reasons[reason] > 0 for reason in UNIFORM)

@@ -17,6 +17,8 @@ class Grade:
     """One phrase for a person: what was found, what was expected."""
     extracted: str | None = None
     """The part of the response that was taken as the answer; None when there was none."""
+    judged: bool = True
+    """Whether somebody said that it is right or wrong; False where the outcome is no more than the sign of a number."""
 
     @property
     def correct(self) -> bool:

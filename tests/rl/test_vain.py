@@ -13,6 +13,7 @@ from speaker import speaker_model, speaker_tokenizer
 
 import glm5
 from glm5.envs import Reward, SingleTurn, Task
+from glm5.envs.rewards import rewarded
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
@@ -24,6 +25,7 @@ from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.records import Rollout, Ticket
 from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.tasks import TaskSource
 from glm5.rl.vain import NothingLearnt, Vain
 from glm5.scoring import Grade
 from glm5.train import RunDirectory
@@ -107,25 +109,37 @@ def test_a_parent_that_knows_it_all_is_the_result(parent, tmp_path):
     assert all(w.equal(weights_of(parent)[n]) for n, w in weights_of(run.model_directory).items())
 
 
-@pytest.fixture
-def slow_learner(monkeypatch):
-    """Steps take until the run is full of what teaches nothing. Gives what raises in them, if anything."""
-    vains, broken, init, step = [], [], Vain.__init__, Learner.step
+def watched(monkeypatch):
+    """Where the `Vain` of a run will be."""
+    vains, init = [], Vain.__init__
 
     def begin(self, *arguments):
         vains.append(self)
         init(self, *arguments)
 
+    monkeypatch.setattr(Vain, "__init__", begin)
+    return vains
+
+
+def wait(vains):
+    """Until the newest one is full, or a minute."""
+    for _ in range(3000):
+        if vains[-1].full:
+            return
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def slow_learner(monkeypatch):
+    """Steps take until the run is full of what teaches nothing. Gives what raises in them, if anything."""
+    vains, broken, step = watched(monkeypatch), [], Learner.step
+
     def slow(self, batch):
-        for _ in range(3000):
-            if vains[-1].full:
-                break
-            time.sleep(0.02)
+        wait(vains)
         if broken:
             raise broken.pop()
         return step(self, batch)
 
-    monkeypatch.setattr(Vain, "__init__", begin)
     monkeypatch.setattr(Learner, "step", slow)
     return broken
 
@@ -180,12 +194,12 @@ def test_a_falling_rate_has_no_end_before_its_steps(parent, tmp_path):
         )  # fmt: skip
 
 
-def vain_after(*samples, most=8):
+def vain_after(*samples, most=8, environments=("course",)):
     """Samples are (reward, grade, reason): what they got, and why they were dropped."""
-    vain = Vain(4, most)
+    vain = Vain(environments, 4, most)
     for number, (reward, grade, reason) in enumerate(samples):
         ticket = Ticket("course", number)
-        scored = None if reward is None else Reward(reward, Grade(grade, ""))
+        scored = None if reward is None else Reward(reward, Grade(grade or "correct", "", judged=bool(grade)))
         outcome = "env_failure" if reward is None else "ok"
         vain.note(Finished(Rollout(ticket, None, (), outcome, scored)))
         vain.note(Dropped(ticket, reason))
@@ -193,6 +207,7 @@ def vain_after(*samples, most=8):
 
 
 RIGHT, WRONG = (1.0, "correct", "all right"), (0.0, "incorrect", "all wrong")
+BARE = (0.1, "", "all right")
 PARTLY, FAILED = (0.5, "incorrect", "all right"), (None, "", "env_failure")
 
 
@@ -207,6 +222,9 @@ PARTLY, FAILED = (0.5, "incorrect", "all right"), (None, "", "env_failure")
             "7 all right and 1 all wrong; rewards: 1 (7 times), 0 (1 times)). Take easier ",
         ),
         ([RIGHT] * 7 + [PARTLY], False, "Take harder tasks"),
+        ([BARE] * 8, False, "rewards: 0.1 (8 times)). Take harder tasks"),
+        ([BARE] * 8, False, "That a number is positive does not say that an answer is right"),
+        ([RIGHT] * 7 + [BARE], False, "That a number is positive"),
         ([RIGHT] * 3 + [FAILED] * 5, False, "The newest failure was in course: crash."),
         ([FAILED] * 8, False, "dropped (8 env_failure). Take easier or harder"),
     ],
@@ -215,6 +233,47 @@ def test_what_is_said_of_groups_in_vain(samples, all_right, said):
     vain = vain_after(*samples)
     assert vain.full and vain.all_right is all_right
     assert said in (vain.learnt() if all_right else vain.in_vain("course: crash."))
+
+
+def test_every_environment_of_a_run_has_its_part_in_an_end_as_learnt():
+    vain = vain_after(*[RIGHT] * 8, environments=("course", "slow"))
+    assert vain.full and vain.undecided and not vain.all_right
+    assert "What was scored was right, but nothing was scored of slow." in vain.in_vain("")
+
+
+class Late(Course):
+    """Tasks that teach, whose first answers are judged when the run has met too much in vain."""
+
+    name = "late"
+
+    def __init__(self, vains):
+        super().__init__(mastered=1000)
+        self.vains = vains
+
+    def score(self, task, response):
+        wait(self.vains)
+        return super().score(task, response)
+
+
+def test_what_is_under_way_is_waited_for_before_a_task_counts_as_learnt(parent, tmp_path, monkeypatch):
+    vains = watched(monkeypatch)
+    scheduler = SchedulerConfig(groups_per_batch=1, group_size=4, max_running=16, max_staleness=8)
+    environments = [SingleTurn(Course()), SingleTurn(Late(vains))]
+    sources = [TaskSource.of(environments[0]), TaskSource.of(environments[1], max_running=4)]
+    run = train_rl(
+        replace(config_of(parent, steps=1), scheduler=scheduler), environments, tmp_path / "run", sources=sources
+    )  # fmt: skip
+    assert run.finished and len(run.read("metrics")) == 1 and not (run.path / "learnt.json").exists()
+
+
+def test_a_positive_number_for_everyone_is_no_task_that_is_learnt(parent, tmp_path):
+    class Bonus(Course):
+        def score(self, task, response):
+            return rewarded(lambda task, message: 0.1, task, response)
+
+    with pytest.raises(NothingLearnt, match=r"a Reward with a Grade does"):
+        train_rl(config_of(parent), [SingleTurn(Bonus())], tmp_path / "run")
+    assert not (tmp_path / "run" / "learnt.json").exists()
 
 
 def test_one_group_that_teaches_begins_the_count_anew_and_so_does_a_resumption_of_what_was_not_right():

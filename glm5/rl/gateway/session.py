@@ -194,4 +194,4 @@ def own_distribution(params: SamplingParams) -> bool:
 
 
 def _reward(value: float, reason: str) -> Reward:
-    return Reward(value, Grade("correct" if value > 0 else "incorrect", reason))
+    return Reward(value, Grade("correct" if value > 0 else "incorrect", reason, judged=False))
