@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glm5.errors import InputError
+from glm5.serve.budgets import Budget
 from glm5.serve.json_schemas import ANNOTATIONS, DEFINITIONS
 from glm5.serve.string_schemas import StringSchema
 from glm5.text.values import at_top, schema_types
@@ -24,7 +25,7 @@ def is_strict(tool: Mapping[str, Any]) -> bool:
     return tool.get("function", tool).get("strict") is True
 
 
-def check_strict(name: str, parameters: Any) -> None:
+def check_strict(name: str, parameters: Any, budget: Budget) -> None:
     """Raises `InputError` for parameters whose calls could be wrong, as far as the rules for their JSON do not."""
     if not isinstance(parameters, Mapping):
         raise InputError(f"The tool {name!r} has parameters that are no JSON schema; give an object.")
@@ -34,14 +35,14 @@ def check_strict(name: str, parameters: Any) -> None:
     _refuse({keyword for keyword in top if keyword not in _TOP and not _own(keyword)}, f"The strict tool {name!r}")
     properties = top.get("properties", {})
     for key, schema in properties.items() if isinstance(properties, Mapping) else ():
-        _check(schema, parameters, f"The argument {key!r} of the strict tool {name!r}")
+        _check(schema, parameters, budget, f"The argument {key!r} of the strict tool {name!r}")
     if isinstance(more := top.get("additionalProperties"), Mapping):
-        _check(more, parameters, f"additionalProperties of the strict tool {name!r}")
+        _check(more, parameters, budget, f"additionalProperties of the strict tool {name!r}")
 
 
-def _check(schema: Any, root: Mapping[str, Any], where: str) -> None:
+def _check(schema: Any, root: Mapping[str, Any], budget: Budget, where: str) -> None:
     """Only where an argument may be a string do our own rules write it."""
-    types, strings = schema_types(schema, root), StringSchema(schema, root)
+    types, strings = schema_types(schema, root), StringSchema(schema, root, budget)
     if types and not strings.possible:
         return
     _refuse(strings.unheld, where)

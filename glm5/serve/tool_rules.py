@@ -24,6 +24,7 @@ from typing import Any
 from llguidance import regex_to_lark
 
 from glm5.errors import InputError
+from glm5.serve.budgets import Budget
 from glm5.serve.json_schemas import spelled, standalone
 from glm5.serve.strict_tools import check_strict, is_strict
 from glm5.serve.string_schemas import Alternative, StringSchema
@@ -51,7 +52,7 @@ def call_rules(tools: Sequence[Mapping[str, Any]], *, strict_only: bool = False)
     strict_only: a tool that is not strict takes any arguments, and one whose name cannot be spelled is left out.
     Raises `InputError`.
     """
-    rules, calls = [], []
+    rules, calls, budget = [], [], Budget("A tool")
     for number, tool in enumerate(tools):
         function = tool.get("function", tool)
         name, parameters = function["name"], function.get("parameters") or {}
@@ -60,16 +61,17 @@ def call_rules(tools: Sequence[Mapping[str, Any]], *, strict_only: bool = False)
                 continue
             parameters = {}
         calls.append(f"call_{number}")
+        budget.where = f"The tool {name!r}"
         try:
             if is_strict(tool):
-                check_strict(name, parameters)
-            rules += _tool(f"call_{number}", name, parameters)
+                check_strict(name, parameters, budget)
+            rules += _tool(f"call_{number}", name, parameters, budget)
         except RecursionError:
             raise InputError(f"The tool {name!r} has a schema that is nested too deeply; send a flatter one.") from None
     return ["call: " + " | ".join(calls), *rules]
 
 
-def _tool(rule: str, name: str, parameters: Any) -> list[str]:
+def _tool(rule: str, name: str, parameters: Any, budget: Budget) -> list[str]:
     where = f"The tool {name!r}"
     if not _spellable(name):
         raise InputError(
@@ -97,7 +99,7 @@ def _tool(rule: str, name: str, parameters: Any) -> list[str]:
                 )
             continue
         argument = f"{rule}_{number}"
-        value = _value(properties.get(key, more), root, f"The argument {key!r} of the tool {name!r}")
+        value = _value(properties.get(key, more), root, budget, f"The argument {key!r} of the tool {name!r}")
         if value is None:
             if key in required:
                 raise InputError(
@@ -108,7 +110,9 @@ def _tool(rule: str, name: str, parameters: Any) -> list[str]:
         rules += made
         rules.append(f"{argument}: <arg_key> {json.dumps(key)} </arg_key> <arg_value> {choices} </arg_value>")
         arguments.append(argument if key in required else f"{argument}?")
-    if more is not False and (value := _value(more, root, f"An argument beside those listed of the tool {name!r}")):
+    if more is not False and (
+        value := _value(more, root, budget, f"An argument beside those listed of the tool {name!r}")
+    ):
         made, choices = _choices(f"{rule.upper()}_MORE", value)
         taken = "".join(f" & ~/{regex_to_lark(re.escape(key), '')}/" for key in properties)
         rules += [*made, f"{rule.upper()}_KEY: {_KEY}{taken}"]
@@ -127,12 +131,12 @@ def _spellable(name: str) -> bool:
     return bool(name) and name == name.strip() and "<" not in name
 
 
-def _value(schema: Any, root: Mapping[str, Any], where: str) -> list[str] | None:
+def _value(schema: Any, root: Mapping[str, Any], budget: Budget, where: str) -> list[str] | None:
     """Alternatives for an argument's text: terminals, or `%json`; None when nothing fits. Raises `InputError`."""
     types = schema_types(schema, root)
     if not types:
         return None if schema is False else [_TEXT]
-    strings = StringSchema(schema, root)
+    strings = StringSchema(schema, root, budget)
     if "string" not in types and not strings.possible:
         return [_json(schema, root, where)]
     found: list[str] = []

@@ -1,0 +1,74 @@
+"""Schemas of a few kilobytes that multiply out are refused with a sentence, before what they ask for is made."""
+
+import json
+
+import pytest
+
+from glm5.errors import InputError
+from glm5.serve import budgets
+from glm5.serve.string_schemas import Alternative, StringSchema
+from glm5.serve.tool_rules import call_rules
+
+TOO_MUCH = "multiplies out to too much"
+
+
+def strict(schema, definitions):
+    root = {"type": "object", "properties": {"a": schema}, "required": ["a"], "$defs": definitions}
+    return [{"name": "f", "parameters": {**root, "additionalProperties": False}, "strict": True}]
+
+
+def ref(name):
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def counted(monkeypatch, name):
+    """How often a function of a module is called from now on: a list that grows."""
+    calls = []
+    module, function = name
+    original = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *given, **named: calls.append(1) or original(*given, **named))
+    return calls
+
+
+LENGTHS = {"anyOf": [{"type": "string", "maxLength": i} for i in range(1000)]}
+WORDS = {"enum": [f"w{i}" for i in range(1000)]}
+MULTIPLIED = {
+    "alternatives times values": ({"allOf": [ref("m"), *[ref("n")] * 300]}, {"m": LENGTHS, "n": WORDS}),
+    "a long list of lists": ({"anyOf": [ref("m")] * 10_000}, {"m": LENGTHS}),
+    "one of many lists of values": ({"oneOf": [ref("n")] * 10_000}, {"n": WORDS}),
+    "a long pattern in each": (
+        {"allOf": [ref("m"), {"type": "string", "pattern": "a" * 100_000}]}, {"m": LENGTHS},
+    ),
+    "the same, spelled in many ways": (
+        {"anyOf": [{"$ref": "#/$defs/" + "%6D" * i + "m" * (13 - i)} for i in range(14)] * 100}, {"m" * 13: LENGTHS},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MULTIPLIED)
+def test_a_string_that_multiplies_out_is_refused(monkeypatch, case):
+    made = counted(monkeypatch, (Alternative, "__and__"))
+    with pytest.raises(InputError, match=TOO_MUCH):
+        call_rules(strict(*MULTIPLIED[case]))
+    assert len(made) <= budgets.MOST / (2 * budgets.EACH)
+
+
+def test_many_arguments_share_one_budget():
+    names = {f"a{i}": ref("m") for i in range(2_000)}
+    tool = {"name": "f", "parameters": {"properties": names, "$defs": {"m": LENGTHS}}}
+    with pytest.raises(InputError, match=f"'f'.*{TOO_MUCH}"):
+        call_rules([tool])
+
+
+def test_values_are_written_once_for_each_schema_that_lists_them(monkeypatch):
+    written = counted(monkeypatch, (json, "dumps"))
+    schema = {"allOf": [{"anyOf": [{"type": "string", "maxLength": 9 + i} for i in range(50)]}, ref("n")]}
+    StringSchema(schema, {"$defs": {"n": {"enum": ["a", "b"]}}}, budgets.Budget("It"))
+    assert len(written) == 2
+
+
+def test_large_lists_of_a_usual_tool_are_held():
+    words = [f"word number {i}" for i in range(2_000)]
+    maybe = {"anyOf": [{"type": "string", "enum": words}, {"type": "null"}]}
+    rules = "\n".join(call_rules(strict(maybe, {})))
+    assert all(json.dumps(word) in rules for word in words)
