@@ -72,6 +72,15 @@ class RolloutConfig:
             if getattr(self, name) is not None:
                 check_numbers(self, name, above=0)
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raises ConfigError for a token to stop at that a model of `size` tokens does not have."""
+        beyond = [token for token in self.stop_token_ids if token >= size]
+        if beyond:
+            raise ConfigError(
+                f"rollout.stop_token_ids has {beyond[0]}, but the parent's tokens are 0 to {size - 1}; give ids of its "
+                "tokenizer."
+            )
+
 
 def check_stops(stop: tuple[str, ...], stop_token_ids: tuple[int, ...]) -> None:
     """Raises ConfigError for what ends no turn, or every one at once."""

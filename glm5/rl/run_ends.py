@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from glm5.checkpoint import load_model, save_model
+from glm5.config import ModelConfig
 from glm5.envs import Environment
 from glm5.errors import RunError
 from glm5.files import write_json
@@ -48,7 +49,8 @@ def started_run(
     names = [environment.name for environment in environments]
     config.aids.check_environments(names)
     config.check_groups(taught=bool(config.aids.teachers or (aids and aids.teachers)))
-    task_stream(environments, sources, config.rollout.seed)  # what it refuses leaves no directory behind
+    config.rollout.check_vocabulary(ModelConfig.from_pretrained(model_of(config.parent)).vocab_size)
+    task_stream(environments, sources, config.rollout.seed)  # what it and they refuse leaves no directory behind
     constant = config.learner.schedule.shape == "constant"
     inputs = {"environments": ", ".join(names), **config.aids.inputs()}
     parent = directory_sha256(model_of(config.parent))

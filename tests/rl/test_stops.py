@@ -22,6 +22,7 @@ from glm5.rl.fleet import FleetConfig, SupervisedFleet
 from glm5.rl.fleet.external import ServerExecutor
 from glm5.rl.gateway.learning import outside
 from glm5.rl.lockstep import train_in_lockstep
+from glm5.rl.orchestrator import train_rl
 from glm5.rl.records import Ticket
 from glm5.rl.replay import batches_of
 from glm5.rl.rollout_config import RolloutConfig
@@ -230,3 +231,14 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path):
             RolloutConfig(**options)
     with pytest.raises(ConfigError, match="say themselves where answers stop"):
         outside(RLRunConfig(parent=tmp_path, rollout=RolloutConfig(stop=("x",))), patience=1.0)
+
+
+@pytest.mark.parametrize("train", [train_rl, train_in_lockstep])
+def test_a_token_that_the_model_does_not_have_leaves_no_run_behind(parent, tmp_path, train):
+    size = glm5.ModelConfig.from_pretrained(parent).vocab_size
+    config = lockstep_runs.config_of(parent, steps=1)
+    config = replace(config, rollout=replace(config.rollout, stop_token_ids=(size - 1, size)))
+    with pytest.raises(ConfigError, match=f"stop_token_ids has {size}, but the parent's tokens are 0 to {size - 1};"):
+        train(config, [lockstep_runs.chat()], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    config.rollout.check_vocabulary(size + 1)
