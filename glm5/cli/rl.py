@@ -219,7 +219,7 @@ def sources_of(environments: Sequence[Named], uniform_groups: UniformGroups | No
 
 
 def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
-    """Rewards at the beginning and at the end, and where the report is."""
+    """Rewards at the beginning and at the end, where there are any, and where the report is."""
     metrics, learnt = run.read("metrics"), Learnt.read(run.path)
     rewards = [line["reward"] for line in metrics if line["reward"] is not None]
     fifth = max(1, len(rewards) // 5)
@@ -234,14 +234,16 @@ def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
         return
-    console.print(
-        f"rl: {run.path}, {result['steps']} steps, reward {result['reward_first_fifth']:.3f} in the first fifth, "
-        f"{result['reward_last_fifth']:.3f} in the last; no token was older than {result['max_staleness']} versions",
-        soft_wrap=True,
-    )
+    said = "nothing was learnt from"
+    if metrics:
+        said = f"no token was older than {result['max_staleness']} versions"
+    if rewards:
+        first, last = result["reward_first_fifth"], result["reward_last_fifth"]
+        said = f"reward {first:.3f} in the first fifth, {last:.3f} in the last; {said}"
+    console.print(f"rl: {run.path}, {len(metrics)} steps, {said}", soft_wrap=True, markup=False)
     console.print(f"report: {run.path / 'report.html'}", soft_wrap=True)
 
 
-def mean(values: Sequence[float]) -> float:
-    """0 for none."""
-    return sum(values) / len(values) if values else 0.0
+def mean(values: Sequence[float]) -> float | None:
+    """None for none."""
+    return sum(values) / len(values) if values else None

@@ -6,6 +6,7 @@ The file is written before the model, so that a run killed between them ends at 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,8 +33,10 @@ class Learnt:
     @classmethod
     def of(cls, vain: Vain, step: int, steps: int) -> Learnt:
         """The end of a run that stands there."""
-        rewards = {f"{value:g}": count for value, count in vain.rewards.most_common()}
-        return cls(step, steps, vain.groups, rewards, f"{vain.learnt()}; stopped after step {step} of {steps}.")
+        rewards: Counter[str] = Counter()
+        for value, count in vain.rewards.most_common():
+            rewards[f"{value:g}"] += count
+        return cls(step, steps, vain.groups, dict(rewards), f"{vain.learnt()}; stopped after step {step} of {steps}.")
 
     @classmethod
     def read(cls, run_directory: Path) -> Learnt | None:

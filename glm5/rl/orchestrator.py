@@ -85,7 +85,10 @@ def train_rl(
             claim(publish_to, run)
         if not reopened(run, config, console):
             return run
-        session = open_session(config, environments, run, tokenizer, sources=sources, aids=aids, held_out=held_out)
+        session = open_session(
+            config, environments, run, tokenizer, sources=sources, aids=aids, held_out=held_out,
+            elsewhere=player is not None,
+        )  # fmt: skip
         make = make_fleet or one_engine(config)
         fleet = make(session.learner.engine_model(), tokenizer, session.version)
         elsewhere = watchers(config.watch, run.path, session.version)

@@ -124,7 +124,10 @@ def reopened(run: RunDirectory, config: RLRunConfig, console: Console | None = N
         write_rl_report(run.path)
     if run.finished:
         how = f"it has made all of its {done} steps." if learnt is None or done > learnt.step else learnt.sentence
-        say(f"{run.path} is finished: {how} --steps with more lets it go on.", console)
+        more = "--steps with more lets it go on."
+        if config.learner.schedule.shape != "constant":
+            more = f"Its rate has no steps beyond them; to go on, start a new run with {run.path} as its parent."
+        say(f"{run.path} is finished: {how} {more}", console)
     return not run.finished
 
 
@@ -150,15 +153,19 @@ def open_session(
     aids: Aids | None,
     held_out: Sequence[Environment],
     timed: bool = True,
+    elsewhere: bool = False,
 ) -> Session:
-    """The run in this process, brought back to where it was. timed: whether time limits of held-out episodes count."""
+    """The run in this process, brought back to where it was. timed: whether time limits of held-out episodes count.
+
+    elsewhere: whether others play the episodes.
+    """
     attention = config.learner.attention
     opened = open_aids(config.aids, tokenizer, attention=attention, given=aids)
     if held_out:
         rewards = held_out_rewards(held_out, tokenizer, config.held_out, config.rollout, attention, timed=timed)
         opened = replace(opened, rewards=rewards)
     model = load_model(model_of(config.parent), dtype=torch.float32)
-    return Session(config, environments, run, model, sources, opened)
+    return Session(config, environments, run, model, sources, opened, elsewhere=elsewhere)
 
 
 def check_end(session: Session) -> None:
@@ -170,8 +177,9 @@ def check_end(session: Session) -> None:
     model = ""
     if config.learner.schedule.shape == "constant" and 0 < version < config.steps:
         model = f" With {version} for its steps it is finished as it stands, and can be the parent of another run."
+    said = session.vain.in_vain(session.failure, elsewhere=session.elsewhere)
     raise NothingLearnt(
-        f"{session.vain.in_vain(session.failure)} All is saved in {session.run.path} after step {version} of "
+        f"{said} All is saved in {session.run.path} after step {version} of "
         f"{config.steps}. {how_to_go_on(config, session.run)}{model}"
     )
 

@@ -50,8 +50,13 @@ class Session:
         model: GLM5,
         sources: Sequence[TaskSource] | None = None,
         aids: Aids | None = None,
+        *,
+        elsewhere: bool = False,
     ) -> None:
-        """model: the parent's; it becomes that of the learner's newest version. Trains where the journal is ahead."""
+        """model: the parent's; it becomes that of the learner's newest version. Trains where the journal is ahead.
+
+        elsewhere: whether others play the episodes, who cannot be told how.
+        """
         self.config, self.run, self.path = config, run, run.path / JOURNAL
         self.environments = {environment.name: environment for environment in environments}
         self.learner = Learner(
@@ -75,7 +80,7 @@ class Session:
         self.vain = Vain(self.environments, size, config.groups_in_vain * size)
         self.failure = ""
         """Of the newest rollout that failed: environment and reason."""
-        self._advised = False
+        self.elsewhere = self._advised = elsewhere
         self._failed: Counter[str] = Counter()
         """Rollouts that failed in an environment since one of it was scored, by its name."""
         self.journal = Journal(self.path, self._replay)

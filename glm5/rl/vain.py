@@ -113,15 +113,26 @@ class Vain:
             which = f"the {scored:,} scored samples of {which}"
         return f"All of {which} were right ({self._seen()}): the task is learnt"
 
-    def in_vain(self, failure: str) -> str:
-        """What is to be said otherwise, and what to do. failure: of the newest rollout that failed."""
+    def in_vain(self, failure: str, *, elsewhere: bool = False) -> str:
+        """What is to be said otherwise, and what to do. failure: of the newest rollout that failed.
+
+        elsewhere: whether others play the episodes, whom no setting of the rollouts reaches.
+        """
         counts = " and ".join(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))
         seen = f"; {self._seen()}" if self.rewards else ""
         newest = f" The newest failure was in {failure}." if self.reasons["env_failure"] else ""
         cold = " Tokens are learnt from that were sampled with nothing cut off." if self.reasons[NO_TOKENS] else ""
-        return (
+        said = (
             f"Nothing could be learnt from the last {self.groups} groups: their samples were dropped ({counts}{seen}). "
-            f"Take {self._tasks()} tasks, larger groups, a higher --rollout.temperature or a bonus on entropy "
+        )
+        if elsewhere:
+            return (
+                f"{said}Give the agents {self._tasks()} tasks, or rewards that tell more answers apart; take larger "
+                "groups or a bonus on entropy (--learner.entropy), so that the sessions of a group differ; or keep "
+                f"uniform groups (--uniform-groups keep).{cold}"
+            )
+        return (
+            f"{said}Take {self._tasks()} tasks, larger groups, a higher --rollout.temperature or a bonus on entropy "
             "(--learner.entropy), so that the samples of a task differ; keep uniform groups (--uniform-groups keep); "
             f"or mend an environment that fails.{self._why_not_learnt()}{cold}{newest}"
         )

@@ -12,6 +12,7 @@ from rich.console import Console
 from speaker import speaker_model, speaker_tokenizer
 
 import glm5
+from glm5.cli.rl import summarise
 from glm5.envs import Reward, SingleTurn, Task
 from glm5.envs.rewards import rewarded
 from glm5.optim import OptimizerConfig, Schedule
@@ -21,6 +22,7 @@ from glm5.rl.event_log import events_of
 from glm5.rl.events import Accepted, Dropped, Finished, Selection
 from glm5.rl.journal import read_journal
 from glm5.rl.learner import Learner, LearnerConfig
+from glm5.rl.learnt import Learnt
 from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.records import Rollout, Ticket
@@ -158,6 +160,25 @@ def test_a_batch_that_was_handed_out_before_a_crash_is_learnt_from_before_the_en
     run = train_rl(config_of(parent), [SingleTurn(Course(mastered=2))], tmp_path / "run", resume=True)
     assert run.finished and [line["trained"] for line in run.read("metrics")] == [8]
     assert any(not w.equal(weights_of(parent)[n]) for n, w in weights_of(run.model_directory).items())
+
+
+def test_a_run_without_steps_has_no_fifths_and_one_with_a_falling_rate_is_not_told_to_ask_for_more(
+    parent, tmp_path, capsys
+):
+    falling = LearnerConfig(optimizer=FAST, rows=8, schedule=Schedule(shape="linear", warmup_steps=0))
+    config, log = config_of(parent, learner=falling), io.StringIO()
+    run = train_rl(config, [SingleTurn(Course())], tmp_path / "run")
+    summarise(run, Console(file=log, width=500), as_json=False)
+    assert "0 steps, nothing was learnt from\n" in log.getvalue() and "fifth" not in log.getvalue()
+    summarise(run, Console(file=log, width=500), as_json=True)
+    assert json.loads(capsys.readouterr().out)["reward_first_fifth"] is None
+    train_rl(config, [SingleTurn(Course())], run.path, resume=True, console=Console(file=log, width=500))
+    assert f"start a new run with {run.path} as its parent" in log.getvalue() and "--steps" not in log.getvalue()
+
+
+def test_rewards_that_look_alike_are_counted_together():
+    vain = vain_after(*[(1.0 - 1e-9 * n, "correct", "all right") for n in range(8)])
+    assert Learnt.of(vain, 0, 20).rewards == {"1": 8}
 
 
 def report_of(run):
