@@ -89,7 +89,8 @@ def test_what_is_refused_and_how(file, rest, says):
         named_environment(f"python:{file.parent}/{rest}")
 
 
-def test_the_code_that_runs_is_the_code_whose_hash_is_noted(tmp_path):
+def test_the_code_that_runs_is_the_code_whose_hash_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path, seen = tmp_path / "edited.py", []
     for reward in ("1.0", "0.0"):  # of one size, in one second: a cache of bytecode would take them for the same
         path.write_text(
