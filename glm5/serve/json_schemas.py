@@ -16,6 +16,7 @@ from typing import Any
 
 from glm5.engine.grammar import JSON_SPACING
 from glm5.errors import InputError
+from glm5.serve.budgets import EACH, Budget
 from glm5.text.values import referred, schema_types
 
 ANNOTATIONS = frozenset(
@@ -44,7 +45,7 @@ _VALUES = frozenset({"enum", "const", "required", "type", "x-guidance"})
 def json_terminal(schema: Any, root: Any, where: str) -> str:
     """`%json` of a schema that is part of the root (or is it). Raises `InputError`, which says where."""
     try:
-        return spelled(standalone(schema, root, where))
+        return spelled(standalone(schema, root, where, Budget(where)))
     except RecursionError:
         raise InputError(f"{where} is nested too deeply; send a flatter schema.") from None
 
@@ -54,11 +55,12 @@ def spelled(alone: Mapping[str, Any]) -> str:
     return "%json " + json.dumps({**alone, "x-guidance": JSON_SPACING}, ensure_ascii=False)
 
 
-def standalone(schema: Any, root: Any, where: str) -> dict[str, Any]:
-    """The schema with all that it refers to in the root. Raises `InputError` for what cannot be followed or held."""
+def standalone(schema: Any, root: Any, where: str, budget: Budget) -> dict[str, Any]:
+    """The schema with all that it refers to in the root. Raises `InputError` for what cannot be followed or held, and
+    for copies that cost more than is left of the budget."""
     if schema is False:
         return {"enum": []}
-    copy = _Copy(root, where)
+    copy = _Copy(root, where, budget)
     alone = copy.schema(schema if isinstance(schema, Mapping) else {}, top=schema is root)
     shared = copy.shared()
     return {**alone, "$defs": shared} if shared else alone
@@ -67,21 +69,22 @@ def standalone(schema: Any, root: Any, where: str) -> dict[str, Any]:
 class _Copy:
     """Schemas rewritten one after the other; what they refer to gets numbers."""
 
-    def __init__(self, root: Any, where: str) -> None:
-        self._root, self._where = root, where
-        self._numbers: dict[str, str] = {}
-        self._waiting: list[str] = []
+    def __init__(self, root: Any, where: str, budget: Budget) -> None:
+        self._root, self._where, self._budget = root, where, budget
+        self._numbers: dict[int, str] = {}
+        """By the identity of the schema, which pointers spell in many ways."""
+        self._waiting: list[Any] = []
 
     def shared(self) -> dict[str, Any]:
         """All that was referred to, by number."""
         found: dict[str, Any] = {}
-        for reference in self._waiting:  # which grows, for each may refer to more
-            target = referred(reference, self._root)
-            found[self._numbers[reference]] = self._inner(target, top=target is self._root)
+        for target in self._waiting:  # which grows, for each may refer to more
+            found[self._numbers[id(target)]] = self._inner(target, top=target is self._root)
         return found
 
     def schema(self, schema: Mapping[str, Any], *, top: bool = False) -> dict[str, Any]:
         """One, with those in it. top: the root itself, whose `$id` changes nothing."""
+        self._budget.spend(EACH)
         kept: dict[str, Any] = {}
         for keyword, value in _as_held(schema, self._root).items():
             if keyword in ANNOTATIONS | DEFINITIONS or (keyword == "format" and str(value) not in _FORMATS):
@@ -92,6 +95,7 @@ class _Copy:
                 raise InputError(f"{self._where} uses {keyword!r}, which cannot be held; leave it out.")
             if keyword == "oneOf" and "anyOf" not in schema and _exclusive(value, self._root):
                 keyword = "anyOf"
+            self._budget.spend(len(keyword))
             kept[keyword] = self._value(keyword, value)
         return kept
 
@@ -99,21 +103,28 @@ class _Copy:
         if keyword == "$ref":
             return f"#/$defs/{self._number(value)}"
         if keyword in _VALUES:
+            self._budget.spend(len(json.dumps(value)))
             return value
         if keyword in _NAMED and isinstance(value, Mapping):
+            self._budget.spend(sum(map(len, value)))
             return {name: self._inner(each) for name, each in value.items()}
         return [self._inner(each) for each in value] if isinstance(value, list) else self._inner(value)
 
     def _inner(self, value: Any, *, top: bool = False) -> Any:
-        return self.schema(value, top=top) if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            return self.schema(value, top=top)
+        self._budget.spend(len(json.dumps(value)))
+        return value
 
     def _number(self, reference: Any) -> str:
-        if not isinstance(reference, str) or referred(reference, self._root) is None:
+        self._budget.spend(len(str(reference)))
+        target = referred(reference, self._root)
+        if target is None:
             raise InputError(f"{self._where} uses '$ref': {reference!r} leads to no schema in it; mend it.")
-        if reference not in self._numbers:
-            self._numbers[reference] = str(len(self._numbers))
-            self._waiting.append(reference)
-        return self._numbers[reference]
+        if id(target) not in self._numbers:
+            self._numbers[id(target)] = str(len(self._numbers))
+            self._waiting.append(target)
+        return self._numbers[id(target)]
 
 
 def _as_held(schema: Mapping[str, Any], root: Any) -> Mapping[str, Any]:
@@ -122,7 +133,8 @@ def _as_held(schema: Mapping[str, Any], root: Any) -> Mapping[str, Any]:
     if held.get("uniqueItems") is False or held.get("maxItems") in (0, 1):
         held.pop("uniqueItems", None)
     names = held.get("propertyNames")
-    names = _behind(names, root) if isinstance(names, Mapping) else names
+    if isinstance(names, Mapping) and names.keys() - ANNOTATIONS == {"$ref"}:
+        names = _behind(names, root)
     if names is True or (isinstance(names, Mapping) and names.get("type", "string") == "string"):
         asked = {} if names is True else {k: v for k, v in names.items() if k not in ANNOTATIONS | {"type"}}
         open_ = _NAMED.isdisjoint(held)

@@ -90,6 +90,7 @@ def _tool(rule: str, name: str, parameters: Any, budget: Budget) -> list[str]:
     wanted = parameters.get("required")
     required = [key for key in wanted if isinstance(key, str)] if isinstance(wanted, list) else []
     more = parameters.get("additionalProperties", "properties" not in parameters)
+    unlisted = parameters.get("additionalProperties", True)
     rules, arguments = [], []
     for number, key in enumerate(dict.fromkeys([*properties, *required])):
         if not _spellable(key):
@@ -99,7 +100,7 @@ def _tool(rule: str, name: str, parameters: Any, budget: Budget) -> list[str]:
                 )
             continue
         argument = f"{rule}_{number}"
-        value = _value(properties.get(key, more), root, budget, f"The argument {key!r} of the tool {name!r}")
+        value = _value(properties.get(key, unlisted), root, budget, f"The argument {key!r} of the tool {name!r}")
         if value is None:
             if key in required:
                 raise InputError(
@@ -138,7 +139,7 @@ def _value(schema: Any, root: Mapping[str, Any], budget: Budget, where: str) -> 
         return None if schema is False else [_TEXT]
     strings = StringSchema(schema, root, budget)
     if "string" not in types and not strings.possible:
-        return [_json(schema, root, where)]
+        return [_json(schema, root, budget, where)]
     found: list[str] = []
     for one in strings.alternatives:
         if one.texts is None:
@@ -146,12 +147,12 @@ def _value(schema: Any, root: Mapping[str, Any], budget: Budget, where: str) -> 
         else:
             found += [written for text in one.texts if (written := _literal(text, types))]
     if others := types & frozenset().union(*(one.others for one in strings.alternatives)):
-        found.append(_json({"allOf": [schema, {"type": sorted(others)}]}, root, where))
+        found.append(_json({"allOf": [schema, {"type": sorted(others)}]}, root, budget, where))
     return list(dict.fromkeys(found)) or None
 
 
-def _json(schema: Any, root: Mapping[str, Any], where: str) -> str:
-    alone = standalone(schema, root, where)
+def _json(schema: Any, root: Mapping[str, Any], budget: Budget, where: str) -> str:
+    alone = standalone(schema, root, where, budget)
     if alone.keys() == {"type"} and isinstance(kind := alone["type"], str) and kind in _NUMBERS:
         return _NUMBERS[kind]
     text = spelled(alone)

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
 JSON_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
 _LONGEST_LITERAL = 100_000  # characters; Python's parser is slow and fragile beyond
+
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
+"""Of a list, in a JSON pointer (RFC 6901: no leading zeros)."""
 
 STRING = frozenset({"string"})
 
@@ -79,7 +83,7 @@ def referred(reference: Any, root: Any) -> Any:
     for part in unquote(reference).split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
         if isinstance(node, list):
-            node = node[int(part)] if part.isdecimal() and int(part[:9]) < len(node) else None
+            node = node[int(part)] if _INDEX.fullmatch(part) and int(part) < len(node) else None
         else:
             node = node.get(part) if isinstance(node, Mapping) else None
     return node if isinstance(node, Mapping | bool) else None

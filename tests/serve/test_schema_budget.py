@@ -6,6 +6,7 @@ import pytest
 
 from glm5.errors import InputError
 from glm5.serve import budgets
+from glm5.serve.json_schemas import standalone
 from glm5.serve.string_schemas import Alternative, StringSchema
 from glm5.serve.tool_rules import call_rules
 
@@ -72,3 +73,34 @@ def test_large_lists_of_a_usual_tool_are_held():
     maybe = {"anyOf": [{"type": "string", "enum": words}, {"type": "null"}]}
     rules = "\n".join(call_rules(strict(maybe, {})))
     assert all(json.dumps(word) in rules for word in words)
+
+
+DEEP = 60
+NESTED: dict = {"type": "integer"}
+for _ in range(DEEP):
+    NESTED = {"type": "array", "items": NESTED, "minItems": 1}
+
+
+def test_one_schema_under_many_spellings_of_its_name_is_copied_once():
+    spellings = ["#/$defs/" + "%6D" * i + "m" * (60 - i) for i in range(61)]
+    items = [{"$ref": spelling} for spelling in spellings]
+    target = {"type": "array", "prefixItems": items}
+    alone = standalone(ref("m" * 60), {"$defs": {"m" * 60: target}}, "It", budgets.Budget("It"))
+    assert len(alone["$defs"]) == 1
+
+
+def test_pointers_into_nested_parts_copy_no_more_than_the_budget(monkeypatch):
+    """Each of these is a schema of its own, and most of it stands in all others too."""
+    pointers = ["#/$defs/m" + "/items" * i for i in range(DEEP)]
+    schema = {"type": "array", "prefixItems": [{"$ref": pointer} for pointer in pointers]}
+    root = {"$defs": {"m": NESTED}}
+    assert len(standalone(schema, root, "It", budgets.Budget("It"))["$defs"]) == DEEP
+    with pytest.raises(InputError, match=f"It .*{TOO_MUCH}"):
+        standalone(schema, root, "It", budgets.Budget("It", most=DEEP * DEEP * budgets.EACH // 2))
+
+
+def test_a_list_of_values_is_paid_for_in_each_copy():
+    words = {"type": "array", "items": {"enum": ["x" * 10_000]}}
+    tool = {"name": "f", "parameters": {"properties": {f"a{i}": ref("m") for i in range(200)}, "$defs": {"m": words}}}
+    with pytest.raises(InputError, match=TOO_MUCH):
+        call_rules([tool])

@@ -65,7 +65,8 @@ def test_types_of_a_model_that_holds_itself() -> None:
     ("reference", "found"),
     [
         ("#", "whole"), ("#/anyOf/1", {"type": "null"}), ("#/anyOf/2", None), ("#/anyOf/x", None),
-        ("#/anyOf/" + "9" * 5000, None), ("#/$defs/a%20b~1c", False), ("#/$defs", "definitions"), ("#/type", None),
+        ("#/anyOf/" + "9" * 5000, None), ("#/anyOf/0000000001", None), ("#/anyOf/01", None), ("#/anyOf/²", None),
+        ("#/anyOf/" + "0" * 5000, None), ("#/$defs/a%20b~1c", False), ("#/$defs", "definitions"), ("#/type", None),
         ("other.json", None), ("#anchor", None), (5, None),
     ],
 )  # fmt: skip
