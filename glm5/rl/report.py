@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from glm5.errors import RunError
 from glm5.files import replacing
+from glm5.rl.event_log import events_of
+from glm5.rl.journal import read_journal
 from glm5.rl.learnt import Learnt
 from glm5.rl.retention import PREFIX
 from glm5.rl.session import JOURNAL
-from glm5.rl.view.history import RUN_ENDED
+from glm5.rl.view.history import RUN_ENDED, waiting
 from glm5.rl.view.of_run import view_run
 from glm5.train import RunDirectory
 from glm5.train.charts import HEIGHT, MARGIN, WIDTH, Points, heat_map, line_chart
@@ -50,7 +53,7 @@ def write_rl_report(run_directory: Path) -> Path:
         *_held(metrics, run),
         "<h2>What became of the samples</h2>",
         _fates(metrics),
-        _left(speed) if run.finished else "",
+        _left(run.path / JOURNAL) if run.finished else "",
         _staleness(metrics),
         _bubble(speed),
         _distance(metrics),
@@ -172,13 +175,16 @@ def _fates(metrics: Lines) -> str:
     return f"<table>{rows}</table>"
 
 
-def _left(speed: Lines) -> str:
-    """What a finished run has not learnt from; nothing for runs that do not note it."""
-    groups = speed[-1].get("queue", 0) if speed else 0
+def _left(journal: Path) -> str:
+    """What a finished run has sampled and not learnt from; nothing for runs without a journal."""
+    try:
+        samples = waiting(event for record in read_journal(journal) for event in events_of(record))
+    except RunError:  # damaged, as the place of the link to the rollouts says
+        samples = 0
     return (
-        f"<p>{groups:,} whole groups waited to be learnt from when the run ended. They, and what was under way, count "
-        f"as dropped ({RUN_ENDED}) until the run is made longer.</p>"
-        if groups else ""
+        f"<p>{samples:,} samples waited to be learnt from when the run ended. They, and what was under way, count as "
+        f"dropped ({RUN_ENDED}) until the run is made longer.</p>"
+        if samples else ""
     )  # fmt: skip
 
 

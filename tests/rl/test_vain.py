@@ -29,6 +29,7 @@ from glm5.rl.records import Rollout, Ticket
 from glm5.rl.rollout_config import RolloutConfig
 from glm5.rl.tasks import TaskSource
 from glm5.rl.vain import NothingLearnt, Vain
+from glm5.rl.view import History
 from glm5.scoring import Grade
 from glm5.train import RunDirectory
 
@@ -174,6 +175,16 @@ def test_a_run_without_steps_has_no_fifths_and_one_with_a_falling_rate_is_not_to
     assert json.loads(capsys.readouterr().out)["reward_first_fifth"] is None
     train_rl(config, [SingleTurn(Course())], run.path, resume=True, console=Console(file=log, width=500))
     assert f"start a new run with {run.path} as its parent" in log.getvalue() and "--steps" not in log.getvalue()
+
+
+@pytest.mark.parametrize("train", [train_rl, train_in_lockstep])
+def test_the_report_counts_what_was_not_learnt_from(parent, tmp_path, train):
+    run = train(config_of(parent, steps=1), [SingleTurn(Course(mastered=1000))], tmp_path / "run")
+    history = History().follow(e for record in read_journal(run.path / "journal") for e in events_of(record))
+    history.ended()
+    left = sum(one.because == "the run ended" for one in history)
+    assert (f"<p>{left} samples waited to be learnt from" in report_of(run)) == (left > 0)
+    assert left > 0 or train is train_rl  # whose learner may be quicker than the next sample
 
 
 def test_rewards_that_look_alike_are_counted_together():

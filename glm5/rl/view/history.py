@@ -91,6 +91,19 @@ class History:
             members[ticket.id] = replace(members[ticket.id], fate=fate, because=because, step=step, weight=weight)
 
 
+def waiting(events: Iterable[Event]) -> int:
+    """How many rollouts came back and have no fate, without keeping any: what `History.ended` would settle."""
+    names: set[str] = set()
+    for event in events:
+        if isinstance(event, Finished):
+            names.add(event.rollout.id)
+        elif isinstance(event, BatchMade):
+            names.difference_update(ticket.id for one in event.selections for ticket in one.tickets)
+        elif isinstance(event, Dropped | Requeued):
+            names.discard(event.ticket.id)
+    return len(names)
+
+
 def told(rollouts: Iterable[Rollout]) -> list[Told]:
     """Rollouts that no scheduler has judged, as recorded sessions."""
     return [Told(rollout) for rollout in rollouts]

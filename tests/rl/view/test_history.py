@@ -4,6 +4,7 @@ from rollouts_made import rollout
 
 from glm5.rl.events import BatchMade, Cancelled, Dropped, Finished, Requeued, Selection, Started
 from glm5.rl.view import History, told
+from glm5.rl.view.history import waiting
 
 
 def test_every_finished_rollout_has_its_fate():
@@ -34,7 +35,9 @@ def test_every_finished_rollout_has_its_fate():
 def test_what_a_finished_run_has_not_learnt_from_is_dropped():
     rollouts = [rollout(sample) for sample in range(3)]
     events = [*map(Finished, rollouts), BatchMade(0, (Selection(rollouts[0].ticket, ((0, 1),)),))]
-    history = History().follow([*events, Requeued(rollouts[1].ticket, "stale")])
+    events.append(Requeued(rollouts[1].ticket, "stale"))
+    history = History().follow(events)
+    assert waiting(events) == 1
     history.ended()
     found = [(one.fate, one.because) for one in history]
     assert found == [("trained", ""), ("requeued", "stale"), ("dropped", "the run ended")]
