@@ -31,7 +31,7 @@ from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import Piece
 from glm5.rl.executors import engine_settings
 from glm5.rl.records import Rollout, Ticket, Turn, aborted
-from glm5.rl.run_ends import check_end, finish_run, how_to_go_on, open_session, reopened, started_run
+from glm5.rl.run_ends import check_end, finish_run, how_to_go_on, open_session, reopened, save_end, started_run
 from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
@@ -79,7 +79,8 @@ def train_in_lockstep(
                 f"Stopped in step {session.version} of {config.steps} of rl; all is in {run.path}.",
                 how_to_go_on(config, run),
             ) from None
-        finish_run(session, tokenizer, console)
+        save_end(session, tokenizer)
+        finish_run(session, console)
     return run
 
 

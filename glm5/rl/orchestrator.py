@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from glm5.rl.fleet import Fleet
 from glm5.rl.meter import Meter, Metered
 from glm5.rl.patience import Patience
 from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn, aborted
-from glm5.rl.run_ends import check_end, finish_run, how_to_go_on, open_session, reopened, started_run
+from glm5.rl.run_ends import check_end, finish_run, how_to_go_on, open_session, reopened, save_end, started_run
 from glm5.rl.runner import play
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource
@@ -96,8 +97,9 @@ def train_rl(
             watch = Watch(view.show, snapshot_of(run), write)
             every = config.scheduler.publish_every
             mirror = None if publish_to is None else Mirror(publish_to, after=session.version, every=every)
-            asyncio.run(Orchestrator(session, fleet, watch, player, meter, mirror).run(stopped))
-        finish_run(session, tokenizer, console)
+            run_loop = Orchestrator(session, fleet, watch, player, meter, mirror)
+            asyncio.run(run_loop.run(stopped, partial(save_end, session, tokenizer)))
+        finish_run(session, console)
     return run
 
 
@@ -124,8 +126,8 @@ class Orchestrator:
         """Weights that the engines may not take yet."""
         self._news: asyncio.Queue[Rollout | Metrics | BaseException] = asyncio.Queue()
 
-    async def run(self, stopped: Callable[[], bool]) -> None:
-        """Raises `RunInterrupted` after Ctrl-C, and RunError when nothing moves any more."""
+    async def run(self, stopped: Callable[[], bool], save: Callable[[], None]) -> None:
+        """save: writes the model. Raises `RunInterrupted` after Ctrl-C, and RunError when nothing moves any more."""
         session = self.session
         self.meter.lap()  # what was before is no part of the first step
         try:
@@ -148,8 +150,11 @@ class Orchestrator:
                 self.watch.glance(len(self.playing), self._ready(), lambda: self.fleet.stats().engines)
             await self._mirrored(last=True)
             await self._in_learners_thread(session.checkpoint)
-            await self.fleet.hand_over(session.version, session.learner.weights())
-            check_end(session)
+            try:
+                check_end(session)
+                await self._in_learners_thread(save)
+            finally:  # behind the model: it is there, whatever becomes of the servers
+                await self.fleet.hand_over(session.version, session.learner.weights())
         finally:
             await self._end()
 

@@ -184,14 +184,18 @@ def check_end(session: Session) -> None:
     )
 
 
-def finish_run(session: Session, tokenizer: Tokenizer, console: Console | None = None) -> None:
-    """The model, and then the pages: whatever is wrong with these, what was learnt is there."""
+def save_end(session: Session, tokenizer: Tokenizer) -> None:
+    """The model of a run that is at its end."""
+    if session.version < session.config.steps:
+        Learnt.of(session.vain, session.version, session.config.steps).write(session.run.path)
+    save_model(session.learner.whole_model().eval(), session.run.model_directory, tokenizer)
+
+
+def finish_run(session: Session, console: Console | None = None) -> None:
+    """The pages, behind the model: whatever is wrong with them, what was learnt is there."""
     session.journal.close()
     if session.version < session.config.steps:
-        learnt = Learnt.of(session.vain, session.version, session.config.steps)
-        learnt.write(session.run.path)
-        say(learnt.sentence, console)
-    save_model(session.learner.whole_model().eval(), session.run.model_directory, tokenizer)
+        say(Learnt.of(session.vain, session.version, session.config.steps).sentence, console)
     try:
         learner = session.learner
         values = learner.aids.measured(learner.model, None)
