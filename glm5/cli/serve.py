@@ -216,6 +216,7 @@ def _app(
     from glm5.rl.gateway import Sessions, create_gateway
     from glm5.train.run_directory import directory_sha256
 
+    print("Reading the weights, by which recorded sessions are known", file=sys.stderr, flush=True)
     began = directory_sha256(options.directory())  # versions count from it, unless they are another run's
     sessions = Sessions(options.record, weights=began if options.weights_from is None else f"versions after {began}")
     print(f"Recording sessions, with all that is said in them, to {options.record}", file=sys.stderr, flush=True)

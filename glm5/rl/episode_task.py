@@ -8,12 +8,14 @@ scope of a connection, a context variable) may be of use to that task alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 GRACE = 5.0
 """Seconds in which a call that was cancelled may tidy up."""
+END_SECONDS = 60.0
+"""In which rollouts that are called off at the end of a run close their episodes; then they are left behind."""
 
 
 class TookTooLong(Exception):
@@ -94,3 +96,11 @@ class EpisodeTask:
 def leave(task: asyncio.Task[Any]) -> None:
     """The end of the event loop does not wait for the task either."""
     asyncio._unregister_task(task)
+
+
+async def ended(rollouts: Collection[asyncio.Task[None]]) -> None:
+    """Waits for the tasks, but not for ever."""
+    if rollouts:
+        _, hung = await asyncio.wait(rollouts, timeout=END_SECONDS)
+        for task in hung:
+            leave(task)

@@ -10,7 +10,7 @@ it through a queue.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from glm5.errors import RunError
 from glm5.rl.aids import Aids
 from glm5.rl.concurrency import load_of, next_limit
 from glm5.rl.config import RLRunConfig
-from glm5.rl.episode_task import leave
+from glm5.rl.episode_task import ended
 from glm5.rl.executors import MakeFleet, one_engine
 from glm5.rl.fleet import Fleet
 from glm5.rl.meter import Meter, Metered
@@ -48,8 +48,6 @@ Player = Callable[[Ticket], Awaitable[Rollout]]
 """Makes the rollout of a ticket where this program does not play it: from a session of an outside agent."""
 GLANCE = 0.2
 """Seconds between two looks at the clock and at Ctrl-C."""
-END_SECONDS = 60.0
-"""In which rollouts that are called off at the end of a run close their episodes; then they are left behind."""
 
 
 def train_rl(
@@ -64,6 +62,7 @@ def train_rl(
     publish_to: Path | None = None,
     player: Player | None = None,
     meter: Meter | None = None,
+    parent: str | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> RunDirectory:
@@ -74,13 +73,16 @@ def train_rl(
     default one in this process (`glm5.rl.executors` has others). aids: objects of your own in place of `config.aids`.
     held_out: environments whose reward is measured on the way (`config.held_out`) and never learnt from.
     publish_to: a directory that gets every version too, for `glm5 serve --weights-from`.
-    player: who plays the episodes, if not this program; then meter: what counts their tokens. Ctrl-C finishes the
+    player: who plays the episodes, if not this program; then meter: what counts their tokens.
+    parent: the hash of the parent's model, if it is known (`directory_sha256`). Ctrl-C finishes the
     running step, saves and raises `RunInterrupted`; after a crash or kill nothing that was finished is sampled again.
     """
     tokenizer = Tokenizer.from_pretrained(model_of(config.parent))
     if publish_to is not None and not resume:
         check_unused(publish_to)
-    started = started_run(config, environments, run_directory, sources=sources, aids=aids, resume=resume)
+    started = started_run(
+        config, environments, run_directory, sources=sources, aids=aids, parent=parent, resume=resume
+    )  # fmt: skip
     with started as run, disk_errors(run):
         if publish_to is not None:
             claim(publish_to, run)
@@ -337,17 +339,9 @@ class Orchestrator:
             task.cancel()
         learning = [self._learning] if self._learning else []  # a step comes to its end: its thread holds the model
         try:
-            await _ended(self.playing.values())
+            await ended(self.playing.values())
             await asyncio.gather(*learning, return_exceptions=True)
         finally:
             self._in_learners_thread.close()
             await self.fleet.close()
             self.session.journal.commit()
-
-
-async def _ended(rollouts: Collection[asyncio.Task[None]]) -> None:
-    """Waits for the tasks, but not for ever."""
-    if rollouts:
-        _, hung = await asyncio.wait(rollouts, timeout=END_SECONDS)
-        for task in hung:
-            leave(task)

@@ -40,10 +40,12 @@ def started_run(
     sources: Sequence[TaskSource] | None = None,
     aids: Aids | None = None,
     deterministic: bool = False,
+    parent: str | None = None,
     resume: bool,
 ) -> Iterator[RunDirectory]:
     """The run's directory, from which other processes are kept out inside the block.
 
+    parent: the hash of the parent's model, if it was taken already: of large weights it takes minutes.
     What a resumed run may change: `OPERATIONAL` settings and, at a constant rate, `steps`.
     """
     names = [environment.name for environment in environments]
@@ -53,7 +55,7 @@ def started_run(
     task_stream(environments, sources, config.rollout.seed)  # what it and they refuse leaves no directory behind
     constant = config.learner.schedule.shape == "constant"
     inputs = {"environments": ", ".join(names), **config.aids.inputs()}
-    parent = directory_sha256(model_of(config.parent))
+    parent = parent or directory_sha256(model_of(config.parent))
     with exclusive(run_directory):
         if resume and (run_directory / "run.json").exists():
             _check_steps(config, RunDirectory.open(run_directory), constant=constant)

@@ -258,6 +258,7 @@ def test_recorded_use_is_on_the_disk_when_the_server_is_killed(model, tmp_path):
         with urllib.request.urlopen(request) as reply:
             assert json.load(reply)["reward"] == {"value": 0.5, "reason": "useful"}
         process.kill()
+        assert "Reading the weights, by which recorded sessions are known" in process.stderr.read()
     (path,) = (tmp_path / "finished").iterdir()
     session = read_session(path)
     assert session.weights == directory_sha256(Path(model)) and session.reward.value == 0.5

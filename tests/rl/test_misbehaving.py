@@ -16,7 +16,7 @@ import glm5
 from glm5.envs import EpisodeLimits, GymEnvironment, Reward, SingleTurn, Task
 from glm5.errors import RunError
 from glm5.optim import OptimizerConfig
-from glm5.rl import episode_task, orchestrator
+from glm5.rl import episode_task
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.asking import quoted
 from glm5.rl.config import RLRunConfig
@@ -113,7 +113,7 @@ def test_calls_that_cannot_be_cancelled_hold_up_neither_the_learner_nor_the_end(
 
 
 def test_players_that_cannot_be_cancelled_do_not_hold_up_the_end(parent, tmp_path, monkeypatch):
-    monkeypatch.setattr(orchestrator, "END_SECONDS", 0.1)
+    monkeypatch.setattr(episode_task, "END_SECONDS", 0.1)
     stuck = Stubborn()
     with pytest.raises(RunError, match="Nothing has moved"):
         train_rl(config_of(parent, patience=0.5), [Chat()], tmp_path / "run", player=stuck)

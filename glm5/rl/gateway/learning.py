@@ -94,10 +94,10 @@ def train_from_gateway(
         pass
     engines = make_fleet or one_engine(settings, max_num_seqs=address.limits.max_concurrent)
     recorded, size = run_directory / "sessions", settings.scheduler.group_size
-    weights, meter = f"trained from {directory_sha256(model_of(config.parent))}", Meter()
+    parent, meter = directory_sha256(model_of(config.parent)), Meter()
 
     def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
-        sessions = Sessions(recorded, weights=weights, limits=address.sessions, own_sampling=True)
+        sessions = Sessions(recorded, weights=f"trained from {parent}", limits=address.sessions, own_sampling=True)
         try:
             return OpenFleet(engines(model, tokenizer, version), sessions, address, config.rollout.seed, meter, ready)
         except BaseException:
@@ -107,7 +107,7 @@ def train_from_gateway(
     rollouts = GatewayRollouts(FinishedSessions(recorded, size, had=sessions_had(run_directory / JOURNAL)))
     return train_rl(
         settings, [OutsideAgents(uniform_groups)], run_directory, make_fleet=make, aids=aids, held_out=held_out,
-        publish_to=publish_to, player=rollouts.play, meter=meter, resume=resume, console=console,
+        publish_to=publish_to, player=rollouts.play, meter=meter, parent=parent, resume=resume, console=console,
     )  # fmt: skip
 
 
@@ -127,15 +127,15 @@ def train_from_records(
     Only sessions of the parent's own weights are taken (`directory_sha256`). Raises InputError when they give no batch.
     A resumed run has what its journal holds, whatever was deleted since.
     """
-    parent, agents = model_of(config.parent), OutsideAgents(uniform_groups)
+    parent, agents = directory_sha256(model_of(config.parent)), OutsideAgents(uniform_groups)
     settings = outside(config, patience=config.patience)
     check_followed(config, run_directory, patience=config.patience, held_out=bool(held_out))
-    size, weights = settings.scheduler.group_size, directory_sha256(parent)
+    size = settings.scheduler.group_size
     journal = run_directory / JOURNAL
     had = sessions_had(journal)
     if not had and not (records / "finished").is_dir():
         raise InputError(f"There are no recorded sessions in {records}; record some with glm5 serve --record DIR.")
-    finished = FinishedSessions(records, size, weights, had=had)
+    finished = FinishedSessions(records, size, parent, had=had)
     groups = list(finished.poll())
     steps = batches_of(settings.scheduler, agents, groups, journal)
     if steps == 0:
@@ -150,7 +150,7 @@ def train_from_records(
     return train_rl(
         replace(settings, steps=min(config.steps, steps)), [agents], run_directory, aids=aids, held_out=held_out,
         player=rollouts.play, make_fleet=lambda model, tokenizer, version: NoEngines(tokenizer, version),
-        resume=resume, console=console,
+        parent=parent, resume=resume, console=console,
     )  # fmt: skip
 
 

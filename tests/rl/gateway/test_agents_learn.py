@@ -17,9 +17,10 @@ from glm5 import Tokenizer
 from glm5.engine import Engine, SamplingParams
 from glm5.errors import InputError
 from glm5.optim import OptimizerConfig
+from glm5.rl import run_ends
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
-from glm5.rl.gateway import OwnDistribution, Sessions, train_from_gateway, train_from_records
+from glm5.rl.gateway import OwnDistribution, Sessions, learning, train_from_gateway, train_from_records
 from glm5.rl.gateway.learning import Address
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.view.watch import snapshot_of
@@ -172,7 +173,11 @@ def share_of_right(model):
 def test_records_are_learnt_from_later_and_a_torn_run_ends_the_same_without_them(
     parent, records, tmp_path, monkeypatch
 ):
+    read = []
+    for module in (learning, run_ends):
+        monkeypatch.setattr(module, "directory_sha256", lambda path: (read.append(path), directory_sha256(path))[1])
     whole = train_from_records(config_of(parent), records, tmp_path / "whole")
+    assert read == [parent] and whole.description["parent"] == directory_sha256(parent)  # once: it may take minutes
     lines = whole.read("metrics")
     assert 3 <= len(lines) <= 6 and [line["max_staleness"] for line in lines] == list(range(len(lines)))
     assert all(line["trained"] == 8 for line in lines)
