@@ -9,7 +9,6 @@ here can hold are refused by name.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 from glm5.engine.grammar import JSON_SPACING
 from glm5.errors import InputError
 from glm5.serve.budgets import EACH, Budget
-from glm5.text.values import referred, schema_types
+from glm5.serve.exclusive import Exclusive
+from glm5.text.values import referred
 
 ANNOTATIONS = frozenset(
     {"title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly", "$comment",
@@ -32,12 +32,9 @@ _UNHELD = frozenset(
      "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames", "$dynamicRef",
      "$recursiveRef"}
 )  # fmt: skip
-_MOVED = frozenset({"$id", "$anchor", "$dynamicAnchor", "$recursiveAnchor"})
-"""What references below it would mean is not followed."""
-_MOST_BRANCHES = 256
-"""Of a `oneOf`, each of which is compared with each."""
-_Facts = tuple[frozenset[str], dict[str, set[str]], set[str]]
-"""Types of a schema; and of an object the listed values of its properties, and which properties it must have."""
+_ANCHORS = frozenset({"$anchor", "$dynamicAnchor", "$recursiveAnchor"})
+"""Names for references, none of which is followed."""
+_SILENT = ANNOTATIONS | DEFINITIONS | _ANCHORS | {"$id"}
 _NAMED = frozenset({"properties", "patternProperties"})
 _VALUES = frozenset({"enum", "const", "required", "type", "x-guidance"})
 
@@ -74,6 +71,9 @@ class _Copy:
         self._numbers: dict[int, str] = {}
         """By the identity of the schema, which pointers spell in many ways."""
         self._waiting: list[Any] = []
+        self._exclusive = Exclusive(root, budget)
+        self._moved = False
+        """Whether a schema around has an `$id`: what `#` means below it is not followed."""
 
     def shared(self) -> dict[str, Any]:
         """All that was referred to, by number."""
@@ -86,17 +86,18 @@ class _Copy:
         """One, with those in it. top: the root itself, whose `$id` changes nothing."""
         self._budget.spend(EACH)
         kept: dict[str, Any] = {}
+        around, self._moved = self._moved, not top and (self._moved or "$id" in schema)
         for keyword, value in _as_held(schema, self._root).items():
-            if keyword in ANNOTATIONS | DEFINITIONS or (keyword == "format" and str(value) not in _FORMATS):
+            if keyword in _SILENT or (keyword == "format" and str(value) not in _FORMATS):
                 continue
-            if keyword in _MOVED and top:
-                continue
-            if keyword in _UNHELD | _MOVED:
+            if keyword in _UNHELD or (keyword == "$ref" and self._moved and str(value).startswith("#")):
+                keyword = "$id" if keyword == "$ref" else keyword
                 raise InputError(f"{self._where} uses {keyword!r}, which cannot be held; leave it out.")
-            if keyword == "oneOf" and "anyOf" not in schema and _exclusive(value, self._root):
+            if keyword == "oneOf" and "anyOf" not in schema and self._exclusive(value):
                 keyword = "anyOf"
             self._budget.spend(len(keyword))
             kept[keyword] = self._value(keyword, value)
+        self._moved = around
         return kept
 
     def _value(self, keyword: str, value: Any) -> Any:
@@ -152,36 +153,6 @@ def _as_held(schema: Mapping[str, Any], root: Any) -> Mapping[str, Any]:
 
 def _texts(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(each, str) for each in values)
-
-
-def _exclusive(branches: Any, root: Any) -> bool:
-    """Whether no value can be two of the branches: they differ in type, or in a tag that each requires, as in the
-    tagged unions of pydantic and Zod. (llguidance sees that too, but not behind references.)"""
-    if not isinstance(branches, list) or len(branches) > _MOST_BRANCHES:
-        return False
-    known = [(schema_types(branch, root), *_tags(branch, root)) for branch in branches]
-    return all(_differ(one, other) for one, other in itertools.combinations(known, 2))
-
-
-def _differ(one: _Facts, other: _Facts) -> bool:
-    (types, tags, needed), (others, more, also) = one, other
-    if types and others and types.isdisjoint(others) and not {"integer", "number"} <= types | others:
-        return True
-    if not types == others == {"object"}:
-        return False
-    return any(tags[key].isdisjoint(more[key]) for key in tags.keys() & more.keys() & (needed | also))
-
-
-def _tags(schema: Any, root: Any) -> tuple[dict[str, set[str]], set[str]]:
-    """The values of the properties of an object that are listed, and which properties it must have."""
-    schema = _behind(schema, root)
-    properties, required, found = schema.get("properties"), schema.get("required"), {}
-    for key, inner in properties.items() if isinstance(properties, Mapping) else ():
-        inner = _behind(inner, root)
-        values = [inner["const"]] if "const" in inner else inner.get("enum")
-        if isinstance(values, list):
-            found[key] = set(map(json.dumps, values))
-    return found, set(required) if _texts(required) else set()
 
 
 def _behind(schema: Any, root: Any) -> Mapping[str, Any]:

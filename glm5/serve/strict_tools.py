@@ -17,7 +17,7 @@ from glm5.serve.json_schemas import ANNOTATIONS, DEFINITIONS
 from glm5.serve.string_schemas import StringSchema
 from glm5.text.values import at_top, schema_types
 
-_TOP = ANNOTATIONS | DEFINITIONS | {"type", "properties", "required", "additionalProperties", "$id"}
+_TOP = ANNOTATIONS | DEFINITIONS | {"type", "properties", "required", "additionalProperties", "$id", "$anchor"}
 
 
 def is_strict(tool: Mapping[str, Any]) -> bool:
@@ -42,7 +42,7 @@ def check_strict(name: str, parameters: Any, budget: Budget) -> None:
 
 def _check(schema: Any, root: Mapping[str, Any], budget: Budget, where: str) -> None:
     """Only where an argument may be a string do our own rules write it."""
-    types, strings = schema_types(schema, root), StringSchema(schema, root, budget)
+    types, strings = schema_types(schema, root, budget.spend), StringSchema(schema, root, budget)
     if types and not strings.possible:
         return
     _refuse(strings.unheld, where)

@@ -95,7 +95,7 @@ class StringSchema:
             return []
         if not isinstance(schema, Mapping):
             return [Alternative()]
-        self.asked |= schema.keys() - ANNOTATIONS - DEFINITIONS - _COMBINED - {"format"}
+        self.asked |= schema.keys() - ANNOTATIONS - DEFINITIONS - _COMBINED - {"format", "$id", "$anchor"}
         self.unheld |= schema.keys() & _UNSAID
         found = [self._own(schema)]
         for branches in self._combined(schema):

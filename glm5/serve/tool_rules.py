@@ -134,7 +134,7 @@ def _spellable(name: str) -> bool:
 
 def _value(schema: Any, root: Mapping[str, Any], budget: Budget, where: str) -> list[str] | None:
     """Alternatives for an argument's text: terminals, or `%json`; None when nothing fits. Raises `InputError`."""
-    types = schema_types(schema, root)
+    types = schema_types(schema, root, budget.spend)
     if not types:
         return None if schema is False else [_TEXT]
     strings = StringSchema(schema, root, budget)

@@ -9,6 +9,7 @@ from glm5.serve import budgets
 from glm5.serve.json_schemas import standalone
 from glm5.serve.string_schemas import Alternative, StringSchema
 from glm5.serve.tool_rules import call_rules
+from glm5.text.values import schema_types
 
 TOO_MUCH = "multiplies out to too much"
 
@@ -104,3 +105,11 @@ def test_a_list_of_values_is_paid_for_in_each_copy():
     tool = {"name": "f", "parameters": {"properties": {f"a{i}": ref("m") for i in range(200)}, "$defs": {"m": words}}}
     with pytest.raises(InputError, match=TOO_MUCH):
         call_rules([tool])
+
+
+def test_types_that_many_arguments_ask_for_are_paid_for():
+    """No string is among them, so nothing else is read of these schemas before their types are known."""
+    many = {"anyOf": [{"type": "integer", "minimum": i} for i in range(1_000)]}
+    read = []
+    types = schema_types(ref("m"), {"$defs": {"m": many}}, read.append)
+    assert types == {"integer"} and sum(read) >= 1_000

@@ -244,7 +244,7 @@ def test_what_is_recorded_is_held_by_no_grammar():
         ({"properties": {"a": {"$ref": "#/$defs/none"}}}, r"uses '\$ref'"),
         ({"properties": {"a": {"type": "string", "$ref": "#/properties/a"}}}, r"uses '\$ref'"),
         ({"properties": {"a": {"type": "array", "items": {"$ref": "other.json"}}}}, r"uses '\$ref'"),
-        ({"properties": {"a": {"type": "array", "items": {"$id": "x"}}}}, r"uses '\$id'"),
+        ({"properties": {"a": {"type": "array", "items": {"$id": "x", "allOf": [{"$ref": "#"}]}}}}, r"uses '\$id'"),
         ({"properties": {"a": {"type": "array", "uniqueItems": True}}}, "uses 'uniqueItems'"),
         ({"properties": {"a": {"type": "object", "properties": {"b": {"not": {}}}}}}, "uses 'not'"),
         ({"properties": {"a": {"type": "object", "propertyNames": {"maxLength": 3}}}}, "uses 'propertyNames'"),
