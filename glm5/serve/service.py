@@ -44,6 +44,8 @@ log = logging.getLogger("glm5.serve")
 Body = dict[str, Any]
 LARGE = 4096
 """Values in a plain reply that are put together by the event loop itself; about 20 ms."""
+PREPARERS = 32
+"""Requests that are prepared at once."""
 PATIENCE_SECONDS = 0.25
 """How long a request keeps its place while a new grammar is compiled, which takes milliseconds as a rule."""
 
@@ -122,7 +124,9 @@ class Service:
 
     def __post_init__(self) -> None:
         self.gate = Gate(self.limits.max_concurrent, self.limits.max_waiting)
-        # Threads of their own for what may take long: new grammars, one after the other, and a backend that is busy.
+        # Threads of their own for what may take long: odd prompts and tools, new grammars, one after the other, and a
+        # backend that is busy.
+        self._preparers = ThreadPoolExecutor(PREPARERS, "glm5-prompts")
         self._compiler = ThreadPoolExecutor(1, "glm5-grammars")
         self._starters = anyio.CapacityLimiter(max(1, self.limits.max_concurrent))
 
@@ -158,7 +162,7 @@ class Service:
             if stream and await self._waits(taking, until):
                 return await self._early(request, prepare, place, taking, until)
             await self.endings.in_time(taking, until)
-            reply = await run_sync(prepare)
+            reply = await self._prepared(prepare, until)
             await self._start(reply, request, place, until)
             if stream:
                 return EventStream(
@@ -188,7 +192,7 @@ class Service:
         until: float | None,
     ) -> EventStream:  # fmt: skip
         """A stream that begins before there is a place for its work: its prompt is in order, all else is an event."""
-        reply = await run_sync(prepare)
+        reply = await self._prepared(prepare, until)
 
         async def events() -> AsyncIterator[str]:
             try:
@@ -210,6 +214,12 @@ class Service:
             self._leave(reply, place)
 
         return EventStream(events(), leave, reply.pause, self.limits.pause_seconds)
+
+    async def _prepared(self, prepare: Callable[[], Reply], until: float | None) -> Reply:
+        """What `prepare` gives, in time. The thread of one that is given up is free again when `prepare` ends."""
+        preparing = asyncio.get_running_loop().run_in_executor(self._preparers, prepare)
+        await self.endings.in_time(preparing, until)
+        return preparing.result()
 
     async def _start(self, reply: Reply, request: Request, place: Place, until: float | None) -> None:
         """Compiles what is to be compiled, and asks the source."""
