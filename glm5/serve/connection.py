@@ -46,6 +46,11 @@ def connections(most: int) -> type[asyncio.Protocol]:
             super().data_received(data)
             self.expect_head()
 
+        def on_response_complete(self) -> None:
+            super().on_response_complete()  # begins the next request if it is here
+            if self.conn.trailing_data[0] and not self.transport.is_closing():
+                self.expect_head()  # its first bytes came before the answer's end
+
         def connection_lost(self, exc: Exception | None) -> None:
             self.forget_head()
             super().connection_lost(exc)
