@@ -135,9 +135,9 @@ class SamplingParams:
     """No stop token is sampled, and no stop string looked for, in this many tokens."""
     stop: str | Iterable[str] = ()
     """Strings that end the text; stored as a tuple. They need an engine with a tokenizer."""
-    stop_from: Iterable[str] = ()
+    stop_from: str | Iterable[str] = ()
     """Stop strings are looked for from the first of these texts on (`</think>`: not in the reasoning), in which one may
-    begin too; stored as a tuple. None: from the beginning."""
+    begin too; stored as a tuple. Empty: from the beginning."""
     stop_token_ids: Iterable[int] = ()
     """Token ids that end the sequence, beside the model's own end-of-turn ids; stored as a tuple."""
     include_stop_str_in_output: bool = False
@@ -159,11 +159,13 @@ class SamplingParams:
     """Structure that the completion must have; it ends when the structure is complete."""
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else as_tuple("stop", self.stop, "strings")
+        stop, stop_from = (
+            (given,) if isinstance(given, str) else as_tuple(name, given, "strings")
+            for name, given in (("stop", self.stop), ("stop_from", self.stop_from))
+        )
         given_ids = as_tuple("stop_token_ids", self.stop_token_ids, "token ids")
         stop_token_ids = tuple(check_whole("stop_token_ids entry", token, 0) for token in given_ids)
         object.__setattr__(self, "stop", stop)
-        stop_from = as_tuple("stop_from", self.stop_from, "strings")
         object.__setattr__(self, "stop_from", stop_from)
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))

@@ -1,9 +1,12 @@
 """Stop strings over any split of the text."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glm5.engine import SamplingParams
 from glm5.engine.stop_strings import StopStrings
+from glm5.errors import InputError
 
 
 def run(pieces, stops, *, include=False, begin=()):
@@ -60,3 +63,11 @@ def test_what_is_skipped_may_hold_the_text_from_which_on_they_are_looked_for():
         assert matcher.feed("c#") == ("c", "#")
     matcher = StopStrings(("#",), begin=("</th>",))
     assert matcher.skip("a</t") == "a" and matcher.feed("h>#") == ("</th>", "#")
+
+
+def test_stop_strings_and_where_they_begin_may_be_one_text_each_or_none():
+    assert SamplingParams(stop="a", stop_from="</think>") == SamplingParams(stop=["a"], stop_from=["</think>"])
+    assert SamplingParams().stop_from == ()
+    for wrong in (None, [""], [1]):
+        with pytest.raises(InputError, match="stop_from"):
+            SamplingParams(stop_from=wrong)
