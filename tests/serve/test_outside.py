@@ -1,6 +1,5 @@
 """What every endpoint has around it: the key, ids, logs, metrics, limits, draining."""
 
-import asyncio
 import io
 import json
 import logging
@@ -8,7 +7,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from asgi_client import Call, scope_of
 from chat_client import USER, ask, client_of
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -18,13 +16,10 @@ from glm5.errors import InputError
 from glm5.serve import Limits
 from glm5.serve.access_log import JsonLines, generated
 from glm5.serve.auth import check_key
-from glm5.serve.errors import ApiError
-from glm5.serve.gate import Gate, Place
 from glm5.serve.generation import Generation
 from glm5.serve.host_check import OWN_NAMES
 from glm5.serve.http import is_loopback
 from glm5.serve.limits import deadline_of
-from glm5.serve.slow_readers import SendAtLeisure
 
 KEY = "sk-Zq81 not a word of this may be logged"
 
@@ -219,181 +214,3 @@ def test_a_draining_server_says_so_and_takes_nothing_new():
     assert refused.status_code == 503 and refused.headers["retry-after"] == "5"
     assert "about to end" in refused.json()["error"]["message"]
     assert client.get("/metrics").status_code == 200
-
-
-# ---- bodies and readers ------------------------------------------------------------------------------------------
-def test_a_body_that_never_ends_is_answered_with_408():
-    client = client_of(limits=Limits(body_seconds=0.05))
-
-    async def never():
-        return await asyncio.Event().wait()
-
-    async def go():
-        call = Call(client.app, scope_of())
-        call.receive = never
-        return await call.run()
-
-    call = asyncio.run(go())
-    assert call.status == 408 and "did not arrive" in call.json["error"]["message"]
-
-
-def test_a_refused_body_is_read_to_its_end_so_that_the_refusal_arrives():
-    client = client_of(limits=Limits(max_body_bytes=1000))
-    parts = iter([b"x" * 900] * 50)
-
-    async def go():
-        call = Call(client.app, scope_of())
-
-        async def receive():
-            part = next(parts, None)
-            return {"type": "http.request", "body": part or b"", "more_body": part is not None}
-
-        call.receive = receive
-        return await call.run()
-
-    call = asyncio.run(go())
-    assert call.status == 413 and next(parts, None) is None
-    assert [message.get("more_body") for message in call.sent] == [None, True, False]
-
-
-async def _many_parts(scope, receive, send):
-    """An app that has much to say and notes when it has said it."""
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    for _ in range(10):
-        await send({"type": "http.response.body", "body": b"x" * 100, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-    scope["ended"].set()
-
-
-def test_a_slow_reader_does_not_hold_the_work_and_is_cut_off():
-    async def go():
-        ended = asyncio.Event()
-        call = Call(SendAtLeisure(_many_parts, Limits(stall_seconds=0.05)), {**scope_of(), "ended": ended}, stall=True)
-        running = asyncio.create_task(call.run())
-        await asyncio.wait_for(ended.wait(), 5)
-        sent_by_then = len(call.sent)
-        await asyncio.wait_for(running, 5)
-        return sent_by_then, len(call.sent)
-
-    assert asyncio.run(go()) == (1, 1)
-
-
-def test_what_is_kept_for_all_slow_readers_is_bounded_and_who_reads_is_served(monkeypatch):
-    monkeypatch.setattr("glm5.serve.slow_readers.LITTLE_BYTES", 100)
-
-    async def go():
-        layer = SendAtLeisure(_many_parts, Limits(stall_seconds=0.5, max_unsent_total_bytes=1500))
-        slow = [Call(layer, {**scope_of(), "ended": asyncio.Event()}, stall=True) for _ in range(3)]
-        running = [asyncio.create_task(call.run()) for call in slow]
-        await asyncio.sleep(0.1)
-        kept, ended = layer.total, sum(call.scope["ended"].is_set() for call in slow)
-        reader = await asyncio.wait_for(Call(layer, {**scope_of(), "ended": asyncio.Event()}).run(), 5)
-        await asyncio.wait_for(asyncio.gather(*running), 5)
-        return kept, ended, len(reader.sent), layer.total
-
-    kept, ended, read, left = asyncio.run(go())
-    assert 1500 < kept <= 1500 + 3 * 200 and ended < 3
-    assert (read, left) == (12, 0)
-
-
-def test_what_is_kept_for_a_slow_reader_is_bounded():
-    async def go():
-        ended = asyncio.Event()
-        limits = Limits(stall_seconds=0.2, max_unsent_bytes=300)
-        call = Call(SendAtLeisure(_many_parts, limits), {**scope_of(), "ended": ended}, stall=True)
-        await asyncio.wait_for(call.run(), 5)
-        return ended.is_set()
-
-    assert asyncio.run(go()) is False
-
-
-def test_everything_reaches_a_reader_in_order():
-    async def go():
-        call = Call(SendAtLeisure(_many_parts, Limits()), {**scope_of(), "ended": asyncio.Event()})
-        return await call.run()
-
-    call = asyncio.run(go())
-    assert len(call.sent) == 12 and call.sent[-1]["more_body"] is False
-
-
-# ---- places ------------------------------------------------------------------------------------------------------
-async def never():
-    await asyncio.Event().wait()
-
-
-def test_places_are_given_in_order_and_a_full_queue_is_refused():
-    async def go():
-        gate, order = Gate(1, max_waiting=3), []
-
-        async def one(name, rank):
-            await Place(gate, never, rank).take()
-            order.append(name)
-
-        await one("a", 9.0)
-        waiting = [asyncio.create_task(one(name, rank)) for name, rank in (("b", 2.0), ("c", 2.0), ("d", 1.0))]
-        await asyncio.sleep(0)
-        assert (gate.running, gate.waiting) == (1, 3)
-        with pytest.raises(ApiError, match="3 wait"):
-            await Place(gate, never).take()
-        for _ in range(4):
-            gate.leave()
-            await asyncio.sleep(0.01)
-        await asyncio.gather(*waiting)
-        return order, gate.running, gate.waiting
-
-    assert asyncio.run(go()) == (["a", "d", "b", "c"], 0, 0)
-
-
-def test_who_leaves_the_queue_takes_no_place():
-    async def go():
-        gate, left = Gate(1, max_waiting=5), asyncio.Event()
-        await gate.enter(never, 0.0)
-        gone = asyncio.create_task(gate.enter(left.wait, 0.0))
-        cancelled = asyncio.create_task(gate.enter(never, 0.0))
-        late = asyncio.create_task(gate.enter(never, 0.0))
-        await asyncio.sleep(0)
-        left.set()
-        cancelled.cancel()
-        with pytest.raises(ApiError, match="went away"):
-            await gone
-        with pytest.raises(asyncio.CancelledError):
-            await cancelled
-        gate.leave()
-        late.cancel()  # it has just been given the place
-        with pytest.raises(asyncio.CancelledError):
-            await late
-        return gate.running, gate.waiting
-
-    assert asyncio.run(go()) == (0, 0)
-
-
-def test_who_steps_aside_lets_others_run_and_comes_back_first():
-    async def go():
-        gate, order = Gate(1, max_waiting=5), []
-        first, second, third = (Place(gate, never, float(rank)) for rank in range(3))
-
-        async def one(name, place):
-            await place.take()
-            order.append(name)
-
-        await first.take()
-        others = [asyncio.create_task(one(*pair)) for pair in (("second", second), ("third", third))]
-        async with first.aside():
-            await asyncio.sleep(0.01)
-            assert order == ["second"] and (gate.running, gate.waiting) == (1, 2)
-            asyncio.get_running_loop().call_later(0.01, second.leave)
-        order.append("first")
-        with pytest.raises(ZeroDivisionError):
-            async with first.aside():
-                raise ZeroDivisionError
-        await asyncio.gather(*others)
-        for place in (first, second, third, third):  # whoever holds none gives none back
-            place.leave()
-        return order, gate.running, gate.waiting
-
-    assert asyncio.run(go()) == (["second", "first", "third"], 0, 0)
-
-
-def test_one_request_too_many_says_when_to_come_back():
-    reply = ask(client_of("ok", limits=Limits(max_concurrent=0, max_waiting=0)), messages=USER)
-    assert reply.status_code == 429 and reply.headers["retry-after"] == "1"
