@@ -58,7 +58,7 @@ def test_requests_behind_one_that_cannot_be_taken_over_are_answered():
     with pytest.raises(RuntimeError, match="a mistake"):
         ended(first)
     assert [ended(other) for other in others] == [2, 2, 2]
-    assert not engine.failed
+    assert engine.failure is None
     engine.close()
 
 
