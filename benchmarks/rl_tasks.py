@@ -41,6 +41,11 @@ class GymTask:
     warm_steps: int = 40
     """Chosen so that the first sampled reward lies well between 0 and 1; the figure is printed, not assumed."""
 
+    @property
+    def label(self) -> str:
+        """The name with the settings, in letters of file names."""
+        return "-".join([self.name, *(f"{key}={value}" for key, value in sorted(self.settings.items()))])
+
     def chats(self) -> Iterator[Chat]:
         """Endless problems with their answers."""
         for seed in itertools.count(WARM_SEED):
@@ -130,6 +135,11 @@ class AloudTask:
     length: int = 448
     warm_steps: int = 6
 
+    @property
+    def label(self) -> str:
+        """The name."""
+        return self.name
+
     def chats(self) -> Iterator[Chat]:
         """Endless episodes without a slip."""
         questions = CountingAloud().questions
@@ -144,7 +154,7 @@ class AloudTask:
 def warmed(task: GymTask | AloudTask, work: Path) -> Path:
     """The model directory that runs on `task` start from; made once below `work`."""
     tokenizer = Tokenizer.from_pretrained(bundled_model())
-    data = work / f"warm-{task.name}-data"
+    data = work / f"warm-{task.label}-data"
     if not data.exists():
         write_dataset(data, chat_documents(itertools.islice(task.chats(), PROBLEMS), tokenizer), tokenizer)
     config = SFTConfig(
@@ -155,5 +165,5 @@ def warmed(task: GymTask | AloudTask, work: Path) -> Path:
             schedule=Schedule(shape="cosine", warmup_steps=5, final_fraction=0.1),
         ),
     )  # fmt: skip
-    run = work / f"warm-{task.name}-{task.warm_steps}"
+    run = work / f"warm-{task.label}-{task.warm_steps}"
     return sft(config, run, resume=(run / "run.json").exists()).model_directory
