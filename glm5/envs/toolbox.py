@@ -6,7 +6,9 @@
 
 The annotations become the schema (any type that pydantic knows), the docstring's first paragraph the description. What
 goes wrong in a call (no such tool, arguments that do not fit, an exception) is told to the model as the result. Only
-`EnvironmentFailure`, a lost connection and an exhausted memory are the infrastructure's and go up.
+`EnvironmentFailure`, a lost connection (also where a client of HTTP has made another exception of it) and an exhausted
+memory are the infrastructure's and go up. A tool for which a refused connection is an answer catches it, and raises or
+returns what it has to say (`raise ... from None`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from glm5.envs.protocol import EnvironmentFailure, Message, Tool
 from glm5.envs.threads import in_own_thread
@@ -40,8 +42,14 @@ class Toolbox:
         self.tools: tuple[Tool, ...] = tuple(map(self._described, self._functions))
 
     async def answer(self, calls: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
-        """Runs the tool calls of one message side by side; the results in the order of the calls."""
-        contents = await asyncio.gather(*(self._run(call["function"]) for call in calls))
+        """Runs the tool calls of one message side by side; the results in the order of the calls. Where one fails, the
+        others are called off."""
+        running = [asyncio.ensure_future(self._run(call["function"])) for call in calls]
+        try:
+            contents = await asyncio.gather(*running)
+        finally:
+            for each in running:
+                each.cancel()
         return tuple(
             {"role": "tool", "content": content, **({"tool_call_id": call["id"]} if call.get("id") else {})}
             for call, content in zip(calls, contents, strict=True)
@@ -53,7 +61,8 @@ class Toolbox:
             return _error(f"there is no tool {name}.{did_you_mean(name, self._functions)}")
         try:
             checked = self._arguments[name].model_validate(json.loads(given) if isinstance(given, str) else given)
-            arguments = {field: getattr(checked, field) for field in type(checked).model_fields}
+            fields = type(checked).model_fields
+            arguments = {str(fields[place].alias): getattr(checked, place) for place in fields}
         except ValidationError as error:
             return _error("; ".join(_said(one) for one in error.errors()))
         except (ValueError, RecursionError):  # also a number of thousands of digits, and lists in lists without end
@@ -67,11 +76,11 @@ class Toolbox:
             text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
         except EnvironmentFailure:
             raise
-        except ConnectionError as error:
-            raise EnvironmentFailure(f"the tool {name} lost its connection: {error!r}", "unreachable") from error
         except MemoryError as error:
             raise EnvironmentFailure(f"the tool {name} ran out of memory", "crash") from error
         except (Exception, SystemExit) as error:
+            if _lost_connection(error):
+                raise EnvironmentFailure(f"the tool {name} lost its connection: {error!r}", "unreachable") from error
             return _error(str(error) or type(error).__name__)
         return self._cut(text)
 
@@ -88,14 +97,26 @@ class Toolbox:
 
 
 def _arguments(function: Function) -> type[BaseModel]:
-    """The parameters of a function as a model; InputError for one that a model cannot call by names."""
+    """The parameters of a function as a model; InputError for one that a model cannot call by names.
+
+    They are aliases of its fields, since pydantic takes some names (`json`, `_x`) for its own.
+    """
     hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name not in hints or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise InputError(f"parameter {name} of the tool {function.__name__} needs a type and a name of its own.")
-        fields[name] = (hints[name], ... if parameter.default is parameter.empty else parameter.default)
+        default = ... if parameter.default is parameter.empty else parameter.default
+        fields[f"field_{len(fields)}"] = (hints[name], Field(default, alias=name))
     return create_model(function.__name__, __config__=ConfigDict(extra="forbid", strict=False), **fields)
+
+
+def _lost_connection(error: BaseException) -> bool:
+    """Whether it is one, or was raised because of one, which a client may have wrapped several times and hidden."""
+    before = error.__cause__ if error.__suppress_context__ else error.__context__
+    while before is not None and not isinstance(before, ConnectionError):
+        before = before.__cause__ or before.__context__
+    return isinstance(error, ConnectionError) or before is not None
 
 
 def _plain(schema: Any) -> Any:

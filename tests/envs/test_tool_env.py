@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import socket
 import threading
+import urllib.request
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal
 
+import httpx
 import pytest
 from episodes import assert_pure, play, said
 from jsonschema import Draft202012Validator
@@ -103,6 +106,69 @@ def test_an_exception_is_a_message_and_the_infrastructure_is_a_failure():
         with pytest.raises(EnvironmentFailure) as caught:
             answers([tool], ("tool", json.dumps({"how": how})))
         assert caught.value.kind == kind
+
+
+def refused_by_httpx(url):
+    return httpx.get(url).text
+
+
+def refused_by_python(url):
+    return urllib.request.urlopen(url).read()
+
+
+@pytest.mark.parametrize("client", [refused_by_httpx, refused_by_python])
+def test_a_lost_connection_is_the_infrastructures_whatever_its_client_calls_it(client):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"  # nobody listens there
+
+        def page() -> str:
+            return client(url)
+
+        def handled() -> str:
+            try:
+                return client(url)
+            except Exception:
+                raise ValueError("no such page") from None
+
+        with pytest.raises(EnvironmentFailure, match="the tool page lost its connection") as caught:
+            answers([page], ("page", ""))
+        assert caught.value.kind == "unreachable"
+        assert answers([handled], ("handled", "")) == ['{"error": "no such page"}']
+
+
+def test_calls_beside_one_that_fails_are_called_off():
+    ended = []
+
+    async def slow() -> str:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("slow")
+
+    async def broken() -> str:
+        await asyncio.sleep(0)
+        raise EnvironmentFailure("down", "unreachable")
+
+    async def story():
+        with pytest.raises(EnvironmentFailure, match="down"):
+            await Toolbox([slow, broken]).answer(said("", ("slow", ""), ("broken", ""))["tool_calls"])
+        await asyncio.sleep(0)
+        assert ended == ["slow"]
+
+    asyncio.run(story())
+
+
+def test_parameters_may_have_names_that_pydantic_uses_itself(recwarn):
+    def write(json: str, copy: int = 2, *, _hidden: bool, model_config: str = "x") -> str:
+        return f"{json} {copy} {_hidden} {model_config}"
+
+    (tool,) = Toolbox([write]).tools
+    assert list(tool["function"]["parameters"]["properties"]) == ["json", "copy", "_hidden", "model_config"]
+    assert answers([write], ("write", '{"json": "a", "_hidden": true}')) == ["a 2 True x"]
+    assert "_hidden: Field required" in answers([write], ("write", '{"json": "a"}'))[0]
+    assert "field_0: Extra inputs" in answers([write], ("write", '{"field_0": "a"}'))[0]
+    assert not recwarn.list
 
 
 def test_calls_run_side_by_side_and_answer_in_order():
