@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from glm5.envs.gym import GymEnvironment, stripped
+from glm5.envs.gym import GymEnvironment
 from glm5.envs.protocol import EpisodeLimits
 from glm5.errors import InputError
 
@@ -77,18 +77,19 @@ def _actions(name: str, space: Any, actions: Sequence[str]) -> tuple[str, Callab
     """What is asked of the model, and the action of its answer."""
     kind = type(space).__name__
     if kind == "Text" and not actions:
-        return "", stripped
+        return "", lambda text: _allowed(text.strip(), space)
     if kind != "Discrete":
         raise InputError(f"{name} takes actions of the kind {kind}; pass a GymEnvironment with an action in Python.")
     first, count = int(space.start), int(space.n)
     names = tuple(actions) or tuple(map(str, range(first, first + count)))
-    if len(set(names)) != count:
+    numbers = {text.lower(): first + i for i, text in enumerate(names)}
+    if not len(numbers) == len(names) == count:
         raise InputError(
-            f"{name} takes {count} different actions, and {len(set(names))} are named: {', '.join(names)}."
+            f"{name} takes {count} different actions, and {len(numbers)} are named (in capitals or not): "
+            f"{', '.join(names)}."
         )
     # The longest name first: "up left" is not "up".
-    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})\b", re.IGNORECASE)
-    numbers = {text.lower(): first + i for i, text in enumerate(names)}
+    pattern = re.compile("|".join(map(_whole, sorted(names, key=len, reverse=True))), re.IGNORECASE)
 
     def action(text: str) -> int:
         found = pattern.findall(text)
@@ -97,3 +98,18 @@ def _actions(name: str, space: Any, actions: Sequence[str]) -> tuple[str, Callab
         return numbers[found[-1].lower()]
 
     return f"Answer with one of: {', '.join(names)}.", action
+
+
+def _whole(name: str) -> str:
+    """The expression for a name that is no part of a longer word. It may also be a sign, or begin or end with one."""
+    before = r"(?<!\w)" if re.match(r"\w", name) else ""
+    after = r"(?!\w)" if re.search(r"\w$", name) else ""
+    return before + re.escape(name) + after
+
+
+def _allowed(text: str, space: Any) -> str:
+    """Raises ValueError for what no action of a space of texts is."""
+    if not space.contains(text):
+        letters = "".join(space.characters)
+        raise ValueError(f"answer with {space.min_length} to {space.max_length} of the characters {letters}")
+    return text

@@ -122,12 +122,61 @@ def test_an_environment_of_gymnasium_by_its_id():
     assert numbered.action("I stick, 0.") == 0 and numbered.action("1") == 1
 
 
+class Spelling(gymnasium.Env):
+    """Takes texts of at most three letters of "abc", and breaks on others, as real ones do."""
+
+    observation_space = gymnasium.spaces.Text(9)
+    action_space = gymnasium.spaces.Text(3, charset="abc")
+
+    def reset(self, *, seed=None, options=None):
+        return "spell", {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return "more", float(len(action)), action == "c", False, {}
+
+
+class Walking(Spelling):
+    """Takes steps of -1, 0 and 1."""
+
+    action_space = gymnasium.spaces.Discrete(3, start=-1)
+
+    def step(self, action):
+        return "walked", float(action), action == 1, False, {}
+
+
+@pytest.fixture
+def own_games():
+    gymnasium.register("Spelling-v0", Spelling)
+    gymnasium.register("Walking-v0", Walking)
+    yield
+    del gymnasium.registry["Spelling-v0"], gymnasium.registry["Walking-v0"]
+
+
+def test_a_text_that_is_no_action_is_told_to_the_model(own_games):
+    env = gymnasium_environment("Spelling-v0")
+    seen, reward = play(env, env.task(0, 0), said("ab "), said("letters"), said(""), said("c"))
+    for told in seen[2:4]:
+        assert told.messages[0]["content"] == "That is no valid action: answer with 1 to 3 of the characters abc"
+    assert seen[-1].done and reward.value == 3.0
+
+
+def test_actions_may_be_signs_and_negative_numbers(own_games):
+    env = gymnasium_environment("Walking-v0")
+    seen, reward = play(env, env.task(0, 0), said("-1"), said("0, no: -1."), said("11"), said("1"))
+    assert "no valid action: answer with one of -1, 0, 1" in seen[3].messages[0]["content"]
+    assert seen[-1].done and reward.value == -1.0
+    arrows = gymnasium_environment("FrozenLake-v1", actions=("<", "v", ">", "^"))
+    assert [arrows.action(text) for text in ("<", "I go v", "->", "^^", "over >")] == [0, 1, 2, 3, 2]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("gymnasium:FrozenPond-v1", "gymnasium makes no 'FrozenPond-v1'"),
         ("gymnasium:FrozenLake-v1:depth=3", "depth"),
         ("gymnasium:FrozenLake-v1:actions=left+right", "4 different actions, and 2 are named"),
+        ("gymnasium:FrozenLake-v1:actions=a+A+b+c", "4 different actions, and 3 are named"),
         ("gymnasium:Pendulum-v1", "of the kind Box"),
     ],
 )
