@@ -10,12 +10,17 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
 JSON_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
 _LONGEST_LITERAL = 100_000  # characters; Python's parser is slow and fragile beyond
+_MODELS_TEXT = "<argument of a tool>"
+# What Python thinks of a model's spelling ("1or 2") is nobody's to read. A filter for all times, since one that is set
+# for a moment is set for the other threads too, and may be left behind.
+warnings.filterwarnings("ignore", module=re.escape(_MODELS_TEXT))
 
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 """Of a list, in a JSON pointer (RFC 6901: no leading zeros)."""
@@ -193,4 +198,4 @@ def _escaped_json(text: str) -> Any:
 def _literal(text: str) -> Any:
     if len(text) > _LONGEST_LITERAL:
         raise ValueError("too long to read as a Python literal")
-    return ast.literal_eval(text)
+    return ast.literal_eval(compile(text, _MODELS_TEXT, "eval", ast.PyCF_ONLY_AST))

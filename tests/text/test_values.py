@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -190,3 +192,10 @@ def test_a_number_of_any_length_is_read_exactly():
     assert exact_json(digits, frozenset({"integer"})) == digits
     assert exact_json(f"[{digits}]", frozenset({"array"})) == f"[{digits}]"
     assert exact_json(digits, frozenset({"boolean", "string"})) is None
+
+
+def test_what_python_thinks_of_a_models_spelling_is_said_to_nobody():
+    program = "import sys; from glm5.text.values import typed; print(typed(sys.stdin.read(), frozenset()))"
+    text = "[1or 2, 0x1for x in y]"
+    done = subprocess.run([sys.executable, "-W", "always", "-c", program], input=text, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (text + "\n", "")
