@@ -36,15 +36,35 @@ def ticket_from_json(value: Json) -> Ticket:
     return Ticket(*value)
 
 
+class Alike:
+    """Turns in the order of their tokens: the one that shares the most with a prompt is beside the prompt's place."""
+
+    def __init__(self) -> None:
+        self._turns: list[Turn] = []
+        self._ordered: list[int] = []
+
+    def add(self, turn: Turn) -> None:
+        """The next one."""
+        self._turns.append(turn)
+        insort(self._ordered, len(self._turns) - 1, key=self._tokens)
+
+    def most(self, prompt_ids: tuple[int, ...]) -> tuple[int, int]:
+        """How many tokens the prompt begins with that a turn, prompt and output, begins with too; and that turn."""
+        place = bisect(self._ordered, prompt_ids, key=self._tokens)
+        near = self._ordered[max(place - 1, 0) : place + 1]
+        return max(((shared_tokens(self._tokens(n), prompt_ids), n) for n in near), default=(0, 0))
+
+    def _tokens(self, number: int) -> tuple[int, ...]:
+        turn = self._turns[number]
+        return turn.prompt_ids + turn.output_ids
+
+
 def turns_to_json(turns: Sequence[Turn]) -> Json:
     """One object for each turn; `like` is the number of the earlier turn that shares its first tokens."""
     found: list[Json] = []
-    ordered: list[tuple[tuple[int, ...], int]] = []
-    """Earlier turns by their tokens: the one that shares the most with a prompt is beside the prompt's place."""
-    for number, turn in enumerate(turns):
-        place = bisect(ordered, (turn.prompt_ids, -1))
-        near = [(shared_tokens(tokens, turn.prompt_ids), n) for tokens, n in ordered[max(place - 1, 0) : place + 1]]
-        shared, like = max(near, default=(0, 0))
+    earlier = Alike()
+    for turn in turns:
+        shared, like = earlier.most(turn.prompt_ids)
         found.append(
             {
                 "like": like,
@@ -60,7 +80,7 @@ def turns_to_json(turns: Sequence[Turn]) -> Json:
         )
         if turn.experts is not None:
             found[-1]["experts"] = experts_to_json(turn.experts)
-        insort(ordered, (turn.prompt_ids + turn.output_ids, number))
+        earlier.add(turn)
     return found
 
 

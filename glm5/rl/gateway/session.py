@@ -10,6 +10,9 @@
 Which turns are learnt from: those that were sampled from the model's own distribution and were not broken off. An
 answer that its client left, or the server gave up, influenced nothing that can be known, and tokens that a grammar, a
 temperature or a penalty chose are not the policy's. Such turns are recorded; in the prompts of others they are context.
+
+A turn is written as what it adds to the earlier one that shares the most tokens with its prompt: a client may drop
+thoughts, so that no prompt goes on from a whole turn, and the file grows with the conversation all the same.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Literal
 
 from glm5.engine import SamplingParams
 from glm5.envs import Reward, Task
-from glm5.rl.codec import leading
+from glm5.rl.codec import Alike, leading
 from glm5.rl.gateway.answers import Answers, Message
 from glm5.rl.journal import Record, read_journal
 from glm5.rl.records import Branch, Outcome, Rollout, Ticket, Turn
@@ -66,7 +69,7 @@ class Session:
         self.answers = Answers()
         self.tokens = 0
         """All that were recorded: sampled ones, and those of prompts that were not there before."""
-        self._all = EpisodeTree()
+        self._all, self._alike = EpisodeTree(), Alike()
 
     def apply(self, event: Record) -> None:
         """Takes the next event."""
@@ -93,22 +96,21 @@ class Session:
 
         splice: whether the answer may stand in later prompts as it was sampled.
         """
-        follows = self._all.extended_by(turn.prompt_ids)
-        earlier = None if follows is None else self.turns[follows]
-        tokens = 0 if earlier is None else len(earlier.turn.prompt_ids) + len(earlier.turn.output_ids)
-        kept = 0 if earlier is None else leading(earlier.messages, messages)
+        shared, like = self._alike.most(turn.prompt_ids)
+        kept = leading(self.turns[like].messages, messages) if shared else 0
         return {
-            "kind": "turn", "follows": follows, "prompt": turn.prompt_ids[tokens:], "output": turn.output_ids,
-            "logprobs": turn.logprobs, "versions": [[v, len(list(run))] for v, run in groupby(turn.versions)],
-            "finish": turn.finish_reason, "seconds": round(turn.seconds, 4), "cached": turn.cached_tokens,
-            "learnt": learnt, "kept": kept, "messages": list(messages[kept:]), "answer": answer, "splice": splice,
+            "kind": "turn", "follows": like if shared else None, "shared": shared, "prompt": turn.prompt_ids[shared:],
+            "output": turn.output_ids, "logprobs": turn.logprobs,
+            "versions": [[v, len(list(run))] for v, run in groupby(turn.versions)], "finish": turn.finish_reason,
+            "seconds": round(turn.seconds, 4), "cached": turn.cached_tokens, "learnt": learnt, "kept": kept,
+            "messages": list(messages[kept:]), "answer": answer, "splice": splice,
         }  # fmt: skip
 
     def _add(self, event: Record) -> None:
         earlier = None if event["follows"] is None else self.turns[event["follows"]]
         before = () if earlier is None else earlier.turn.prompt_ids + earlier.turn.output_ids
         turn = Turn(
-            prompt_ids=(*before, *event["prompt"]),
+            prompt_ids=(*before[: event.get("shared")], *event["prompt"]),  # earlier versions: all of it
             output_ids=tuple(event["output"]),
             logprobs=tuple(event["logprobs"]),
             versions=tuple(v for v, count in event["versions"] for _ in range(count)),
@@ -120,6 +122,7 @@ class Session:
         recorded = RecordedTurn(turn, event["learnt"], (*kept, *event["messages"]), event["answer"])
         self.turns.append(recorded)
         self._all.add(turn)
+        self._alike.add(turn)
         self.tokens += len(event["prompt"]) + len(turn.output_ids)
         if event["splice"] and recorded.answer is not None:
             self.answers.add(recorded.messages, recorded.answer, Written(turn.prompt_ids[-1], turn.output_ids))

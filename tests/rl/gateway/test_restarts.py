@@ -7,10 +7,11 @@ import sys
 
 import httpx
 import pytest
-from gateway_tools import OFF, USER, add_turn, ask, gateway
+from gateway_tools import OFF, USER, add_turn, ask, gateway, rollout
 
 from glm5.errors import RunError
 from glm5.rl.gateway import Sessions
+from glm5.rl.records import Turn
 
 
 def test_a_restarted_gateway_goes_on_with_its_sessions(tmp_path):
@@ -53,6 +54,50 @@ def test_torn_lines_and_deaths_at_every_step_lose_nothing_that_was_answered(tmp_
         if whole:
             assert len(again.find("s").turns) == max(0, min(whole - 1, 2)) and again.find("s").group == "g"
         again.close()
+
+
+def dropping_thoughts(sessions, name, count):
+    """A conversation whose client leaves every thought (51) out; gives the prompts."""
+    session, said, messages, prompts = sessions.open(name), tuple(range(100)), [], []
+    for number in range(count):
+        messages += [{"role": "user", "content": f"question {number}"}]
+        answer, end = {"role": "assistant", "content": f"answer {number}"}, (60, 1000 + number)
+        prompts.append((*said, 50))
+        turn = Turn(prompts[-1], (51, 52, *end), (-0.5,) * 4, (3,) * 4, "stop")
+        event = session.turn_event(turn, learnt=True, messages=messages, answer=answer, splice=True)
+        sessions._write(name, event)
+        said, messages = (*said, 52, *end, 70, 71), [*messages, answer]
+    return prompts
+
+
+def test_a_record_grows_with_its_conversation_where_no_prompt_holds_a_whole_turn(tmp_path):
+    sessions, size = Sessions(tmp_path), {}
+    for name, count in [("short", 40), ("long", 80)]:
+        prompts = dropping_thoughts(sessions, name, count)
+        size[name] = (tmp_path / "open" / f"{name}.jsonl").stat().st_size
+        sessions.reward(name, 1.0)
+        closed = sessions.find(name)
+        assert [recorded.turn.prompt_ids for recorded in closed.turns] == prompts
+        assert closed.turns[-1].messages[::2] == tuple(
+            {"role": "user", "content": f"question {number}"} for number in range(count)
+        )
+        assert closed.tokens == 101 + 4 * count + 6 * (count - 1)
+        assert len(rollout(sessions, name).trajectories) == count
+    assert size["long"] < 2.1 * size["short"]
+    sessions.close()
+
+
+def test_records_of_earlier_versions_are_read(tmp_path):
+    """There a turn went on from all of an earlier one, or from none."""
+    sessions = Sessions(tmp_path)
+    session = sessions.open("old")
+    for prompt in ((1, 2), (1, 2, 5, 6, 7)):
+        turn = Turn(prompt, (5, 6), (-0.5, -0.5), (3, 3), "stop")
+        event = session.turn_event(turn, learnt=True)
+        del event["shared"]
+        sessions._write("old", event)
+    assert [recorded.turn.prompt_ids for recorded in sessions.find("old").turns] == [(1, 2), (1, 2, 5, 6, 7)]
+    sessions.close()
 
 
 def test_one_damaged_file_is_put_aside_and_the_others_go_on(tmp_path, caplog):
