@@ -2,7 +2,7 @@
 
 NAME is an environment (docs/environments.md), or a function that makes one of the settings. A function with a parameter
 `split` is told "train" or "heldout". The file is read once: the bytes that run are those whose hash the run's record
-holds. The hash is of the file alone, not of what it imports, which is looked for in its folder too.
+holds. What it imports may lie in its folder, and is part of the hash (`rl_own_imports.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from glm5.cli.rl_own_imports import imported_from_beside
 from glm5.envs import Environment
 from glm5.errors import InputError, did_you_mean
 
@@ -32,19 +33,25 @@ class OwnFile:
 
     path: Path
     content: bytes
+    beside: Mapping[str, bytes]
+    """Files of its folder that it imports."""
 
     @classmethod
     def read(cls, file: str) -> OwnFile:
-        """Raises InputError for one that is not there."""
+        """Raises InputError for one that is not there, and as `imported_from_beside`."""
         path = Path(file)
         if not path.is_file():
             raise InputError(f"There is no file {file!r}; an environment of your own is {KIND}:FILE.py:NAME.")
-        return cls(path, path.read_bytes())
+        content = path.read_bytes()
+        return cls(path, content, imported_from_beside(path, content))
 
     @property
     def code(self) -> str:
-        """Its hash."""
-        return sha256(self.content).hexdigest()
+        """Its hash, with what it imports from beside it."""
+        whole = sha256(self.content)
+        for place, content in sorted(self.beside.items()):
+            whole.update(f"{place} {sha256(content).hexdigest()}".encode())
+        return whole.hexdigest()
 
     def environment(self, name: str, settings: Mapping[str, Any], split: str) -> Environment:
         """What the file calls `name`; raises InputError for a name or an object that is no environment."""

@@ -126,8 +126,9 @@ class Record:
         known = [codes[whole_path(spec)] for codes in noted if whole_path(spec) in codes]
         if known and code not in known:
             raise RunError(
-                f"The file of {spec} has changed since {self.directory.path} was started (its hash is {code[:12]} now, "
-                f"but {known[0][:12]} then); restore it, or say that environment again to go on with it as it is now."
+                f"The file of {spec}, or one beside it that it imports, has changed since {self.directory.path} was "
+                f"started (the hash is {code[:12]} now, but {known[0][:12]} then); restore it, or say that environment "
+                "again to go on with it as it is now."
             )
 
     @property

@@ -11,6 +11,7 @@ from speaker import speaker_model, speaker_tokenizer
 import glm5
 from glm5.cli.main import main
 from glm5.cli.rl_environments import named_environment
+from glm5.cli.rl_own import OwnFile
 from glm5.errors import InputError
 from glm5.rl.gateway import Sessions
 from glm5.rl.records import Turn
@@ -114,6 +115,45 @@ def test_a_file_may_import_its_neighbours(tmp_path, monkeypatch):
     assert task.answer in ("Paris", "Lima")
 
 
+def test_what_lies_beside_the_file_and_is_imported_is_part_of_its_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path, package = tmp_path / "importing.py", tmp_path / "own_package"
+    package.mkdir()
+    path.write_text("import json\nimport torch\nimport own_module_a as a\n" + OWN)
+    assert OwnFile.read(str(path)).code == sha256(path.read_bytes()).hexdigest()
+    codes = []
+    for file, text in [
+        (tmp_path / "own_module_a.py", "from own_package.deep import answer\n"),
+        (package / "__init__.py", ""),
+        (package / "deep.py", "from .deeper import answer\n"),
+        (package / "deeper.py", "answer = 1\n"),
+        (package / "deeper.py", "answer = 2\n"),
+        (tmp_path / "not_imported.py", "answer = 3\n"),
+        (tmp_path / "json.py", "answer = 4\n"),  # Python's own is imported
+    ]:
+        file.write_text(text)
+        codes.append(OwnFile.read(str(path)).code)
+    assert len(set(codes)) == 5 and len(set(codes[4:])) == 1
+    assert "own_module_a" not in sys.modules  # nothing ran
+    named_environment(f"python:{path}:capitals")
+    del sys.modules["own_module_a"]
+
+
+def test_a_neighbour_that_python_would_not_find_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own_helpers.py").write_text(f"answer = '{folder}'\n")
+        (tmp_path / folder / "mine.py").write_text("from own_helpers import answer\n" + OWN)
+    named_environment(f"python:{tmp_path}/one/mine.py:capitals")
+    with pytest.raises(InputError, match=r"one/own_helpers.py before .*two/own_helpers.py; give the latter another"):
+        named_environment(f"python:{tmp_path}/two/mine.py:capitals")
+    (tmp_path / "torch.py").write_text("answer = 1\n")
+    (tmp_path / "mine.py").write_text("import torch\n" + OWN)
+    with pytest.raises(InputError, match=r"Python finds .*__init__.py before .*torch.py"):
+        named_environment(f"python:{tmp_path}/mine.py:capitals")
+
+
 def test_a_run_is_resumed_and_replayed_with_the_code_that_it_was_begun_with(file, tmp_path, capsys, monkeypatch):
     def resumed(steps, *more):
         args = ["rl", "--resume", "--out", str(tmp_path / "run"), "--steps", str(steps), "--threads", "1", "--json"]
@@ -145,8 +185,12 @@ def test_a_run_is_resumed_and_replayed_with_the_code_that_it_was_begun_with(file
     ran = tmp_path / "the changed file ran"
     file.write_text(OWN.replace("float(len", "-float(len") + f"open({str(ran)!r}, 'w').close()\n")
     for more in ((), ("--held-out-env", "none"), ("--held_out_env=sums",)):  # what is said again is another one
-        assert "mine.py:capitals has changed since" in resumed(3, *more)
+        assert "mine.py:capitals, or one beside it that it imports, has changed since" in resumed(3, *more)
+    file.write_text("import resumed_neighbour\n" + OWN)
+    (tmp_path / "resumed_neighbour.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    assert "or one beside it that it imports, has changed since" in resumed(3)
     assert not ran.exists()
+    file.write_text(OWN.replace("float(len", "-float(len"))
     assert main(["rl", "--replay-step", "1", "--out", str(tmp_path / "run"), "--threads", "1"]) == 0
     capsys.readouterr()
     assert resumed(3, "--env", f"python:{file}:capitals") == 3
@@ -169,5 +213,7 @@ def test_a_run_of_recorded_sessions_knows_the_code_that_it_measures_with(file, t
     file.write_text(OWN + "\n")
     resume = ["rl", "--resume", "--out", out, "--threads", "1", "--json"]
     capsys.readouterr()
-    assert main(resume) == 1 and "mine.py:capitals has changed since" in " ".join(capsys.readouterr().err.split())
+    assert main(resume) == 1
+    refused = " ".join(capsys.readouterr().err.split())
+    assert "mine.py:capitals, or one beside it that it imports, has changed since" in refused
     assert main([*resume, "--held_out_env", measured]) == 0
