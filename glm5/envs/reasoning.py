@@ -23,11 +23,14 @@ import numpy as np
 from glm5.data.corpus import Split, is_held_out
 from glm5.envs.answer_guard import may_be_shown
 from glm5.envs.protocol import EnvironmentFailure, Message, Reward, Task
+from glm5.envs.rewards import right_text
 from glm5.errors import InputError, did_you_mean
 from glm5.scoring import Grade, extract_answer
 
 HELD_OUT_PER_THOUSAND = 200
 TRIES = 400
+COMPARED = frozenset({"game_of_life_halting"})
+"""Tasks whose answers are compared here, but for case: reasoning-gym 0.1.25 takes any text for right."""
 OPEN, CLOSE = "<answer>", "</answer>"
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -70,6 +73,8 @@ class ReasoningGym:
             return Reward(0.0, Grade("not_attempted", "the response is empty"))
         if not may_be_shown(answer, self.task_name):
             return Reward(0.0, Grade("incorrect", "the verifier would run it as a program", answer))
+        if self.task_name in COMPARED:
+            return right_text(task, {"content": answer})
         try:
             value = float(dataset.score_answer(answer, entry))
         except Exception as error:

@@ -71,6 +71,16 @@ def test_the_answer_may_stand_in_tags_in_a_box_or_alone():
         assert env.score(task, {"content": text.format(a=task.answer)}).value == 1.0
 
 
+def test_no_text_is_right_whatever_it_says():
+    env = ReasoningGym("game_of_life_halting")
+    tasks = [env.task(0, index) for index in range(12)]
+    assert {task.answer for task in tasks} == {"True", "False"}
+    for task in tasks:
+        wrong = {"True": "False", "False": "True"}[task.answer]
+        values = [env.score(task, {"content": text}).value for text in (task.answer, task.answer.lower(), wrong, "x")]
+        assert values == [1.0, 1.0, 0.0, 0.0]
+
+
 def test_wrong_names_and_settings_are_refused():
     with pytest.raises(InputError, match="Did you mean 'chain_sum'"):
         ReasoningGym("chain_sums")
