@@ -31,12 +31,12 @@ def records(parent, tmp_path):
     return recorded(parent, tmp_path / "records", [True] * 4)
 
 
-def recorded(parent, directory, learnt):
+def recorded(parent, directory, learnt, group=None):
     """One session for each of `learnt`, which says whether its tokens count."""
     sessions = Sessions(directory, weights=directory_sha256(parent))
     (output,) = Engine(parent).generate([[40, 41]], SamplingParams(n=len(learnt), max_tokens=5, seed=0))
     for number, said in enumerate(output.outputs):
-        session = sessions.open(f"s{number}")
+        session = sessions.open(f"s{number}", group=group)
         turn = Turn((40, 41), said.token_ids, said.logprobs, said.versions, said.finish_reason)
         sessions._write(session.id, session.turn_event(turn, learnt=learnt[number]))
         sessions.reward(session.id, float(number % 2))
@@ -62,7 +62,7 @@ def test_sessions_without_a_token_of_the_policy_are_dropped_and_said(parent, tmp
     assert main(flags(parent, tmp_path / "run", "--from-records", cold)) == 1
     heard = " ".join(capsys.readouterr().err.split())
     assert "gives no batch" in heard and "4 hold no token that can be learnt from" in heard
-    mixed = recorded(parent, tmp_path / "mixed", [True, False, True, True])
+    mixed = recorded(parent, tmp_path / "mixed", [True, False, True, True], group="ticket")
     assert main(flags(parent, tmp_path / "run", "--from-records", mixed)) == 0
     heard = capsys.readouterr()
     assert "of the closed sessions, 1 hold no token that can be learnt from" in heard.err

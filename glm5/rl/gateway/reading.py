@@ -2,7 +2,8 @@
 
 Sessions that name one group are compared with each other, `group_size` at a time. Sessions of real use name none; they
 are put together in the order of their closing, so that their common mean is the baseline: an estimate of what the
-model is worth to its users at that time, with more noise than a task's own.
+model is worth to its users at that time, with more noise than a task's own. Those of them that nobody has rewarded, or
+that hold nothing to learn from, are left out: most real use may be like that, and a group of theirs would be given up.
 
 Places in groups are numbered by the order of closing, so the same directory always gives the same tickets. Sessions
 that a run has had already are not given again, whether their files are still there or not.
@@ -62,7 +63,10 @@ class FinishedSessions:
     damaged: list[str] = field(default_factory=list)
     """Files that could not be read."""
     unlearnable: int = 0
-    """Those with a reward and no token that can be learnt from. They take their places, and are dropped there."""
+    """Those with a reward and no token that can be learnt from. In a group of a name they take their places, and are
+    dropped there."""
+    unrewarded: int = 0
+    """Those without a group and a reward."""
 
     def __post_init__(self) -> None:
         self._seen: set[str] = set()
@@ -88,6 +92,7 @@ class FinishedSessions:
         old = sum(len(other.weights) == OLD_NAMES for other in self.others)
         found = {
             "hold no token that can be learnt from (sampled at temperature 1 with nothing cut off)": self.unlearnable,
+            "name no group and have no reward": self.unrewarded,
             "were recorded with other weights than the parent's": len(self.others) - old,
             "were recorded by an earlier version, which could not tell weights of one shape apart (record anew)": old,
             "cannot be read": len(self.damaged),
@@ -141,13 +146,17 @@ class FinishedSessions:
             torn.append(had.group)
 
     def _add(self, session: Session) -> Ready | None:
-        """Gives the session its place, and the group if it is complete."""
+        """Gives the session its place, if it has one, and the group if it is complete."""
+        rewarded, learnable = session.reward is not None, session.learnable_tokens > 0
+        self.unlearnable += rewarded and not learnable
+        self.unrewarded += not rewarded and not session.group
+        if not session.group and not (rewarded and learnable):
+            return None
         name = session.group or UNGROUPED
         number = self._numbers.setdefault(name, len(self._numbers))
         members = self._waiting.setdefault(name, [])
         ticket = Ticket(ENVIRONMENT, number, self._attempts.setdefault(name, 0), len(members))
         members.append(session.rollout(ticket))
-        self.unlearnable += session.reward is not None and not session.learnable_tokens
         torn = next(iter(self._torn[name]), None)
         if len(members) < (self.group_size if torn is None else self._missing[torn]):
             return None

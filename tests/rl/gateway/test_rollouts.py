@@ -153,14 +153,30 @@ def test_closed_sessions_become_groups_in_the_order_of_closing(tmp_path):
     for name in "adefg":
         sessions.abandon(name, "") if name == "d" else sessions.reward(name, 1.0)
     groups = list(finished.poll())
-    assert [[r.task.id for r in ready.rollouts] for ready in groups] == [["c", "a"], ["d", "e"], ["f", "g"]]
+    assert [[r.task.id for r in ready.rollouts] for ready in groups] == [["c", "a"], ["f", "g"]]
     groups = [ready.rollouts for ready in groups]
-    assert [group[0].task.category for group in groups] == ["g", "gateway", "g"]
-    assert [group[0].ticket for group in groups] == [
-        Ticket("gateway", 1), Ticket("gateway", 2), Ticket("gateway", 1, 1)
-    ]  # fmt: skip
-    assert [r.outcome for r in groups[1]] == ["aborted", "ok"] and finished.waiting == 1
+    assert [group[0].task.category for group in groups] == ["g", "g"]
+    assert [group[0].ticket for group in groups] == [Ticket("gateway", 1), Ticket("gateway", 1, 1)]
+    assert finished.waiting == 2 and finished.left_out == "1 name no group and have no reward"
     assert [ready.rollouts for ready in FinishedSessions(tmp_path, 2, weights="w1").poll()] == groups
     other = FinishedSessions(tmp_path, 2, weights="w2")
     assert list(other.poll()) == [] and len(other.others) == 7
     sessions.close()
+
+
+def test_sessions_that_nobody_rewarded_do_not_spoil_the_groups_of_those_that_somebody_did(sessions):
+    """Of a named group they are attempts at its task, and have their places: others may never come."""
+    finished = FinishedSessions(sessions.directory, 2)
+    for number in range(12):
+        for group in (None, "g"):
+            name = f"{group}{number}"
+            if number % 3 == 2:
+                close(sessions, name, group)
+            else:
+                sessions.open(name, group=group)
+                add_turn(sessions, name)
+                sessions.abandon(name, "Nobody said a word.")
+    groups = list(finished.poll())
+    real = [ready for ready in groups if ready.rollouts[0].task.category == "gateway"]
+    assert [ids(ready) for ready in real] == [["None2", "None5"], ["None8", "None11"]]
+    assert len(groups) == 8 and finished.waiting == 0 and finished.unrewarded == 8
