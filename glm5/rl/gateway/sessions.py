@@ -80,7 +80,6 @@ class Sessions:
                 self._reopen(path)
             except RunError as error:  # one session is lost; the others, and those to come, are not
                 log.warning("A recorded session is put aside, to %s: %s", path.rename(self._aside(path.stem)), error)
-        self._swept = self.clock()
         self._warned = False
         self._requests: Counter[str] = Counter()
         """That are under way, by session."""
@@ -156,7 +155,8 @@ class Sessions:
         """Closes sessions of which nothing was heard for too long: with the reward they have, or as given up."""
         with self._lock:
             oldest = self.clock() - self.limits.idle_hours * HOUR
-            for name in [n for n, o in self._open.items() if o.session.touched_at < oldest]:
+            quiet = [name for name, entry in self._open.items() if entry.session.touched_at < oldest]
+            for name in [name for name in quiet if not self._requests[name]]:  # an answer may take that long
                 rewarded = self._open[name].session.reward is not None
                 reason = f"Nothing was heard of it for {self.limits.idle_hours:g} hours."
                 self._close(name, "finished" if rewarded else "aborted", reason)

@@ -108,15 +108,18 @@ def test_forgetting_deletes_everything(running):
 def test_silence_closes_a_session_with_the_reward_it_has(tmp_path):
     now = [1000.0]
     sessions = Sessions(tmp_path, limits=SessionLimits(idle_hours=1), clock=lambda: now[0])
-    for name in ("silent", "rewarded", "busy"):
+    for name in ("silent", "rewarded", "busy", "asking"):
         sessions.open(name)
         add_turn(sessions, name)
     sessions.reward("rewarded", 0.5, final=False)
     now[0] += 3000
     add_turn(sessions, "busy")
     now[0] += 1000
+    with sessions.request("asking"):  # an answer of more than an hour
+        sessions.expire()
+    assert sessions.counts() == {"open": 2, "closed": 2, "damaged": 0}
     sessions.expire()
-    assert sessions.counts() == {"open": 1, "closed": 2, "damaged": 0}
+    assert sessions.counts() == {"open": 1, "closed": 3, "damaged": 0}
     assert rollout(sessions, "silent").outcome == "aborted" and "1 hours" in rollout(sessions, "silent").failure
     assert (rollout(sessions, "rewarded").outcome, rollout(sessions, "rewarded").reward.value) == ("ok", 0.5)
     sessions.close()
