@@ -14,6 +14,7 @@ Python callers pass objects instead (docs/environments.md).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ from glm5.errors import InputError, did_you_mean
 Settings = Mapping[str, Any]
 CheckCode = Callable[[str, str], None]
 """Is told an environment of one's own, as the command line names it, and the hash of its file, before that is run."""
+BETWEEN = re.compile(r",(?![^\[\]]*\])")
+"""Commas that are not in a list."""
 SECRET = frozenset({"key", "apikey", "token", "secret", "password"})
 """Last words of the names of settings that are secrets: the run's record shows what the command line says."""
 
@@ -94,9 +97,9 @@ def _is_weight(text: str) -> bool:
 
 
 def settings(text: str) -> dict[str, Any]:
-    """`a=1,b=x` as a dictionary; values are JSON where they can be, else text."""
+    """`a=1,b=x,c=[1,2]` as a dictionary; values are JSON where they can be, else text."""
     found: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
+    for part in filter(None, BETWEEN.split(text)):
         name, equals, value = part.partition("=")
         if not equals:
             raise InputError(f"{part!r} is no setting; write name=value, with commas between.")

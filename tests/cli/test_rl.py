@@ -37,6 +37,7 @@ def test_an_environment_is_named_with_its_settings_and_its_share():
     assert named.weight == 0.5 and "max_terms=3" in named.environment.name
     assert named_environment("sums").weight == 1.0
     assert settings("a=1,b=x,c=0.5") == {"a": 1, "b": "x", "c": 0.5}
+    assert settings("""a=["+","-"],b=[],c=x""") == {"a": ["+", "-"], "b": [], "c": "x"}
     assert named_environment("openenv:http://127.0.0.1:8001").environment.name.endswith("8001")
 
 
