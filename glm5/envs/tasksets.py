@@ -13,9 +13,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from glm5.envs.protocol import (
@@ -87,11 +87,9 @@ class TasksetEnvironment:
     def task(self, seed: int, index: int) -> Task:
         """The id ends in the place in the taskset."""
         turn, place = divmod(index, len(self._tasks))
-        order = list(range(len(self._tasks)))
-        random.Random(f"{self.name}/{seed}/{turn}").shuffle(order)
-        data = self._tasks[order[place]].data
-        messages = _messages(data)
-        return Task(f"{self.name}/{seed}/{index}/{order[place]}", messages, answer="", category=data.name or "all")
+        chosen = self._order(seed, turn)[place]
+        data = self._tasks[chosen].data
+        return Task(f"{self.name}/{seed}/{index}/{chosen}", _messages(data), answer="", category=data.name or "all")
 
     def episode(self, task: Task) -> TasksetEpisode:
         """One answer."""
@@ -100,6 +98,15 @@ class TasksetEnvironment:
     @cached_property
     def _tasks(self) -> list[Any]:
         return list(itertools.islice(self.taskset, MOST_TASKS))
+
+    @cached_property
+    def _order(self) -> Callable[[int, int], list[int]]:
+        return lru_cache(maxsize=8)(self._shuffled)
+
+    def _shuffled(self, seed: int, turn: int) -> list[int]:
+        order = list(range(len(self._tasks)))
+        random.Random(f"{self.name}/{seed}/{turn}").shuffle(order)
+        return order
 
 
 class TasksetEpisode:
