@@ -146,7 +146,7 @@ class Generation:
         self.ended = False
         """Whether the recorder was told."""
         self.id = secrets.token_hex(12)
-        self.created = int(time.time())
+        self.created, self.began = int(time.time()), time.perf_counter()
         self.samples = [
             Sample(index, prompt, parser(f"{self.id}/{index}") if parser else None)
             for index, prompt in enumerate(prompt for prompt in self.prompts for _ in range(params.n))

@@ -256,7 +256,7 @@ class Sessions:
             logprobs=tuple(token.logprob for token in sample.tokens),
             versions=tuple(token.version for token in sample.tokens),
             finish_reason=sample.finish_reason,
-            seconds=time.time() - generation.created,
+            seconds=sample.last_token_at - generation.began,
             cached_tokens=generation.cached_tokens,
         )
         whole = turn.finish_reason != "abort"

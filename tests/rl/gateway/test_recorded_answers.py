@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import time
 
 import pytest
 from asgi_client import Call, scope_of
@@ -38,6 +39,15 @@ def test_an_answer_whose_client_left_is_recorded_and_not_learnt(tmp_path, stream
     assert rollout(sessions, "gone").trajectories == ()
     sessions.close()
     engine.close()
+
+
+def test_the_time_of_a_turn_is_no_longer_than_its_client_waited(tmp_path):
+    with gateway(tmp_path) as running:
+        for place in range(3):
+            began = time.perf_counter()
+            ask(running.openai("timed"), USER, n=2, max_tokens=2 + place)
+            waited = time.perf_counter() - began
+            assert all(0 < turn.seconds <= waited for turn in running.turns("timed")[2 * place :])
 
 
 @pytest.mark.parametrize("stream", [True, False])
