@@ -139,8 +139,12 @@ class Scheduler(SchedulerState):
 
     @property
     def swappable(self) -> bool:
-        """Whether the engines may take new weights now: in sync and one-step-off mode only between two samplings."""
-        return self.config.mode == "async" or not (self.running or self.cancelled)
+        """Whether the engines may take new weights now: in sync and one-step-off mode only between two samplings, which
+        a moment is not in which nothing runs because the rest of a batch has had no place yet."""
+        if self.config.mode == "async":
+            return True
+        between = self.begun == self.begun_before or self._choose() is not None
+        return between and not (self.running or self.cancelled)
 
     # Decisions.
 
