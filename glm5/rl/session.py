@@ -221,6 +221,8 @@ class Session:
             self.vain.note(event)
             if isinstance(event, Started):
                 self.started_at[event.ticket.id] = tick
+            elif isinstance(event, Cancelled):
+                self.started_at.pop(event.ticket.id, None)
             elif isinstance(event, Finished):
                 self._window.add(event.rollout)
                 self.started_at.pop(event.rollout.id, None)
@@ -283,5 +285,12 @@ def task_stream(environments: Sequence[Environment], sources: Sequence[TaskSourc
             raise ConfigError(
                 f"A task source names {source.environment!r}, which is no environment of the run."
                 + did_you_mean(source.environment, names)
+            )
+    drawn = {source.environment for source in sources}
+    for name in names:
+        if name not in drawn:
+            raise ConfigError(
+                f"No task source names {name}, so none of its tasks would be played; give it one as well "
+                "(TaskSource.of), or leave the environment out."
             )
     return TaskStream(sources, seed)

@@ -34,7 +34,7 @@ class Gate:
     """After at least so many groups."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "success")
+        _check_successes(self, "success")
         check_counts(self, "groups")
 
 
@@ -48,7 +48,7 @@ class Band:
     """Its weight is multiplied by this while its running success is outside [low, high]."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "low", "high")
+        _check_successes(self, "low", "high")
         check_numbers(self, "outside", above=0)
 
 
@@ -71,7 +71,8 @@ class Pools:
 
     def __post_init__(self) -> None:
         check_counts(self, "size")
-        check_numbers(self, "unseen", "easy", "middle", "hard", "low", "high")
+        check_numbers(self, "unseen", "easy", "middle", "hard")
+        _check_successes(self, "low", "high")
 
     @property
     def shares(self) -> dict[str, float]:
@@ -116,11 +117,33 @@ class TaskSource:
         return cls(environment=environment.name, **(ruled | settings))
 
 
+def _check_successes(config: Gate | Band | Pools, *names: str) -> None:
+    """Raises ConfigError unless the fields are shares, and rise: a running success of 80 would never be reached."""
+    check_numbers(config, *names)
+    values = [getattr(config, name) for name in names]
+    if max(values) > 1 or values != sorted(values):
+        said = " and ".join(f"{name} is {value!r}" for name, value in zip(names, values, strict=True))
+        rising = f", {names[0]} at most {names[1]}" if len(names) > 1 else ""
+        raise ConfigError(f"{type(config).__name__}: {said}; a success is a share from 0 to 1{rising}.")
+
+
+def _check_gates(sources: Mapping[str, TaskSource]) -> None:
+    """Raises ConfigError for environments that wait for each other, or for themselves."""
+    closed = {name: source.gate.environment for name, source in sources.items() if source.gate}
+    while opened := {name for name, other in closed.items() if other not in closed}:
+        closed = {name: other for name, other in closed.items() if name not in opened}
+    if closed:
+        waits = ", ".join(f"{name} for {other}" for name, other in closed.items())
+        raise ConfigError(f"These environments would never open: {waits} waits; leave one of them without a gate.")
+
+
 class Strides:
     """Chooses among names so that the draws of each are proportional to its weight."""
 
-    def __init__(self, positions: Mapping[str, float]) -> None:
+    def __init__(self, positions: Mapping[str, float], now: float = 0.0) -> None:
         self.positions = dict(positions)
+        self.now = now
+        """The highest position that was drawn from: where those are that always had a place."""
 
     def next(self, names: Iterable[str]) -> str:
         """The one whose turn it is; the first of equals."""
@@ -128,11 +151,16 @@ class Strides:
 
     def move(self, name: str, weight: float) -> None:
         """It was drawn, at its present weight."""
+        self.now = max(self.now, self.positions[name])
         self.positions[name] += 1 / weight
 
-    def join(self, name: str, among: Iterable[str]) -> None:
+    def join(self, name: str) -> None:
         """It comes late and claims nothing for the time before."""
-        self.positions[name] = max([self.positions[name], min((self.positions[n] for n in among), default=0.0)])
+        self.positions[name] = max(self.positions[name], self.now)
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON: what this is made with."""
+        return {"positions": dict(self.positions), "now": self.now}
 
 
 class TaskPools:
@@ -175,7 +203,7 @@ class TaskPools:
         """The group is over; the task waits at the end of its pool."""
         name = self.config.pool(self.success[task]) if task in self.success else "unseen"
         if not self.pools[name]:
-            self.strides.join(name, (other for other, pool in self.pools.items() if pool))
+            self.strides.join(name)
         self.pools[name].append(task)
 
 
@@ -200,8 +228,7 @@ class TaskStream:
         self.next_index = {s.environment: 0 for s in sources if not s.pools}
         self.strides = Strides(dict.fromkeys(self.sources, 0.0))
         self.open = {source.environment for source in sources if not source.gate}
-        if not self.open:
-            raise ConfigError("All environments of the run wait for another one; leave one without a gate.")
+        _check_gates(self.sources)
         self.success = dict.fromkeys(self.sources, (0.0, 0))
         """By environment: running success, and groups so far."""
 
@@ -252,7 +279,7 @@ class TaskStream:
             if gate is None or gate.environment != name or waiting.environment in self.open:
                 continue
             if groups >= gate.groups and self.success[name][0] >= gate.success:
-                self.strides.join(waiting.environment, self.open)
+                self.strides.join(waiting.environment)
                 self.open.add(waiting.environment)
 
     def returned(self, ticket: Ticket) -> None:
@@ -264,7 +291,7 @@ class TaskStream:
         """Plain JSON; the settings are not in it."""
         return {
             "next_index": dict(self.next_index),
-            "positions": dict(self.strides.positions),
+            "strides": self.strides.state(),
             "open": sorted(self.open),
             "success": {name: list(value) for name, value in self.success.items()},
             "pools": {
@@ -272,7 +299,7 @@ class TaskStream:
                     "pools": {key: list(tasks) for key, tasks in pools.pools.items()},
                     "success": [list(pair) for pair in sorted(pools.success.items())],
                     "attempts": [list(pair) for pair in sorted(pools.attempts.items())],
-                    "positions": dict(pools.strides.positions),
+                    "strides": pools.strides.state(),
                 }
                 for name, pools in self.pools.items()
             },
@@ -281,7 +308,7 @@ class TaskStream:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes back to `state`, which was taken of a stream with the same settings."""
         self.next_index = dict(state["next_index"])
-        self.strides = Strides(state["positions"])
+        self.strides = Strides(**state["strides"])
         self.open = set(state["open"])
         self.success = {name: (success, groups) for name, (success, groups) in state["success"].items()}
         for name, saved in state["pools"].items():
@@ -289,4 +316,4 @@ class TaskStream:
             pools.pools = {key: list(tasks) for key, tasks in saved["pools"].items()}
             pools.success = dict(saved["success"])
             pools.attempts = dict(saved["attempts"])
-            pools.strides = Strides(saved["positions"])
+            pools.strides = Strides(**saved["strides"])

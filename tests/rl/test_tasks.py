@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm5.envs import Arithmetic, SingleTurn
+from glm5.envs import Arithmetic, SingleTurn, Sums
 from glm5.errors import ConfigError
+from glm5.rl.session import task_stream
 from glm5.rl.tasks import Band, Gate, Pools, TaskSource, TaskStream
 
 
@@ -54,6 +55,21 @@ def test_a_gate_opens_when_the_easier_tasks_are_mastered():
     play(stream, lambda t: 1.0, 40)
     after = Counter(t.environment for t in play(stream, lambda t: 0.0, 20))
     assert after == {"easy": 10, "hard": 10}, "open for good, without claims for the time before"
+
+
+def test_one_that_comes_late_claims_nothing_where_another_has_no_place():
+    stream = TaskStream([source("slow"), source("fast"), source("late", gate=Gate(environment="fast", groups=100))])
+    assert {draw(stream).environment for _ in range(2)} == {"slow", "fast"}
+    for _ in range(100):  # all places of "slow" are taken meanwhile
+        stream.scored(draw(stream, ["fast"]), [1.0])
+    assert Counter(draw(stream, ["fast", "late"]).environment for _ in range(20)) == {"fast": 10, "late": 10}
+
+
+def test_a_pool_that_is_left_alone_gives_no_claims_to_others():
+    stream = TaskStream([source("a", pools=Pools(size=50, easy=0.0, hard=1.0))])
+    play(stream, lambda ticket: 1.0, 20)  # to the easy ones, which nobody draws
+    (hard,) = play(stream, lambda ticket: 0.0, 1)
+    assert [ticket.task_index == hard.task_index for ticket in play(stream, lambda ticket: 0.0, 4)].count(True) <= 2
 
 
 def test_a_band_turns_down_what_is_too_easy():
@@ -147,3 +163,24 @@ def test_settings_that_cannot_be():
         source("a", uniform_groups="hide")
     with pytest.raises(ConfigError, match="weight"):
         source("a", weight=0.0)
+    for settings_of in (
+        lambda: Gate(environment="a", success=80),
+        lambda: Band(low=5, high=95),
+        lambda: Band(low=0.9, high=0.1),
+        lambda: Pools(size=9, low=0.9, high=0.1),
+    ):
+        with pytest.raises(ConfigError, match="a success is a share from 0 to 1"):
+            settings_of()
+
+
+def test_a_curriculum_that_never_opens_is_refused():
+    waiting = [source("b", gate=Gate(environment="c")), source("c", gate=Gate(environment="b"))]
+    with pytest.raises(ConfigError, match=r"never open: b for c, c for b waits"):
+        TaskStream([source("a"), *waiting])
+    TaskStream([source("a"), waiting[0], source("c", gate=Gate(environment="a"))])  # one after the other
+
+
+def test_an_environment_without_a_source_is_refused():
+    sums, arithmetic = SingleTurn(Sums()), SingleTurn(Arithmetic())
+    with pytest.raises(ConfigError, match=r"No task source names arithmetic/.* none of its tasks would be played"):
+        task_stream([sums, arithmetic], [TaskSource.of(sums, weight=2.0)], 0)
