@@ -13,7 +13,7 @@ from glm5.errors import RunError
 from glm5.rl.aids import Aids, open_aids
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import events_of
-from glm5.rl.events import BatchMade, Finished
+from glm5.rl.events import BatchMade, Dropped, Finished, Requeued
 from glm5.rl.journal import read_journal
 from glm5.rl.learner import Learner
 from glm5.rl.records import Batch, Metrics, Rollout
@@ -52,6 +52,8 @@ def batches_of(journal: Path) -> Iterator[Batch]:
                 for selection in event.selections:
                     for ticket in selection.tickets:
                         del rollouts[ticket.id]
+            elif isinstance(event, Dropped | Requeued):
+                rollouts.pop(event.ticket.id, None)
 
 
 def replay_step(config: RLRunConfig, run_directory: Path, step: int, *, aids: Aids | None = None) -> ReplayedStep:

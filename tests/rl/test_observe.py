@@ -8,7 +8,8 @@ from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.rollout_config import RolloutConfig
-from glm5.rl.simulation import Measured, SimulationConfig, records_of, simulate
+from glm5.rl.simulation import Measured, SimulationConfig, records_of, settings_of, simulate
+from glm5.rl.tasks import TaskSource
 from glm5.scoring import Grade
 
 
@@ -28,7 +29,10 @@ def test_a_run_is_read_and_simulated(tmp_path):
     glm5.save_model(speaker_model(), tmp_path / "parent", speaker_tokenizer())
     scheduler = SchedulerConfig(mode="sync", groups_per_batch=2, group_size=4, max_running=8)
     config = RLRunConfig(parent=tmp_path / "parent", steps=3, rollout=RolloutConfig(max_tokens=5), scheduler=scheduler)
-    run = train_rl(config, [SingleTurn(Vowels())], tmp_path / "run")
+    environment = SingleTurn(Vowels())
+    source = TaskSource.of(environment, weight=2.0, max_running=3, max_attempts=2)
+    run = train_rl(config, [environment], tmp_path / "run", sources=[source])
+    assert settings_of(run.path) == (scheduler, (source,))
 
     records = list(records_of(run.path))
     rollouts = [record for record in records if record["kind"] == "rollout"]

@@ -10,7 +10,7 @@ from glm5.envs.protocol import UniformGroups
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import recorded_scheduler
 from glm5.rl.event_log import events_of
-from glm5.rl.events import BatchMade, Finished
+from glm5.rl.events import BatchMade, Dropped, Finished, Requeued
 from glm5.rl.journal import read_journal
 from glm5.rl.records import Rollout
 from glm5.rl.session import JOURNAL
@@ -27,21 +27,23 @@ def records_of(run_directory: Path) -> Iterator[dict[str, Any]]:
     """
     run = RunDirectory.open(run_directory)
     laps = {line["step"]: line for line in run.read("speed")}
-    finished: dict[str, Rollout] = {}
+    tokens: dict[str, int] = {}
+    """Sampled, of rollouts without a fate."""
     window: list[Rollout] = []
     for line in read_journal(run.path / JOURNAL):
         for event in events_of(line):
             if isinstance(event, Finished):
-                finished[event.rollout.id] = event.rollout
+                tokens[event.rollout.id] = event.rollout.num_sampled
                 window.append(event.rollout)
                 yield rollout_record(event.rollout)
             elif isinstance(event, BatchMade):
-                chosen = [finished[t.id] for selection in event.selections for t in selection.tickets]
+                learnt = sum(tokens.pop(ticket.id) for one in event.selections for ticket in one.tickets)
                 if lap := laps.get(event.step):
-                    tokens = sum(rollout.num_sampled for rollout in chosen)
-                    yield {"kind": "train", "seconds": lap["learning_seconds"], "tokens": tokens}
+                    yield {"kind": "train", "seconds": lap["learning_seconds"], "tokens": learnt}
                     yield from _engine(lap, window)
                 window = []
+            elif isinstance(event, Dropped | Requeued):
+                tokens.pop(event.ticket.id, None)
 
 
 def settings_of(run_directory: Path) -> tuple[SchedulerConfig, tuple[TaskSource, ...]]:
@@ -53,10 +55,15 @@ def settings_of(run_directory: Path) -> tuple[SchedulerConfig, tuple[TaskSource,
     sources = []
     for name, text in run.description["inputs"].items():
         if name.startswith("tasks of "):
-            said = text.split(", ")
-            keep: UniformGroups = "keep" if "uniform_groups=keep" in said else "drop"
-            weight = next((float(word.removeprefix("weight=")) for word in said if word.startswith("weight=")), 1.0)
-            sources.append(TaskSource(environment=name.removeprefix("tasks of "), weight=weight, uniform_groups=keep))
+            said = dict(word.split("=", 1) for word in text.split(", ") if "=" in word)
+            keep: UniformGroups = "keep" if said.get("uniform_groups") == "keep" else "drop"
+            places, attempts = (int(said[key]) if key in said else None for key in ("max_running", "max_attempts"))
+            sources.append(
+                TaskSource(
+                    environment=name.removeprefix("tasks of "), weight=float(said.get("weight", 1.0)),
+                    uniform_groups=keep, max_running=places, max_attempts=attempts,
+                )
+            )  # fmt: skip
     return recorded_scheduler(run), tuple(sources)
 
 
