@@ -204,6 +204,7 @@ class Orchestrator:
                 self._cancel(self.session.finished([item]))
                 if item.outcome in ("env_failure", "timeout"):
                     self.watch.failed(self.session.failure)
+                self.watch.note(self.session.vain.starving())
             else:
                 await self._learnt(item)
 

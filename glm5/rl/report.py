@@ -24,7 +24,7 @@ from glm5.rl.session import JOURNAL
 from glm5.rl.view.history import RUN_ENDED, waiting
 from glm5.rl.view.of_run import view_run
 from glm5.train import RunDirectory
-from glm5.train.charts import HEIGHT, MARGIN, WIDTH, Points, heat_map, line_chart
+from glm5.train.charts import HEIGHT, MARGIN, WIDTH, Points, heat_map, line_chart, thinned
 from glm5.train.report import STYLE, configuration
 
 log = logging.getLogger("glm5.rl")
@@ -50,6 +50,7 @@ def write_rl_report(run_directory: Path) -> Path:
         _link(run),
         "<h2>Reward</h2>",
         reward_figure(metrics),
+        _by_environment(metrics),
         *_held(metrics, run),
         "<h2>What became of the samples</h2>",
         _fates(metrics),
@@ -104,11 +105,15 @@ def _link(run: RunDirectory) -> str:
 
 
 def reward_figure(metrics: Lines) -> str:
-    """Mean reward of every step as a point, and the running mean of five steps as a line. An inline SVG."""
+    """Mean reward of every step as a point, and the running mean of five points as a line. An inline SVG.
+
+    Of many steps a point is the mean of several, so that a long run is as small a page as a short one.
+    """
     metrics = [line for line in metrics if line["reward"] is not None]
     if len(metrics) < 2:
         return "<p class=faint>Not enough steps for a curve.</p>"
-    rewards = [line["reward"] for line in metrics]
+    rewards = [reward for _, reward in thinned(_points(metrics, "reward"))]
+    each = -(-len(metrics) // len(rewards))
     low, high = min(0.0, *rewards), max(1.0, *rewards)
 
     def place(step: int, value: float) -> str:
@@ -130,8 +135,31 @@ def reward_figure(metrics: Lines) -> str:
     marks.append(f'<polyline class=curve style="stroke: var(--c0)" points="{line}"/>')
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="reward over steps">{"".join(marks)}</svg>'
-        "<figcaption>Mean reward of a step's samples; the line is the mean of the last five.</figcaption></figure>"
+        f"<figcaption>Mean reward of the samples of {'a step' if each == 1 else f'{each} steps'}; the line is the mean "
+        "of the last five points.</figcaption></figure>"
     )
+
+
+def _by_environment(metrics: Lines) -> str:
+    """Rewards of each environment, where there are several: their mean also moves with their shares."""
+    noted = [{"step": line["step"], **line.get("rewards", {})} for line in metrics]
+    names = sorted({name for line in noted for name in line} - {"step"})
+    if len(names) < 2:
+        return ""
+    rows, series = [], list[tuple[str, Points]]()
+    for name in names:
+        points = _points(noted, name)
+        series.append((name, points))
+        third = max(1, len(points) // 3)
+        means = [statistics.fmean(value for _, value in part) for part in (points[:third], points[-third:])]
+        values = "".join(f"<td class=number>{value:.3f}</td>" for value in means)
+        rows.append(f"<tr><td>{html.escape(name)}</td>{values}</tr>")
+    head = "<tr><th>environment</th><th>first third</th><th>last third</th></tr>"
+    return f"<table>{head}{''.join(rows)}</table>" + line_chart(
+        series, label="rewards of environments over steps",
+        caption="Mean reward of a step's samples of each environment. The mean of all, above, also moves when one "
+        "environment gets a larger share.",
+    )  # fmt: skip
 
 
 def _held(metrics: Lines, run: RunDirectory) -> list[str]:
@@ -225,7 +253,8 @@ def _bubble(speed: Lines) -> str:
         )
         + line_chart(
             [("running", _points(speed, "running")), ("queued groups", _points(speed, "queue"))],
-            label="rollouts under way over steps", caption="Rollouts that run, and groups that wait, when a step ends.",
+            label="rollouts under way over steps",
+            caption="The most rollouts that ran at once in a step, and groups that waited when it ended.",
         )
     )  # fmt: skip
 

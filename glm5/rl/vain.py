@@ -19,6 +19,8 @@ UNIFORM = ("all right", "all wrong")
 """Why samples are dropped whose group was scored."""
 SHOWN = 4
 """Rewards that are named."""
+STARVING = 16
+"""Groups in vain that are told of while the run goes on."""
 
 
 class NothingLearnt(RunError):
@@ -79,6 +81,20 @@ class Vain:
     def full(self) -> bool:
         """Whether it was too much."""
         return self.reasons.total() - self._before >= self.most
+
+    def starving(self) -> str:
+        """What a person should know of a run that meets little to learn from; each time twice as much, else the same.
+
+        Empty for others.
+        """
+        groups = (self.reasons.total() - self._before) // self.group_size
+        if groups < STARVING:
+            return ""
+        told, reasons = 1 << (groups.bit_length() - 1), " and ".join(sorted(self.reasons))
+        return (
+            f"nothing could be learnt from the last {told} groups ({reasons}); the run ends after "
+            f"{self.most // self.group_size}"
+        )
 
     @property
     def undecided(self) -> bool:

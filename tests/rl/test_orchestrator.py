@@ -155,7 +155,8 @@ def test_async_mode_keeps_its_bound_and_every_sample_has_one_fate(brief_parent, 
     assert {age for line in lines for age in line["staleness"]} > {"0"}
     speed = run.read("speed")[-1]
     assert 0 <= speed["trainer_idle"] <= 1 and 0 <= speed["sampler_idle"] <= 1 and speed["tokens_per_second"] > 0
-    assert "<svg" in (run.path / "report.html").read_text()
+    page = (run.path / "report.html").read_text()
+    assert "<svg" in page and "<td>chat</td>" in page and "<td>letters</td>" in page
 
 
 def test_engines_in_processes_die_and_the_run_goes_on(parent, tmp_path):

@@ -317,3 +317,15 @@ def test_one_group_that_teaches_begins_the_count_anew_and_so_does_a_resumption_o
         vain = vain_after(*[right] * 8)
         vain.resumed(go_on=go_on)
         assert vain.full is full
+
+
+def test_a_run_that_starves_is_seen_to(parent, tmp_path):
+    console = Console(file=io.StringIO(), width=400)
+    with pytest.raises(NothingLearnt):
+        train_rl(
+            config_of(parent, groups_in_vain=40), [SingleTurn(Course(then=0.0))], tmp_path / "run", console=console
+        )
+    said = [line for line in console.file.getvalue().splitlines() if "nothing could be learnt" in line]
+    assert [line.partition("nothing")[2] for line in said] == [
+        f" could be learnt from the last {groups} groups (all wrong); the run ends after 40" for groups in (16, 32)
+    ]

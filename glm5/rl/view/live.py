@@ -19,12 +19,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from glm5.rl.view.snapshot import Snapshot
+from glm5.rl.view.snapshot import RECENT_REWARDS, Snapshot
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE = 40
 """Columns of the reward curve."""
 LONGEST_REASON = 24
+MOST_ENVIRONMENTS = 8
+"""That are told apart."""
 
 
 def render(snapshot: Snapshot) -> RenderableType:
@@ -41,6 +43,8 @@ def render(snapshot: Snapshot) -> RenderableType:
         _reward(snapshot),
         Columns([_flow(snapshot), _staleness(snapshot), _fates(snapshot)]),
     ]
+    if len(snapshot.by_environment) > 1:
+        parts.insert(2, _environments(snapshot))
     if snapshot.held:
         parts.append(_held(snapshot))
     if snapshot.engines:
@@ -115,11 +119,20 @@ def curve(values: Sequence[float], width: int = CURVE) -> str:
 def _reward(snapshot: Snapshot) -> RenderableType:
     if not snapshot.rewards:
         return Text("no reward yet", style="dim")
-    recent = snapshot.rewards[-5:]
+    recent = snapshot.rewards[-RECENT_REWARDS:]
     text = Text(f"reward {sum(recent) / len(recent):.3f} ", style="bold")
     text.append(curve(snapshot.rewards), style="green")
     text.append(f" {min(snapshot.rewards):.2f} to {max(snapshot.rewards):.2f}", style="dim")
     return text
+
+
+def _environments(snapshot: Snapshot) -> RenderableType:
+    """The reward of each: their mean also moves with their shares."""
+    table = Table.grid(padding=(0, 2))
+    for name, rewards in list(snapshot.by_environment.items())[:MOST_ENVIRONMENTS]:
+        table.add_row(Text(f"  {name}", style="dim"), f"{sum(rewards) / len(rewards):.3f}")
+    more = len(snapshot.by_environment) - MOST_ENVIRONMENTS
+    return Group(table, Text(f"  and {more} more", style="dim")) if more > 0 else table
 
 
 def _flow(snapshot: Snapshot) -> RenderableType:

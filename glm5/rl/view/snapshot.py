@@ -15,8 +15,8 @@ from typing import Any
 from glm5.rl.fleet import EngineState
 from glm5.rl.retention import PREFIX
 
-RECENT = 10
-"""Steps over which the histogram and the rates are taken."""
+RECENT, RECENT_REWARDS = 10, 5
+"""Steps over which the histogram is taken, and a mean reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,11 @@ class Snapshot:
     seconds: float = 0.0
     """Of those steps, since the view began."""
     seen: int = 0
-    """Steps since the view began."""
+    """Steps whose seconds are known: not those that were learnt from again."""
     rewards: tuple[float, ...] = ()
     """Of each step."""
+    by_environment: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Of the last steps that had some, by environment."""
     tokens_per_second: float = 0.0
     trainer_idle: float | None = None
     sampler_idle: float | None = None
@@ -68,13 +70,18 @@ class Snapshot:
             for key, value in metrics.items()
             if (name := key.removeprefix(PREFIX)) != key
         }
+        scored = {
+            name: (*self.by_environment.get(name, ()), value)[-RECENT_REWARDS:]
+            for name, value in metrics.get("rewards", {}).items()
+        }
         ages = {int(age): count for age, count in metrics.get("staleness", {}).items()}
         return replace(
             self,
             step=int(metrics["step"]) + 1,
-            seen=self.seen + 1,
+            seen=self.seen + ("seconds" in speed),
             seconds=self.seconds + speed.get("seconds", 0.0),
             rewards=self.rewards if metrics["reward"] is None else (*self.rewards, float(metrics["reward"])),
+            by_environment={**self.by_environment, **scored},
             tokens_per_second=speed.get("tokens_per_second", self.tokens_per_second),
             trainer_idle=speed.get("trainer_idle", self.trainer_idle),
             sampler_idle=speed.get("sampler_idle", self.sampler_idle),

@@ -19,6 +19,8 @@ from glm5.train.watch import Write
 
 EVERY = 0.5
 """Seconds between two glances that are drawn."""
+WRITTEN, QUIET = ("run.json", "journal", "metrics.jsonl"), 60.0
+"""Files of a run that is made, and seconds without a word in them that are told: a long step has as many."""
 LONGEST = 300
 """Characters of the reason of a failure."""
 
@@ -47,8 +49,8 @@ class Watch:
         self._show(self._snapshot)
 
     def note(self, text: str) -> None:
-        """Something that a person should know; it stays until the next step."""
-        if text != self._snapshot.note:
+        """Something that a person should know, if anything; it stays until the next step."""
+        if text and text != self._snapshot.note:
             self._snapshot = replace(self._snapshot, note=text)
             self._show(self._snapshot)
 
@@ -78,12 +80,25 @@ def snapshot_of(run: RunDirectory) -> Snapshot:
 
 
 def watch_run(run_directory: Path, console: Console | None = None, *, every: float = 1.0) -> None:
-    """Shows a run that another process makes, until it is finished; looks every so many seconds."""
+    """Shows a run that another process makes, until it is finished; looks every so many seconds.
+
+    A run that writes nothing any more may have been stopped or killed: the view says since when.
+    """
     with LiveView(console) as view:
         while True:
             run = RunDirectory.open(run_directory)
             finished = run.finished
-            view.show(snapshot_of(run))
+            view.show(snapshot_of(run) if finished else replace(snapshot_of(run), note=_quiet(run)))
             if finished:
                 return
             time.sleep(every)
+
+
+def _quiet(run: RunDirectory) -> str:
+    """Since when a run has written nothing; empty for one that does."""
+    files = [path for path in map(run.path.joinpath, WRITTEN) if path.exists()]
+    last = max(path.stat().st_mtime for path in files)
+    if time.time() - last < QUIET:
+        return ""
+    at = time.strftime("%H:%M on %d %B", time.localtime(last))
+    return f"nothing was written since {at}; if the run was stopped, `glm5 rl --resume --out {run.path}` goes on"

@@ -52,6 +52,25 @@ def test_a_resumed_run_counts_its_pace_from_where_it_began():
     assert snapshot.left == pytest.approx(9 * 2.0)
 
 
+def test_steps_that_were_learnt_from_again_have_no_pace():
+    snapshot = Snapshot(name="x", steps=20)
+    for step in range(10):  # as after a kill: the speed of what the checkpoint did not hold is not known
+        snapshot = snapshot.after({"step": step, **METRICS}, SPEED if step < 4 else {})
+    assert snapshot.left == pytest.approx(10 * 2.0)
+
+
+def test_environments_are_told_apart_where_there_are_several():
+    snapshot = after(1)
+    for step in range(1, 8):
+        snapshot = snapshot.after({"step": step, **METRICS, "rewards": {"sums": step / 10, "[b]": 0.25}}, SPEED)
+    text = text_of(render(snapshot))
+    assert "sums  0.500" in text and "[b]   0.250" in text  # the last five steps
+    alone = after(1).after({"step": 1, **METRICS, "rewards": {"sums": 0.125}}, SPEED)
+    assert "0.125" not in text_of(render(alone))
+    many = {f"e{number}": 0.0 for number in range(20)}
+    assert "and 13 more" in text_of(render(alone.after({"step": 2, **METRICS, "rewards": many}, SPEED)))
+
+
 def test_everything_is_seen():
     engines = (EngineState("a", True, 12, 40, 1, None), EngineState("b", False, 3, 9, 0, None))
     snapshot = replace(after(12), engines=engines, note="the learner is slow")

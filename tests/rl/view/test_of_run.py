@@ -3,7 +3,9 @@
 import copy
 import io
 import json
+import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from glm5.rl.fleet import InProcessFleet
 from glm5.rl.journal import read_journal
 from glm5.rl.learner import LearnerConfig
 from glm5.rl.orchestrator import train_rl
+from glm5.rl.report import reward_figure
 from glm5.rl.rollout_config import RolloutConfig
 from glm5.rl.view import snapshot_of, trainer_logprobs, view_run, watch_run
 from glm5.train import RunDirectory
@@ -171,6 +174,23 @@ def test_a_run_can_be_watched_from_elsewhere(run):
     assert console.file.getvalue() == run.said.splitlines(keepends=True)[-1]
 
 
+def test_a_run_that_writes_nothing_any_more_says_so(run, tmp_path, monkeypatch):
+    for name in ("run.json", "metrics.jsonl"):  # as of a run that was killed
+        os.utime(shutil.copy(run.path / name, tmp_path), (0, 0))
+    looks = iter([None, KeyboardInterrupt])
+    monkeypatch.setattr("glm5.rl.view.watch.time.sleep", lambda seconds: _raise(next(looks)))
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(KeyboardInterrupt):
+        watch_run(tmp_path, console)
+    (line,) = console.file.getvalue().splitlines()
+    assert re.search(r"nothing was written since \S+ on \d\d \S+; .* `glm5 rl --resume --out \S+` goes on$", line)
+
+
+def _raise(error):
+    if error is not None:
+        raise error
+
+
 def test_staleness_is_drawn_as_shares(run, tmp_path):
     other = RunDirectory.start(tmp_path / "run", stage="rl", config={}, inputs={}, parent="", resume=False)
     for step, staleness in enumerate([{"0": 4}, {"0": 1, "2": 3}]):
@@ -184,3 +204,11 @@ def test_staleness_is_drawn_as_shares(run, tmp_path):
     (other.model_directory / "config.json").write_text("{}")
     assert "waited to be learnt from" not in write_rl_report(other.path).read_text()  # there is no journal
     assert json.loads((other.path / "run.json").read_text())["stage"] == "rl"
+
+
+def test_the_curve_of_a_long_run_is_no_larger_than_that_of_a_short_one():
+    lines = [{"step": step, "reward": step % 2} for step in range(20_000)]
+    figure = reward_figure(lines)
+    assert figure.count("<circle") <= 600 and len(figure) < 60_000
+    assert "the samples of 34 steps" in figure and ">19999<" in figure
+    assert reward_figure(lines[:100]).count("<circle") == 100 and "samples of a step;" in reward_figure(lines[:100])
