@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -60,6 +61,11 @@ def train_in_lockstep(
     """
     if config.scheduler.mode != "async" or config.scheduler.publish_every != 1:
         raise ConfigError("The deterministic mode is asynchronous and publishes every batch; change the scheduler's.")
+    if config.concurrency is not None:
+        raise ConfigError(
+            "The deterministic mode keeps scheduler.max_running rollouts under way: what engines and trainer bear is a "
+            "matter of the clock; leave concurrency out."
+        )
     tokenizer = Tokenizer.from_pretrained(model_of(config.parent))
     started = started_run(
         config, environments, run_directory, sources=sources, aids=aids, deterministic=True, resume=resume
@@ -104,6 +110,8 @@ class Lockstep:
         self.playing: dict[str, asyncio.Task[Rollout]] = {}
         """By session."""
         self._pieces: list[Piece] = []
+        self._lap = (time.monotonic(), 0)
+        """When the last step ended, and the tokens until then."""
 
     async def run(self) -> None:
         """To the last step."""
@@ -214,9 +222,15 @@ class Lockstep:
             self.engine.update_weights(version, session.learner.weights(), recompute=self.config.recompute)
         await self._call_off(cancelled)
         self.write(metrics["step"], metrics)
-        self.show(version, f"reward of the batch {metrics['trained_reward']:.3f}", 0.0)
+        self.show(version, f"reward of the batch {metrics['trained_reward']:.3f}", self._speed())
         if version % self.config.checkpoint_every == 0 and version < self.config.steps:
             session.checkpoint()
+
+    def _speed(self) -> float:
+        """Tokens per second since the last step, for people: nothing hangs on it."""
+        (then, before), (now, tokens) = self._lap, (time.monotonic(), self.engine.stats().sampled_tokens)
+        self._lap = now, tokens
+        return (tokens - before) / max(now - then, 1e-9)
 
 
 class TokenGate(AroundSource[Engine]):

@@ -26,7 +26,7 @@ from glm5.rl.tasks import TaskSource
 from glm5.rl.vain import NothingLearnt
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory
-from glm5.train.run_directory import directory_sha256, exclusive, model_of
+from glm5.train.run_directory import directory_sha256, exclusive, model_of, step_of
 
 log = logging.getLogger("glm5.rl")
 
@@ -59,19 +59,26 @@ def started_run(
     with exclusive(run_directory):
         if resume and (run_directory / "run.json").exists():
             _check_steps(config, RunDirectory.open(run_directory), constant=constant)
-        yield RunDirectory.start(
-            run_directory,
-            stage="rl",
-            config=config,
-            inputs={
-                **inputs,
-                **_if_known(run_directory, drawn(environments, sources)),
-                **_if_known(run_directory, {"clock": "deterministic" if deterministic else "real"}),
-            },
-            parent=parent,
-            resume=resume,
-            may_change=frozenset({"steps"} if constant else ()),
-        )
+        try:
+            run = RunDirectory.start(
+                run_directory,
+                stage="rl",
+                config=config,
+                inputs={
+                    **inputs,
+                    **_if_known(run_directory, drawn(environments, sources)),
+                    **_if_known(run_directory, {"clock": "deterministic" if deterministic else "real"}),
+                },
+                parent=parent,
+                resume=resume,
+                may_change=frozenset({"steps"} if constant else ()),
+            )
+        except OSError as error:
+            raise RunError(
+                f"{run_directory} cannot be written in ({error.strerror}); mend that (on a full disk, free some "
+                "space), then give the same command again."
+            ) from error
+        yield run
 
 
 def drawn(environments: Sequence[Environment], sources: Sequence[TaskSource] | None) -> dict[str, str]:
@@ -130,7 +137,11 @@ def reopened(run: RunDirectory, config: RLRunConfig, console: Console | None = N
         if config.learner.schedule.shape != "constant":
             more = f"Its rate has no steps beyond them; to go on, start a new run with {run.path} as its parent."
         say(f"{run.path} is finished: {how} {more}", console)
-    return not run.finished
+        return False
+    saved = step_of(run.checkpoints()[-1]) if run.checkpoints() else 0
+    if saved < done:
+        say(f"{run.path}: steps {saved + 1} to {done} are learnt from again, from the journal.", console)
+    return True
 
 
 def say(sentence: str, console: Console | None) -> None:

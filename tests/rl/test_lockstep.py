@@ -12,6 +12,7 @@ from speaker import speaker_tokenizer
 
 import glm5
 from glm5.errors import ConfigError
+from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.event_log import events_of
 from glm5.rl.journal import read_journal
 
@@ -77,4 +78,7 @@ def test_modes_that_it_cannot_order_are_refused(parent, tmp_path):
     config = lockstep_runs.config_of(parent)
     config = dataclasses.replace(config, scheduler=dataclasses.replace(config.scheduler, mode="sync"))
     with pytest.raises(ConfigError, match="asynchronous"):
+        lockstep_runs.train_in_lockstep(config, [lockstep_runs.chat()], tmp_path / "run")
+    config = dataclasses.replace(lockstep_runs.config_of(parent), concurrency=ConcurrencyConfig())
+    with pytest.raises(ConfigError, match="leave concurrency out"):
         lockstep_runs.train_in_lockstep(config, [lockstep_runs.chat()], tmp_path / "run")

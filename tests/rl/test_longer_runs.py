@@ -1,14 +1,17 @@
 """What a resumed run may change: more steps at a constant rate, and nothing of what decides what is learnt."""
 
 import dataclasses
+import io
 import json
 import math
 import re
+import shutil
 
 import lockstep_runs
 import pytest
 import torch
 from learning import at_version, engine_batch
+from rich.console import Console
 from scripted import Chat, brief_model
 from speaker import speaker_model, speaker_tokenizer
 
@@ -177,6 +180,15 @@ def test_how_environments_take_part_is_part_of_the_run(parent, tmp_path):
         with pytest.raises(RunError, match=says):
             train_rl(config_of(parent), [letters()], run.path, sources=other, resume=True)
     assert train_rl(config_of(parent), [letters()], run.path, sources=[source], resume=True).finished
+
+
+def test_what_a_resumed_run_learns_from_again_is_said(parent, tmp_path):
+    run = train_in_lockstep(config_of(parent), [letters()], tmp_path / "run")
+    for part in ("model", "checkpoints"):  # as if killed before there was one
+        shutil.rmtree(run.path / part)
+    console = Console(file=io.StringIO(), width=200)
+    train_in_lockstep(config_of(parent), [letters()], run.path, resume=True, console=console)
+    assert "steps 1 to 2 are learnt from again, from the journal" in console.file.getvalue()
 
 
 def test_the_clock_is_part_of_the_run(parent, tmp_path):

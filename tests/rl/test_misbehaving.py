@@ -247,5 +247,9 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(pare
         patch.setattr(Learner, "save", refused)
         with pytest.raises(RunError, match=r"The disk refused to write in .*no checkpoint was written yet"):
             train(config_of(parent), [environment], tmp_path / "run", resume=True)
+    with monkeypatch.context() as patch:  # there is still no room, not even to note that it goes on
+        patch.setattr("glm5.train.run_directory.write_json", refused)
+        with pytest.raises(RunError, match=r"run cannot be written in .No space left on device.; .*same command again"):
+            train(config_of(parent), [environment], tmp_path / "run", resume=True)
     run = train(config_of(parent), [environment], tmp_path / "run", resume=True)
     assert run.finished and [line["step"] for line in run.read("metrics")] == [0, 1]
