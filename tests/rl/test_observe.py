@@ -1,9 +1,11 @@
 """A real run's directory is enough to simulate it."""
 
+import pytest
 from speaker import speaker_model, speaker_tokenizer
 
 import glm5
 from glm5.envs import Reward, SingleTurn, Task
+from glm5.errors import InputError
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.orchestrator import train_rl
@@ -47,3 +49,7 @@ def test_a_run_is_read_and_simulated(tmp_path):
     assert sum(map(len, measured.workloads["vowels"].groups)) == 24
     it = simulate(SimulationConfig(scheduler=scheduler, batches=40, warmup=2).as_measured(measured))
     assert set(it.staleness) == {0} and it.steps_per_hour > 0
+
+    (run.path / "speed.jsonl").unlink()  # as of a deterministic run
+    with pytest.raises(InputError, match="noted no times to predict from"):
+        list(records_of(run.path))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glm5.envs.protocol import UniformGroups
+from glm5.errors import InputError
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import recorded_scheduler
 from glm5.rl.event_log import events_of
@@ -23,10 +24,16 @@ def records_of(run_directory: Path) -> Iterator[dict[str, Any]]:
     """Rollouts, learning steps and, for each step, the mean speed of the engines at the mean number of sequences.
 
     A lap of the run's `speed.jsonl` ends when a step was learnt from; the rollouts that came back before its batch was
-    made stand for what the engines did in it. That is exact in sync mode and nearly so otherwise.
+    made stand for what the engines did in it. That is exact in sync mode and nearly so otherwise. Raises InputError for
+    a run that noted no times.
     """
     run = RunDirectory.open(run_directory)
     laps = {line["step"]: line for line in run.read("speed")}
+    if not laps and run.read("metrics"):
+        raise InputError(
+            f"{run.path} noted no times to predict from, as runs in deterministic mode do not; give one that was made "
+            "without --deterministic."
+        )
     tokens: dict[str, int] = {}
     """Sampled, of rollouts without a fate."""
     window: list[Rollout] = []
