@@ -18,7 +18,8 @@ from glm5.model import GLM5
 from glm5.rl.adapters import LoRA, adapt, merged_model
 from glm5.rl.config import RLRunConfig
 from glm5.rl.fleet import Fleet, FleetConfig, InProcessFleet, ProcessExecutor, SupervisedFleet
-from glm5.rl.fleet.external import Polled, Reloaded, ServerExecutor
+from glm5.rl.fleet.delivery import Polled, Reloaded
+from glm5.rl.fleet.external import ServerExecutor
 from glm5.rl.weights import DirectoryPublisher
 from glm5.rl.weights.mirror import claim
 from glm5.serve.backend import Backend

@@ -115,6 +115,23 @@ class Backend:
 
         said: tokens that the same request has got before, as in `Engine.stream`; the backend sees them as prompt.
         """
+        stream = self.request(
+            prompt_ids, params, session_id=session_id, priority=priority, deadline=deadline, said=said
+        )  # fmt: skip
+        anyio.from_thread.run(stream.open)
+        return stream
+
+    def request(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        session_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        said: Sequence[TokenDelta] = (),
+    ) -> BackendStream:
+        """`stream` for callers in the event loop: a request that is still to be sent, by `BackendStream.open`."""
         prompt = tuple(prompt_ids)
         if not prompt or any(not 0 <= token < self.vocab_size for token in prompt):
             raise InputError(f"The prompt must be token ids below {self.vocab_size}, at least one.")
@@ -149,13 +166,11 @@ class Backend:
             _check_goes_on(params)
         more = replace(params, max_tokens=most - len(said), min_tokens=max(0, params.min_tokens - len(said)))
         body = self.api.body((*prompt, *(delta.token_id for delta in said)), more, priority)
-        stream = BackendStream(self, completions)
         headers = self.headers
         if session_id:  # an empty one names none, and an empty salt would be refused
             body[self.api.salt] = group_of(session_id)
             headers = {**headers, "X-Session-ID": session_id}
-        anyio.from_thread.run(stream.open, body, headers, deadline)
-        return stream
+        return BackendStream(self, completions, body, headers, deadline)
 
 
 class BackendStream:
@@ -163,19 +178,25 @@ class BackendStream:
 
     prompt_logprobs: tuple[PromptLogprob, ...] | None = None
 
-    def __init__(self, backend: Backend, completions: list[Completion]) -> None:
+    def __init__(
+        self, backend: Backend, completions: list[Completion], body: dict[str, Any], headers: dict[str, str],
+        deadline: float | None,
+    ) -> None:  # fmt: skip
         self.backend, self.completions = backend, completions
+        self._body, self._headers, self._deadline = body, headers, deadline
         self.cached_tokens = 0
         self._ready: deque[TokenDelta] = deque()
         self._closing: asyncio.Task[None] | None = None
 
-    async def open(self, body: dict[str, Any], headers: dict[str, str], deadline: float | None) -> None:
+    async def open(self) -> None:
         """Sends the request; returns when the backend accepts it."""
         loop = self._loop = asyncio.get_running_loop()
-        self._until = None if deadline is None else loop.time() + deadline
+        self._until = None if self._deadline is None else loop.time() + self._deadline
         backend = self.backend
         self._client = backend.client(backend.timeout)
-        request = self._client.build_request("POST", backend.url + backend.api.path, json=body, headers=headers)
+        request = self._client.build_request(
+            "POST", backend.url + backend.api.path, json=self._body, headers=self._headers
+        )  # fmt: skip
         try:
             async with asyncio.timeout_at(self._until):
                 self._response = await self._client.send(request, stream=True)
@@ -238,6 +259,10 @@ class BackendStream:
             if completion.done:
                 return
             token_id, logprob, tops = token  # vLLM adds the sampled one to the likeliest
+            if not 0 <= token_id < self.backend.vocab_size:
+                raise ApiError(
+                    502, f"The backend gives a token {token_id}, which the model has not; is its model the same?"
+                )
             sampled = SampledToken(token_id, logprob, tops[: completion.params.logprobs or 0])
             delta = completion.append(sampled, piece.version)
             if number == len(piece.tokens) and piece.finish_reason and not completion.done:

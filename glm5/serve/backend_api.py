@@ -11,6 +11,7 @@ are tested against stand-ins; `generate` is tested against this project's own se
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
@@ -95,10 +96,10 @@ class GenerateApi:
             cached = _cached(event)
             for choice in event.get("choices") or ():
                 ids = _ids(choice)
-                content = ((choice.get("logprobs") or {}).get("content")) or [{}] * len(ids)
+                content = _each((choice.get("logprobs") or {}).get("content"), ids)
                 tokens = [
-                    (token_id, _logprob(entry), tuple((_token_id(top), _logprob(top)) for top in _tops(entry)))
-                    for token_id, entry in zip(ids, content, strict=False)
+                    (token_id, _sampled(entry.get("logprob")), tuple((_token_id(t), _logprob(t)) for t in _tops(entry)))
+                    for token_id, entry in zip(ids, content, strict=True)
                 ]
                 version = max(choice.get("weight_versions") or [0])
                 yield Piece(choice.get("index", 0), tokens, _reason(choice), version, cached)
@@ -128,10 +129,10 @@ class CompletionsApi:
             cached = _cached(event)
             for choice in event.get("choices") or ():
                 ids, said = _ids(choice), choice.get("logprobs") or {}
-                own = said.get("token_logprobs") or [0.0] * len(ids)
+                own = _each(said.get("token_logprobs"), ids)
                 tops = said.get("top_logprobs") or [None] * len(ids)
                 tokens = [
-                    (token_id, float(logprob or 0.0), _ranked(top or {}))
+                    (token_id, _sampled(logprob), _ranked(top or {}))
                     for token_id, logprob, top in zip(ids, own, tops, strict=False)
                 ]
                 version = max(choice.get("weight_versions") or [0])
@@ -169,11 +170,12 @@ class SGLangApi:
             total = int(meta.get("completion_tokens", len(ids)))
             new = max(0, total - seen.get(index, 0))
             seen[index] = total
-            own = _last(meta.get("output_token_logprobs"), new, [0.0])
+            fresh = ids[len(ids) - new :] if new <= len(ids) else ()
+            own = _each(list(meta.get("output_token_logprobs") or ())[-new:] if new else (), fresh)
             tops = _last(meta.get("output_top_logprobs"), new, [])
             tokens = [
-                (token_id, float(own[i][0] or 0.0), tuple((top[1], float(top[0])) for top in (tops[i] or ())))
-                for i, token_id in enumerate(ids[len(ids) - new :])
+                (token_id, _sampled(said[0]), tuple((top[1], float(top[0])) for top in likeliest or ()))
+                for token_id, said, likeliest in zip(fresh, own, tops, strict=True)
             ]
             finish = meta.get("finish_reason") or {}
             yield Piece(
@@ -195,6 +197,20 @@ def _cached(event: Mapping[str, Any]) -> int:
 
 def _reason(choice: Mapping[str, Any]) -> FinishReason | None:
     return REASONS.get(choice.get("finish_reason"), "stop")
+
+
+def _each(said: Any, ids: Sequence[int]) -> Sequence[Any]:
+    """What is said of the log-probabilities of these tokens: of each of them, or the answer is of no use."""
+    if len(said or ()) != len(ids):
+        raise ApiError(502, f"The backend gives {len(said or ())} log-probabilities of {len(ids)} tokens; ask another.")
+    return said or ()
+
+
+def _sampled(logprob: Any) -> float:
+    """That of a sampled token, which JSON may hold as null or NaN: with those nothing can be learnt."""
+    if not isinstance(logprob, int | float) or not math.isfinite(logprob):
+        raise ApiError(502, f"The backend gives a log-probability of {logprob}; look at its log.")
+    return float(logprob)
 
 
 def _logprob(entry: Mapping[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import ssl
 import time
 
@@ -110,7 +111,11 @@ def answer(status, body):
     return lambda _: httpx.Response(status, json=body)
 
 
-CHOICE = {"index": 0, "token_ids": [40], "logprobs": {"content": [{"token_id": 40, "logprob": -1.0}]}}
+def said(logprob):
+    return {"content": [{"token_id": 40, "logprob": logprob}]}
+
+
+CHOICE = {"index": 0, "token_ids": [40], "logprobs": said(-1.0)}
 
 
 @pytest.mark.parametrize(
@@ -125,6 +130,11 @@ CHOICE = {"index": 0, "token_ids": [40], "logprobs": {"content": [{"token_id": 4
         (lambda _: sse({"choices": [CHOICE]}), 502, "ended its answer in the middle"),
         (lambda _: sse({"choices": [CHOICE]}, {"error": {"message": "out of memory"}}), 502, "out of memory"),
         (lambda _: sse({"choices": [{"index": 0, "text": "x"}]}), 502, "gives no token ids"),
+        (lambda _: sse({"choices": [{**CHOICE, "token_ids": [320]}]}), 502, "a token 320, which the model has not"),
+        (lambda _: sse({"choices": [{**CHOICE, "logprobs": None}]}), 502, "gives 0 log-probabilities of 1 tokens"),
+        (lambda _: sse({"choices": [{**CHOICE, "token_ids": [40, 41]}]}), 502, "gives 1 log-probabilities of 2"),
+        (lambda _: sse({"choices": [{**CHOICE, "logprobs": said(None)}]}), 502, "a log-probability of None"),
+        (lambda _: sse({"choices": [{**CHOICE, "logprobs": said(math.nan)}]}), 502, "a log-probability of nan"),
         (lambda _: sse({"choices": [{"index": 0, "token_ids": [], "finish_reason": "stop"}]}), 502, "with which token"),
     ],
 )

@@ -32,7 +32,7 @@ from glm5.rl.weights.shared import Snapshot
 FORMAT = "glm5-weights-1"
 MANIFEST, WHOLE, DELTA = "manifest.json", "weights.safetensors", "delta.zst"
 PREFIX, MODEL_PREFIX = "v", "model-"
-"""Of a version's directory; of that of a whole model, which SGLang reads (`fleet/external.py`)."""
+"""Of a version's directory; of that of a whole model, which SGLang reads (`fleet/delivery.py`)."""
 TRIES = 3
 """A version that a reader is looking at may be removed when newer ones have come; it then looks again."""
 

@@ -1,7 +1,6 @@
 """Other servers as engines: real `glm5 serve` processes that follow a directory, and a stand-in for SGLang."""
 
 import asyncio
-import json
 import os
 import re
 import subprocess
@@ -13,13 +12,15 @@ import fleet_engines
 import httpx
 import pytest
 from fleet_engines import PROMPTS, params_of, play, undisturbed
+from sglang_like import sglang_like
 from speaker import speaker_config, speaker_model, speaker_tokenizer
 
 import glm5
 from glm5.engine import StructuredOutputs
 from glm5.errors import FleetError, InputError, WeightsError
 from glm5.rl.fleet import FleetConfig, SupervisedFleet, external
-from glm5.rl.fleet.external import Polled, Reloaded, ServerExecutor
+from glm5.rl.fleet.delivery import Polled, Reloaded
+from glm5.rl.fleet.external import ServerExecutor
 from glm5.rl.weights import DirectoryPublisher
 from glm5.rl.weights.directory import versions
 from glm5.rl.weights.mirror import check_unused
@@ -81,31 +82,6 @@ def test_glm5_servers_take_weights_from_a_directory_and_one_that_is_killed_is_no
                 alone.close()
 
         asyncio.run(story())
-
-
-def sglang_like(seen):
-    """Answers token 40 + length of the input, one at a time and slowly; takes weights."""
-
-    async def tokens(body):
-        ids, rows = body["input_ids"], []
-        for number in range(1, body["sampling_params"]["max_new_tokens"] + 1):
-            await asyncio.sleep(0.002)
-            token = 40 + (len(ids) + number) % 200
-            rows.append([-0.5, token, None])
-            finish = {"type": "length"} if number == body["sampling_params"]["max_new_tokens"] else None
-            meta = {"completion_tokens": number, "finish_reason": finish, "output_token_logprobs": rows[-1:]}
-            yield f"data: {json.dumps({'output_ids': [token], 'meta_info': meta})}\n\n".encode()
-
-    async def handler(request):
-        if request.url.path == "/health":
-            return httpx.Response(200)
-        body = json.loads(request.content)
-        seen.append((request.url.path, body))
-        if request.url.path == "/update_weights_from_disk":
-            return httpx.Response(200, json={"success": True})
-        return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=tokens(body))
-
-    return httpx.MockTransport(handler)
 
 
 def test_sglang_is_interrupted_for_new_weights_and_every_token_has_its_version(directory, tmp_path):
