@@ -73,7 +73,7 @@ def poisoned_engine():
 
 def mistaken_engine(flag):
     """Makes a mistake between two steps after 50 tokens, where it finds and removes the file `flag`; raises what is no
-    `Exception` in the step of the prompt 1, 300."""
+    `Exception` in every step of the prompt 1, 300."""
     engine = slow_engine()
     wait, run = engine._wait, engine._core.runner.run
 
@@ -89,6 +89,21 @@ def mistaken_engine(flag):
         return run(chunks, collect)
 
     engine._wait, engine._core.runner.run = waits, step
+    return engine
+
+
+def short_of_memory_engine(flag):
+    """Its step fails once, after 50 tokens, where it finds and removes the file `flag`."""
+    engine = slow_engine()
+    run = engine._core.runner.run
+
+    def step(chunks, collect):
+        if engine.stats().sampled_tokens > 50 and flag.exists():
+            flag.unlink()
+            raise RuntimeError("out of memory")
+        return run(chunks, collect)
+
+    engine._core.runner.run = step
     return engine
 
 

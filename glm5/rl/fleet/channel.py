@@ -86,9 +86,13 @@ class ChannelMember:
         self._outbox.put(("weights", ticket, self._weights()))
         return future
 
-    def trouble(self) -> str | None:
-        """Silence, or no step while there is work."""
+    def trouble(self, stood_still: float) -> str | None:
+        """Its end, silence, or no step while there is work."""
         now, stats = time.monotonic(), self._stats
+        self._heard = min(self._heard + stood_still, now)
+        self._progressed = min(self._progressed + stood_still, now)
+        if self._closing:
+            return "its process has ended"  # before it had a seat, or somebody would know
         if now - self._heard > self._config.silence_seconds:
             return f"no sign of life for {now - self._heard:.0f} s"
         if stats is not None and stats.running + stats.waiting and now - self._progressed > self._config.stuck_seconds:

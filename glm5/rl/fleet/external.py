@@ -88,9 +88,11 @@ class ServerMember:
         """Brings the newest weights there."""
         return self._run(self._update(version))
 
-    def trouble(self) -> str | None:
+    def trouble(self, stood_still: float) -> str | None:
         """Silence, or bad health. While it reads weights, which has a time limit of its own, it need not answer."""
         now = time.monotonic()
+        self._heard = min(self._heard + stood_still, now)
+        self._well = min(self._well + stood_still, now)
         if self._waiting:
             return None
         if self._complaint and now - self._well > min(UNWELL_SECONDS, self._config.silence_seconds):

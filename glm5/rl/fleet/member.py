@@ -66,8 +66,11 @@ class Member(Protocol):
         The future's errors: `GLM5Error` for weights that it refuses. It may never be done: the engine may be gone.
         """
 
-    def trouble(self) -> str | None:
-        """Why it must be replaced, or None. Asked several times a second."""
+    def trouble(self, stood_still: float) -> str | None:
+        """Why it must be replaced, or None. Asked several times a second.
+
+        stood_still: seconds since the last time in which this program could hear nobody, being stopped itself.
+        """
 
     def stats(self) -> EngineStats | None:
         """As it last said."""

@@ -41,6 +41,8 @@ from glm5.threads import in_thread
 
 log = logging.getLogger("glm5.fleet")
 WATCH_SECONDS = 0.2
+LAG_SECONDS = 1.0
+"""By which a busy machine delays the watch; more, and this whole program stood still."""
 
 
 class SupervisedFleet:
@@ -322,6 +324,7 @@ class SupervisedFleet:
     # ---- the watch ----------------------------------------------------------------------------------------------
     def _watch(self) -> None:
         """Looks after engines and deadlines until the fleet is closed (in a thread of its own)."""
+        looked = time.monotonic()
         while True:
             with self._changed:
                 if self._changed.wait_for(lambda: self._closed, WATCH_SECONDS):
@@ -329,6 +332,8 @@ class SupervisedFleet:
                 while self._dropped:
                     self._abort(self._dropped.popleft())
                 now = time.monotonic()
+                stood_still = max(0.0, now - looked - LAG_SECONDS)  # as by Ctrl-Z: the others were not heard meanwhile
+                looked = now
                 for job in list(self._jobs.values()):
                     if job.overdue(now):
                         if job.member is not None:
@@ -336,6 +341,6 @@ class SupervisedFleet:
                         self._finish(job, None)
                 members = [seat.member for seat in self._seats if seat.member is not None]
             for member in members:
-                reason = member.trouble()
+                reason = member.trouble(stood_still)
                 if reason is not None:
                     self.lost(member, reason)

@@ -7,7 +7,7 @@ Messages are pickled tuples, the first element of which names them:
                       | alive EngineStats | failed reason
 
 When the connection breaks, the fleet is gone, and so is the process: nobody is left behind. When the engine has failed,
-its requests do not end: the fleet hears of it, and has them go on elsewhere.
+or a step of it (no memory is left, say), its requests do not end: the fleet hears of it, and has them go on elsewhere.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from glm5.engine import Engine
+from glm5.engine import Engine, TokenStream
 from glm5.errors import FleetError, GLM5Error
 from glm5.rl.fleet.job import Delivery, Order
 from glm5.rl.fleet.member import Facts
 from glm5.rl.weights import Snapshot
+from glm5.threads import OneThread, in_thread
 
 ALIVE_SECONDS = 0.25
 Build = Callable[[], Engine]
@@ -66,6 +67,8 @@ class Worker:
         self._subscribers: dict[WeightSource, Subscriber] = {}
         self._lock = threading.Lock()
         self._outbox: list[Delivery] = []
+        self._failure = ""
+        """Why the engine is to be replaced."""
 
     def run(self) -> None:
         """Builds the engine and serves. A refusal by the engine is passed on, and ends the run."""
@@ -113,7 +116,7 @@ class Worker:
 
     # ---- in the loop --------------------------------------------------------------------------------------------
     async def _serve(self) -> None:
-        engine, self._stopped = self.engine, asyncio.Event()
+        engine, self._stopped, self._in_weights_thread = self.engine, asyncio.Event(), OneThread()
         shapes = {name: tuple(tensor.shape) for name, tensor in engine.model.state_dict().items()}
         self._send("ready", Facts(engine.version, engine.limits, shapes))
         with self._lock:
@@ -121,14 +124,21 @@ class Worker:
         self._read()
         while not self._stopped.is_set():
             if engine.failure is not None:
-                self._flush()
-                self._send("failed", f"its engine has ended by a mistake of its own ({engine.failure})")
-                return
+                self._failed(f"its engine has ended by a mistake of its own ({engine.failure})")
+                break
             self._send("alive", engine.stats())
             try:
                 await asyncio.wait_for(self._stopped.wait(), ALIVE_SECONDS)
             except TimeoutError:
                 pass
+        if self._failure:
+            self._flush()
+            self._send("failed", self._failure)
+
+    def _failed(self, reason: str) -> None:
+        """The fleet is to hear of it, and of no request's end."""
+        self._failure = self._failure or reason
+        self._stopped.set()
 
     def _read(self) -> None:
         with self._lock:
@@ -146,31 +156,38 @@ class Worker:
     async def _stream(self, order: Order) -> None:
         """One request, from its admission to its end."""
         error: BaseException | None = None
-        first = True
+        stream = None
         try:
-            begin = partial(
+            stream = await in_thread(
                 self.engine.stream, order.prompt_ids, order.params, session_id=order.session_id,
                 priority=order.priority, deadline=order.deadline, said=order.said,
             )  # fmt: skip
-            stream = await asyncio.to_thread(begin)
-            try:
-                async for delta in stream:
-                    if not self._outbox:
-                        asyncio.get_running_loop().call_soon(self._flush)
-                    scores = stream.prompt_logprobs if first else None
-                    self._outbox.append(Delivery(order.number, [delta], stream.cached_tokens, scores))
-                    first = False
-            finally:
-                stream.close()
+            await self._tell(order.number, stream)
         except asyncio.CancelledError:
             raise
         except BaseException as failure:
             error = failure
+        finally:
+            if stream is not None:
+                stream.close()
         self._tasks.pop(order.number, None)
         if error is not None and self.engine.failure is not None:
-            return  # what it has got is sent with the news of that
-        self._flush()
-        self._send("end", order.number, error and _portable(error))
+            self._failed(f"its engine has ended by a mistake of its own ({self.engine.failure})")
+        elif stream is not None and error is not None and not isinstance(error, GLM5Error):
+            self._failed(f"a step of its engine failed ({error!r})")
+        else:
+            self._flush()
+            self._send("end", order.number, error and _portable(error))
+
+    async def _tell(self, number: int, stream: TokenStream) -> None:
+        """The tokens of a request, together with those that others get at the same time."""
+        first = True
+        async for delta in stream:
+            if not self._outbox:
+                asyncio.get_running_loop().call_soon(self._flush)
+            scores = stream.prompt_logprobs if first else None
+            self._outbox.append(Delivery(number, [delta], stream.cached_tokens, scores))
+            first = False
 
     def _flush(self) -> None:
         """Sends what all requests have got since the last time, together."""
@@ -181,7 +198,7 @@ class Worker:
     async def _take(self, ticket: int, sources: tuple[WeightSource, ...]) -> None:
         """Takes the newest weights while the requests go on."""
         try:
-            version = await asyncio.to_thread(self._newest, sources)
+            version = await self._in_weights_thread(self._newest, sources)
             self._send("taken", ticket, version, None)
         except Exception as error:
             self._send("taken", ticket, self.engine.version, _portable(error))
