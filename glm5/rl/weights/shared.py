@@ -9,12 +9,11 @@ the checksum over version and bytes is right; otherwise it looks again. So nobod
 another, whatever the processor reorders and wherever the writer is killed.
 
 Readers must be processes that the publisher started with `multiprocessing`: they share its resource tracker, which
-removes the mapping even when all of them are killed.
+removes the mapping when all of them are killed (and `room.py`, when it is killed itself).
 """
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Mapping
 from multiprocessing.shared_memory import SharedMemory
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from glm5.errors import WeightsError
 from glm5.rl.weights.layout import ALIGNMENT, Layout, check_newer, checksum
+from glm5.rl.weights.room import Room
 
 MAGIC = 0x35_6D_6C_67_73_77_30_31
 TRIES = 100
@@ -76,7 +76,8 @@ class SharedPublisher:
     def __init__(self, layout: Layout) -> None:
         described = layout.to_bytes()
         size = _aligned(16 + len(described)) + 128 + 2 * layout.num_bytes
-        memory = SharedMemory(create=True, size=size, name=f"glm5-{secrets.token_hex(6)}")
+        self._room = Room(size)
+        memory = self._room.memory
         header = torch.tensor([MAGIC, len(described)], dtype=torch.int64).view(torch.uint8)
         assert memory.buf is not None
         memory.buf[:16] = bytes(header.numpy())
@@ -99,7 +100,7 @@ class SharedPublisher:
     def close(self) -> None:
         """Removes the memory, for readers too once they have let it go."""
         self._mapping.close()
-        self._mapping.memory.unlink()
+        self._room.remove()
 
 
 class SharedSubscriber:

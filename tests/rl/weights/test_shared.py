@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm5.errors import WeightsError
-from glm5.rl.weights import Layout, SharedPublisher, SharedSubscriber
+from glm5.rl.weights import Layout, SharedPublisher, SharedSubscriber, room
 from glm5.rl.weights import shared as module
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -172,6 +174,39 @@ def test_a_publisher_killed_in_the_middle_leaves_the_version_before():
     snapshot = reader.newest()
     assert snapshot.version >= 1 and whole(snapshot)
     reader._mapping.memory.unlink()
+
+
+def test_more_than_there_is_has_a_sentence_and_leaves_nothing():
+    """Linux would give it, and end the process at the first write behind the end."""
+    before = set(room.FILES.glob(f"{room.PREFIX}*"))
+    with pytest.raises(WeightsError, match=r"/dev/shm has no room for two versions of the weights, 2,199,023 MB"):
+        SharedPublisher(Layout((("a", "uint8", (1 << 40,)),)))
+    assert set(room.FILES.glob(f"{room.PREFIX}*")) <= before
+
+
+MAKER = """
+import os, signal
+from multiprocessing import resource_tracker
+import torch
+from glm5.rl.weights import Layout, SharedPublisher
+
+publisher = SharedPublisher(Layout.of({"a": torch.ones(10)}))
+print(publisher.name, flush=True)
+os.kill(resource_tracker._resource_tracker._pid, signal.SIGKILL)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_job_left_behind_is_removed_by_the_next_one(publisher):
+    run = subprocess.run([sys.executable, "-c", MAKER], stdout=subprocess.PIPE, text=True, check=False)
+    left, held = (room.FILES / name for name in (run.stdout.strip(), publisher.name))
+    assert left.exists() and held.exists()
+    SharedPublisher(publisher.layout).close()
+    assert left.exists()  # somebody may just be making it
+    for path in (left, held):
+        os.utime(path, (0, 0))
+    SharedPublisher(publisher.layout).close()
+    assert not left.exists() and held.exists()
 
 
 def test_what_is_not_there_has_a_sentence():
