@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from multiprocessing import AuthenticationError
@@ -70,14 +70,19 @@ class RayEngine:
         """Where it runs."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def update(self, version: int, layout: Layout, data_N: np.ndarray, expected: int) -> int:
-        """Takes weights, as bytes in the node's shared memory; the version that the engine then has."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the bytes cannot be written to, and are not
-            flat = torch.from_numpy(data_N)
-        if checksum(flat, version) != expected:
-            raise FleetError(f"Weights of version {version} were damaged on their way; publish a newer version.")
-        return self._worker.update(Snapshot(version, layout.unpack(flat)))
+    def update(self, told: Sequence[tuple[int, Layout, int]], *data_N: np.ndarray) -> int:
+        """Takes weights, as bytes in the node's shared memory, in this order; the version that the engine then has.
+
+        told: version, layout and checksum of each.
+        """
+        for (version, layout, expected), bytes_N in zip(told, data_N, strict=True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the bytes cannot be written to, and are not
+                flat = torch.from_numpy(bytes_N)
+            if checksum(flat, version) != expected:
+                raise FleetError(f"Weights of version {version} were damaged on their way; publish a newer version.")
+            self._worker.update(Snapshot(version, layout.unpack(flat)))
+        return self._worker.engine.version
 
 
 class RayMember(ChannelMember):
@@ -110,8 +115,9 @@ class RayExecutor:
             num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources or {}), max_restarts=0,
             max_concurrency=2, scheduling_strategy="SPREAD",
         )  # fmt: skip
-        self._snapshots: dict[Layout, tuple[int, Layout, Any, int]] = {}
-        """The newest of whole weights and of adapters, in the order of their versions."""
+        self._snapshots: dict[Layout, tuple[tuple[int, Layout, int], Any]] = {}
+        """The newest of whole weights and of adapters, in the order of their versions: what is told of them, and they
+        themselves."""
         self._actors: set[Any] = set()
         """Those that were not killed, also those that are not up yet."""
         self._closed = False
@@ -151,15 +157,15 @@ class RayExecutor:
         flat = layout.pack(tensors)
         with self._connected():
             self._snapshots.pop(layout, None)
-            self._snapshots[layout] = (version, layout, ray.put(flat.numpy()), checksum(flat, version))
+            self._snapshots[layout] = ((version, layout, checksum(flat, version)), ray.put(flat.numpy()))
 
     def update(self, actor: Any) -> Future[int]:
-        """The actor takes the snapshots."""
+        """The actor takes the snapshots, by one call: two would run side by side there, and the newer may win."""
         future: Future[int] = Future()
         try:
             with self._connected():
-                asked = [actor.update.remote(*snapshot) for snapshot in self._snapshots.values()]
-                future = asked[-1].future()
+                told, data = zip(*self._snapshots.values(), strict=True)
+                future = actor.update.remote(told, *data).future()
         except FleetError as error:
             future.set_exception(error)
         return future

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from functools import partial
 from multiprocessing.connection import Listener
+from types import SimpleNamespace
 
 import fleet_engines
 import pytest
@@ -204,6 +205,34 @@ def test_after_the_end_nobody_connects_again(monkeypatch):
             with pytest.raises(FleetError, match="connection to Ray was closed"):
                 late()
         assert not cluster.there
+
+
+def test_whole_weights_and_adapters_are_taken_by_one_call_the_older_first(monkeypatch):
+    """Two calls would run side by side in an actor: the adapters, which are small, would come first and alone."""
+    import glm5.rl.fleet.ray as under_test
+
+    monkeypatch.setattr(under_test, "ray", Connection(None))
+    executor, taken, calls = under_test.RayExecutor(fleet_engines.strict_engine), [], []
+    worker = SimpleNamespace(update=lambda snapshot: taken.append(snapshot.version), engine=SimpleNamespace(version=9))
+    engine = SimpleNamespace(_worker=worker)
+
+    def call(*told):
+        future = Future()
+        future.set_result(under_test.RayEngine.update(engine, *told))
+        calls.append(told)
+        return SimpleNamespace(future=lambda: future)
+
+    actor = SimpleNamespace(update=SimpleNamespace(remote=call))
+    executor.snapshot(3, {"w": torch.ones(1000)})
+    executor.snapshot(5, {"lora_a": torch.ones(2)})
+    assert executor.update(actor).result() == 9 and taken == [3, 5] and len(calls) == 1
+    executor.snapshot(6, {"w": torch.ones(1000)})
+    executor.update(actor).result()
+    assert taken == [3, 5, 5, 6]
+    engine._worker, (told, *data) = SimpleNamespace(update=taken.append), calls[0]
+    data[1] = data[1] ^ 1
+    with pytest.raises(FleetError, match="Weights of version 5 were damaged"):
+        under_test.RayEngine.update(engine, told, *data)
 
 
 def test_without_a_connection_to_ray_there_is_a_sentence(monkeypatch):
