@@ -30,9 +30,9 @@ class Follower:
                 snapshot = self._subscriber.newest()
                 if snapshot is not None and snapshot.version > self._engine.version:
                     self._engine.update_weights(snapshot.version, snapshot.tensors)
-            except (GLM5Error, OSError) as error:
+            except Exception as error:  # nobody would look again without this thread
                 if str(error) != complaint:
-                    log.warning("weights: %s", error)
+                    log.warning("weights: %s", error, exc_info=not isinstance(error, GLM5Error | OSError))
                 complaint = str(error)
 
     def close(self) -> None:

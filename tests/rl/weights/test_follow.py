@@ -30,7 +30,17 @@ def test_newer_weights_are_taken_and_damaged_ones_are_not(tmp_path, caplog):
     wait_for(lambda: "v00000003/manifest.json cannot be read" in caplog.text)
     time.sleep(0.05)
     assert engine.version == 2 and caplog.text.count("cannot be read") == 1
-    DirectoryPublisher(tmp_path / "weights").publish(4, speaker_model(seed=2).state_dict())
-    wait_for(lambda: engine.version == 4)
+    update = engine.update_weights
+
+    def short_of_memory(*arguments):
+        engine.update_weights = update
+        raise RuntimeError("out of memory")
+
+    engine.update_weights = short_of_memory
+    again = DirectoryPublisher(tmp_path / "weights")
+    again.publish(4, speaker_model(seed=2).state_dict())
+    wait_for(lambda: "weights: out of memory" in caplog.text)
+    again.publish(5, speaker_model(seed=2).state_dict())
+    wait_for(lambda: engine.version == 5)
     follower.close()
     engine.close()
