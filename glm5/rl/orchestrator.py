@@ -130,12 +130,14 @@ class Orchestrator:
 
     async def run(self, stopped: Callable[[], bool], save: Callable[[], None]) -> None:
         """save: writes the model. Raises `RunInterrupted` after Ctrl-C, and RunError when nothing moves any more."""
-        session = self.session
+        session, self._stopped = self.session, stopped  # whether Ctrl-C came
         self.meter.lap()  # what was before is no part of the first step
         try:
-            await self._unless(stopped, self.fleet.start())
-            if self.fleet.version < session.version:  # the engines began with the run's first weights
-                await self._unless(stopped, self.fleet.publish(session.version, session.learner.weights()))
+            begun = await self._awaited(self.fleet.start())
+            if begun and self.fleet.version < session.version:  # the engines began with the run's first weights
+                begun = await self._awaited(self.fleet.publish(session.version, session.learner.weights()))
+            if not begun:
+                self._interrupted()
             if session.scheduler.version < session.version:
                 self._cancel(session.published(session.version))
             await self._mirrored()
@@ -156,18 +158,19 @@ class Orchestrator:
                 check_end(session)
                 await self._in_learners_thread(save)
             finally:  # behind the model: it is there, whatever becomes of the servers
-                await self.fleet.hand_over(session.version, session.learner.weights())
+                await self._awaited(self.fleet.hand_over(session.version, session.learner.weights()))
         finally:
             await self._end()
 
-    async def _unless(self, stopped: Callable[[], bool], engines: Coroutine[Any, Any, None]) -> None:
-        """Waits for the engines, which may take long to come up, but no longer than until Ctrl-C."""
+    async def _awaited(self, engines: Coroutine[Any, Any, None]) -> bool:
+        """Waits for the engines, which may take long, but no longer than until Ctrl-C, which gives False."""
         waiting = asyncio.create_task(engines)
         while not (await asyncio.wait([waiting], timeout=GLANCE))[0]:
-            if stopped():
+            if self._stopped():
                 waiting.cancel()
-                self._interrupted()
+                return False
         await waiting
+        return True
 
     async def _advance(self, *, learning: bool, sampling: bool) -> None:
         """Everything that can be done now, and is still wanted, is begun."""
@@ -290,11 +293,11 @@ class Orchestrator:
 
     async def _publish_if_allowed(self) -> None:
         """Gives the engines the newest weights; in sync and one-step-off mode only between two samplings."""
-        if self._unpublished is None or not self.session.scheduler.swappable:
+        if self._unpublished is None or not self.session.scheduler.swappable or self._stopped():
             return
         version, weights = self._unpublished
-        if version - self.session.scheduler.version >= self.config.scheduler.publish_every:
-            await self.fleet.publish(version, weights)
+        due = version - self.session.scheduler.version >= self.config.scheduler.publish_every
+        if due and await self._awaited(self.fleet.publish(version, weights)):  # or the run that goes on does it
             self._unpublished = None
             self._cancel(self.session.published(version))
 

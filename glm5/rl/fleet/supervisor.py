@@ -142,8 +142,9 @@ class SupervisedFleet:
         if self._executor.outlived and version > max(self._version, self._snapshot):
             try:
                 await self.publish(version, state_dict)
-            except (GLM5Error, OSError) as error:
-                log.warning("The last weights, version %d, did not reach the servers: %s", version, error)
+            except (GLM5Error, OSError, asyncio.CancelledError) as error:
+                why = str(error) or "it was not waited for"
+                log.warning("The last weights, version %d, did not reach all servers: %s", version, why)
 
     async def close(self) -> None:
         """Ends all requests and engines."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import fleet_engines
 import httpx
 import pytest
+from sglang_like import sglang_like
 from speaker import speaker_model, speaker_tokenizer
 
 import glm5
@@ -92,6 +93,34 @@ def test_servers_that_do_not_answer_are_asked_no_more(directory):
     fleet = SupervisedFleet(ServerExecutor(backends), 2, config=PATIENT)
     asyncio.run(closed_while(fleet, lambda: len(asked) > 3))
     assert set(asked) == {"/health"} and not threads_of("glm5-seat") and not threads_of("glm5-server-member")
+
+
+def test_ctrl_c_while_servers_take_weights_stops_the_run_at_once(directory, tmp_path):
+    config = RLRunConfig(
+        parent=directory, steps=3, rollout=RolloutConfig(max_tokens=6),
+        scheduler=SchedulerConfig(groups_per_batch=2, group_size=4),
+    )  # fmt: skip
+    calm = sglang_like([])
+
+    async def reading_for_ever(request):
+        if request.url.path == "/update_weights_from_disk":
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(3600)
+        return await calm.handle_async_request(request)
+
+    def make():
+        return engine_servers(
+            config, ["http://there"], tmp_path / "weights", tmp_path / "run", api="sglang",
+            transport=httpx.MockTransport(reading_for_ever), limits=FleetConfig(update_seconds=3600.0),
+        )  # fmt: skip
+
+    environment = SingleTurn(fleet_engines.Letters(), uniform_groups="keep")
+    with pytest.raises(RunInterrupted, match=r"Stopped after step 1 of 3 of rl; all is saved in .*run"):
+        train_rl(config, [environment], tmp_path / "run", make_fleet=make())
+    with pytest.raises(RunInterrupted, match=r"Stopped after step 1 of 3"):  # and so when it goes on
+        train_rl(config, [environment], tmp_path / "run", make_fleet=make(), resume=True)
+    assert [line["step"] for line in RunDirectory.open(tmp_path / "run").read("metrics")] == [0]
+    assert train_rl(config, [environment], tmp_path / "run", resume=True).finished
 
 
 def test_ctrl_c_while_servers_are_awaited_stops_the_run_which_goes_on_with_others(directory, tmp_path, monkeypatch):
