@@ -52,9 +52,11 @@ class ServerMember:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._waiting = False
         """Whether requests wait until new weights are there."""
-        self._heard = self._well = time.monotonic()
+        self._heard = time.monotonic()
+        self._unwell: float | None = None
+        """Since when it was never well, as often as it was asked."""
         self._complaint = "does not answer"
-        """What was wrong when its health was asked for last, if anything."""
+        """What was wrong when it was asked last, if anything."""
         self._closing, self._lock = False, threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="glm5-server-member", daemon=True)
@@ -90,12 +92,13 @@ class ServerMember:
 
     def trouble(self, stood_still: float) -> str | None:
         """Silence, or bad health. While it reads weights, which has a time limit of its own, it need not answer."""
-        now = time.monotonic()
+        now, unwell = time.monotonic(), self._unwell
         self._heard = min(self._heard + stood_still, now)
-        self._well = min(self._well + stood_still, now)
+        if stood_still and unwell is not None:
+            unwell = self._unwell = min(unwell + stood_still, now)
         if self._waiting:
             return None
-        if self._complaint and now - self._well > min(UNWELL_SECONDS, self._config.silence_seconds):
+        if unwell is not None and now - unwell > UNWELL_SECONDS:
             return f"{self._backend.url} {self._complaint}"
         if now - self._heard > self._config.silence_seconds:
             return f"{self._backend.url} says nothing for {now - self._heard:.0f} s"
@@ -120,7 +123,7 @@ class ServerMember:
     def _client(self, seconds: float) -> httpx.AsyncClient:
         client = self._backend.client(httpx.Timeout(seconds))
         client.base_url = httpx.URL(self._backend.url)
-        client.headers.update(self._backend.headers)
+        client.headers.update({**self._backend.headers, "Connection": "close"})  # an old one says nothing of today
         return client
 
     async def _ask(self, client: httpx.AsyncClient) -> bool:
@@ -131,7 +134,9 @@ class ServerMember:
         except httpx.HTTPError:
             self._complaint = "does not answer"
         if not self._complaint:
-            self._heard = self._well = time.monotonic()
+            self._heard, self._unwell = time.monotonic(), None
+        elif self._unwell is None:
+            self._unwell = time.monotonic()
         return not self._complaint
 
     async def _answers(self) -> None:
@@ -222,7 +227,7 @@ class ServerMember:
 
     def _go_on(self) -> None:
         """Begins the requests that have waited for weights, those that were interrupted after what they have said."""
-        self._waiting, self._heard, self._well = False, time.monotonic(), time.monotonic()
+        self._waiting, self._heard, self._unwell = False, time.monotonic(), None
         for number, order in list(self._orders.items()):
             if number not in self._tasks:
                 self._begin(replace(order, said=tuple(self._said[number])))

@@ -1,7 +1,8 @@
 """`InProcessFleet`: engines in this process. Nothing can die apart from the rest, so there is nothing to supervise.
 
 The plain form of a fleet: what the others must equal, what the deterministic mode steps by hand, and the quickest for
-small models on few cores.
+small models on few cores. An engine that fails is not replaced: it shares memory with the learner, of whose state a
+mistake says as little, and a run that ends and is resumed loses nothing. Who wants it replaced takes processes.
 """
 
 from __future__ import annotations

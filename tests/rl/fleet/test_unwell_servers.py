@@ -102,18 +102,21 @@ def test_a_request_that_comes_while_weights_are_read_waits_for_them(directory, t
 
 def test_a_server_that_is_silent_while_it_reads_weights_is_not_given_up(directory, tmp_path):
     server = Server()
-    server.reload_seconds = 1.5
+    server.reload_seconds = 0.5
 
     async def story():
-        config = replace(CONFIG, silence_seconds=0.5)
-        async with running(directory, [server], reloaded(tmp_path), config) as fleet:
-            server.health = httpx.ReadTimeout("busy")
+        async with running(directory, [server], reloaded(tmp_path)) as fleet:
+            member = fleet._seats[0].member
             publishing = asyncio.create_task(fleet.publish(3, weights()))
-            await until(lambda: server.asked > 3)
-            await asyncio.sleep(1.0)
+            await until(lambda: member._waiting)
+            server.health = httpx.ReadTimeout("busy")
+            asked = server.asked
+            await until(lambda: server.asked > asked)
+            member._heard -= 1000.0
+            assert member.trouble(0.0) is None
             server.health = 200
             await publishing
-            assert fleet.version == 3 and fleet.stats().engines[0].restarts == 0
+            assert fleet.version == 3 and fleet.stats().engines[0].restarts == 0 and member.trouble(0.0) is None
 
     asyncio.run(story())
 
