@@ -149,8 +149,25 @@ def test_gspo_shares_one_ratio_within_a_sequence():
     for sequence in range(5):
         part = slice(8 * sequence, 8 * sequence + 8)
         s = (logprobs_N.detach()[part] - tokens.sampled_logprobs_N[part]).mean().exp()
-        expected = -s * tokens.advantages_N[part].sum() / 40 / 8
-        torch.testing.assert_close(logprobs_N.grad[part], expected.expand(8))
+        torch.testing.assert_close(logprobs_N.grad[part], -s * tokens.advantages_N[part] / 40)
+
+
+def test_with_one_advantage_a_sequence_gspo_is_that_of_its_paper():
+    """In value, clip and gradient; the paper's own form goes through the mean."""
+    generator = torch.Generator().manual_seed(3)
+    logprobs_N = 0.1 * torch.randn(40, generator=generator, dtype=torch.float64)
+    ours_N, theirs_N = (logprobs_N.clone().requires_grad_() for _ in range(2))
+    advantages = [float(1 - 2 * (i // 8 % 2)) for i in range(40)]
+    tokens = tokens_of(ours_N, [0.0] * 40, [0.0] * 40, advantages, [1 / 40] * 40, sequences=[i // 8 for i in range(40)])
+    found = GSPO(epsilon_low=0.02, epsilon_high=0.02)(tokens).total
+    s_S = theirs_N.view(5, 8).mean(1).exp()
+    a_S = torch.tensor(advantages[::8], dtype=torch.float64)
+    expected = -torch.minimum(s_S * a_S, s_S.clamp(0.98, 1.02) * a_S).mean()
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(ours_N.grad, theirs_N.grad)
+    assert 0 < (ours_N.grad == 0).sum() < 40  # some sequences are clipped
 
 
 def test_opsm_drops_whole_failed_sequences_that_the_policy_left():
