@@ -112,5 +112,5 @@ def _retention(config: Measured, tokenizer: Tokenizer, attention: Literal["spars
         for path in config.heldout
     ]  # fmt: skip
     if config.world is not None:
-        measures.append(skills(tokenizer, open_world(config.world), config.skills))
+        measures.append(skills(tokenizer, open_world(config.world), config.skills, attention=attention))
     return Retention(tuple(measures), config.every) if measures else None

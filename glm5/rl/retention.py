@@ -68,11 +68,14 @@ def bits_per_byte(
     return measure
 
 
-def skills(tokenizer: Tokenizer, world: World, config: SkillsConfig | None = None) -> Measure:
+def skills(
+    tokenizer: Tokenizer, world: World, config: SkillsConfig | None = None, *,
+    attention: Literal["dense", "sparse"] = "sparse",
+) -> Measure:  # fmt: skip
     """The suite that a model had to pass after SFT (`glm5 eval --suite skills`): the share of right answers of each."""
 
     def measure(model: GLM5) -> dict[str, float]:
-        engine = Engine(model, tokenizer)
+        engine = Engine(model, tokenizer, attention=attention)
         try:
             result, _ = evaluate_skills(engine, world, config)
         finally:

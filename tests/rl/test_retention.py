@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ from speaker import speaker_model, speaker_tokenizer
 
 from glm5.data import Loader, Source, build_corpus, tokenize_corpus
 from glm5.data.world import build_world
+from glm5.engine import SamplingParams
 from glm5.errors import ConfigError
 from glm5.evals.skills import SkillsConfig
 from glm5.optim import OptimizerConfig
-from glm5.rl.aids import Aids
+from glm5.rl.aids import Aids, open_aids
+from glm5.rl.aids_config import AidsConfig, Measured
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.records import Batch, Group, Lesson
 from glm5.rl.reference import KL
@@ -42,6 +46,28 @@ def test_values_join_the_metrics_and_the_model_stays_as_it_was(heldout):
     assert values["retention/toy/bits_per_byte"] == pytest.approx(expected)
     assert values["retention/sums, unseen numbers"] == 0 and "retention/stops by itself" in values
     assert model.training and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_skills_are_asked_under_the_attention_of_the_run(attention, monkeypatch):
+    """The indexers of a model before its sparse stage choose at random."""
+    said, prompt = [], [*range(5, 45)]
+
+    def asked(engine, world, config):
+        said.extend(engine.generate([prompt], [SamplingParams(max_tokens=1, temperature=1.0)])[0].outputs[0].logprobs)
+        return SimpleNamespace(skills=()), []
+
+    monkeypatch.setattr("glm5.rl.retention.evaluate_skills", asked)
+    monkeypatch.setattr("glm5.rl.aids.open_world", lambda path: build_world())
+    aids = open_aids(AidsConfig(retention=Measured(world=Path("world"))), speaker_tokenizer(), attention=attention)
+    model = speaker_model()
+    aids.measured(model, None)
+    expected = {
+        kind: model(torch.tensor([prompt]), attention=kind).logits[0, -1].log_softmax(-1)
+        for kind in ("dense", "sparse")
+    }
+    near = {kind: (logprobs_V - said[0]).abs().min().item() < 1e-5 for kind, logprobs_V in expected.items()}
+    assert near == {kind: kind == attention for kind in near}
 
 
 def test_forgetting_is_how_much_worse_the_end_is():
