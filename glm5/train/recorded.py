@@ -28,10 +28,12 @@ OPERATIONAL = frozenset(
         "keep_best",
         "keep_checkpoints",
         "keep_logprobs",
+        "logits_mib",
         "on_spike",
         "on_trouble",
         "outage_seconds",
         "parallel",
+        "pass_tokens",
         "patience",
         "prompts",
         "report_every",
@@ -42,7 +44,8 @@ OPERATIONAL = frozenset(
         "watch",
     }
 )
-"""Settings that watch over a run without changing what a healthy step learns: a resumed run may change them."""
+"""Settings that watch over a run without changing what a healthy step learns: a resumed run may change them. Those of
+its memory and its processes change how sums round: a step that did not fit must not be the end of its run."""
 
 
 @dataclass(frozen=True, slots=True)

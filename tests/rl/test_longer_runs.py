@@ -161,6 +161,20 @@ def test_a_batch_without_a_finite_gradient_is_left_out_by_a_resumed_run(parent, 
     assert [line["skipped_updates"] for line in run.read("metrics")] == [0, 1]
 
 
+def test_a_run_whose_batch_took_too_much_memory_goes_on_with_smaller_passes(parent, tmp_path, monkeypatch):
+    def passed(learner, *given):
+        if learner.version == 1 and learner.passes.tokens > 64:
+            raise MemoryError
+        return backward(learner, *given)
+
+    backward = Learner.backward
+    monkeypatch.setattr(Learner, "backward", passed)
+    with pytest.raises(MemoryError):
+        train_rl(config_of(parent), [letters()], tmp_path / "run")
+    smaller = config_of(parent, learner={"pass_tokens": 64, "logits_mib": 1})
+    assert len(train_rl(smaller, [letters()], tmp_path / "run", resume=True).read("metrics")) == 2
+
+
 def test_a_falling_rate_keeps_its_steps(parent, tmp_path):
     falling = {"learner": {"schedule": Schedule(shape="linear")}}
     run = train_rl(config_of(parent, **falling), [letters()], tmp_path / "run")
