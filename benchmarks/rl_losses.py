@@ -8,7 +8,8 @@ least half of its tokens are (the right ones are fixed by the seed), so the rewa
 step samples 8 questions x 8 answers from the table of `lag` steps ago, takes group advantages with their standard
 deviation, weighs every answer the same, and moves the table by Adam (0.9, 0.98) with the gradient clipped to a norm
 of 1. Printed is the exact chance of a right answer at the end, over all questions, mean and spread over seeds, and the
-share of tokens that got no gradient or a clipped one. `--reset`: Adam forgets its moments after every step, too.
+share of tokens that were masked or are out of a bound, on its harmless side too. `--reset`: Adam forgets its moments
+after every step.
 
 This is a model of staleness alone: trainer and sampler compute the same, and nothing generalises. It is why DDIS
 has the default bounds that it has; whole runs on real tasks are in `benchmarks.rl_staleness`.

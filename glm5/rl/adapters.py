@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from glm5.errors import ConfigError
 from glm5.model import GLM5, add_adapters
 from glm5.model.int4 import quantize_base
 from glm5.model.lora import DEFAULT_TARGETS
@@ -47,10 +48,18 @@ class LoRA:
 
 
 def adapt(model: GLM5, config: LoRA) -> list[str]:
-    """Freezes the model, adds the adapters and packs the base; gives the names of the adapted modules."""
+    """Freezes the model, adds the adapters and packs the base; gives the names of the adapted modules.
+
+    Raises ConfigError where no policy loss reaches an adapter.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         names = add_adapters(model, rank=config.rank, alpha=config.alpha, targets=config.targets)
+    if all(name.startswith("mtp.") or ".indexer." in name for name in names):
+        raise ConfigError(
+            f"Nothing would learn: {', '.join(config.targets)} names MTP modules and indexers alone, which a LoRA run "
+            "leaves as they are; name linear or expert weights of the layers, such as *.o_proj."
+        )
     if config.base == "int4":
         quantize_base(model)
     return names

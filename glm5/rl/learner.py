@@ -30,7 +30,7 @@ from glm5.rl.critic import ValueHead, estimates
 from glm5.rl.distillation import teacher_logprobs
 from glm5.rl.forward import PerExample, fixed_logprobs
 from glm5.rl.learner_config import LearnerConfig
-from glm5.rl.objective import Given, distribution, drafts, objective, totals_of
+from glm5.rl.objective import Given, drafts, mismatch, objective, totals_of
 from glm5.rl.packing import Example, Judged, examples_of, judged, micro_batches
 from glm5.rl.records import Batch, Metrics, Rollout
 from glm5.rl.seen import TrainerLogprobs
@@ -88,8 +88,8 @@ class Learner:
     def step(self, batch: Batch) -> Metrics:
         """Learns from a batch of this version; afterwards the weights are those of the next version.
 
-        Raises InputError for a batch of another version, and RunError, before the weights change, for rewards that have
-        no mean and for a loss or gradient that is not finite, unless `on_trouble` is "skip".
+        Raises InputError for a batch of another version, and RunError for rewards that have no mean and for a loss or
+        gradient that is not finite, before that update changes the weights, unless `on_trouble` is "skip".
         """
         if batch.version != self.version:
             raise InputError(f"The batch is of version {batch.version} and the learner at version {self.version}.")
@@ -98,29 +98,33 @@ class Learner:
         set_rate(self.optimizers, fraction)
         kept = self.aids.measured(self.model, self.version)
         sums: defaultdict[str, float] = defaultdict(float)
+        lessons = self._lessons(batch)
         parts = [
             examples_of(part, config.normalisation, fixed_length=config.fixed_length, version=batch.version)
-            for part in _parts(self._lessons(batch), config.updates)
+            for part in _parts(lessons, config.updates)
             if part
         ]
         given, before = self._given(list(itertools.chain(*parts)), several=len(parts) > 1), PerExample()
-        taken = 0
+        taken: list[list[Example]] = []
         for number, part in enumerate(parts):
             values = self._update(part, given, number, before)
-            taken += values is not None
-            for name, value in (values or {}).items():
-                sums[name] += value
+            if values is not None:
+                taken.append(part)
+                for name, value in values.items():
+                    sums[name] += value
         self.logprobs = {
             rollout.id: [before[id(t)].tolist() if t.num_sampled else [] for t in rollout.trajectories]
             for rollout in batch.rollouts
             if any(id(t) in before for t in rollout.trajectories)
         }
-        means = {name: value / taken for name, value in sums.items()}
+        means = {name: value / len(taken) for name, value in sums.items()}
+        means |= mismatch(list(itertools.chain(*taken)), before)
         self.version += 1
         if config.reset_optimizer and self.version % self.publish_every == 0:
             self.reset_optimizer()
-        values = {"lr": fraction * config.optimizer.lr, "updates": taken, "skipped_updates": len(parts) - taken}
-        return {**means, **values, **batch_metrics(batch), **kept}
+        values = {"lr": fraction * config.optimizer.lr, "updates": len(taken),
+                  "skipped_updates": len(parts) - len(taken)}  # fmt: skip
+        return {**means, **values, **batch_metrics(batch, [one.lesson.rollout for one in lessons]), **kept}
 
     def _lessons(self, batch: Batch) -> list[Judged]:
         """What is learnt from; a baseline is of all rollouts, also those that are masked."""
@@ -172,7 +176,7 @@ class Learner:
             (self.config.replay_weight * replayed).backward()
             values["replay"] = replayed.item()
         values |= self._clip()
-        healthy = self._healthy(values)
+        healthy = self._healthy(values, number)
         for optimizer in self.optimizers:
             if healthy:
                 optimizer.step()
@@ -184,10 +188,9 @@ class Learner:
 
         before: is filled with the log-probabilities that the tokens had before the batch.
         """
-        config, totals = self.config, totals_of(self.model, examples)
+        config, totals = self.config, totals_of(self.model, examples, self.config.normalisation)
         drafters = [p for p in self.model.mtp.parameters() if p.requires_grad]
         sums: defaultdict[str, float] = defaultdict(float)
-        fresh: list[Tensor] = []
         for rows in micro_batches(examples, self.passes):
             found = objective(self.model, self.head, rows, config, given, totals, self.passes)
             found.policy.backward(retain_graph=found.draft is not None)
@@ -198,10 +201,9 @@ class Learner:
             sums["loss"] += found.policy.item()
             for name, value in found.diagnostics.items():
                 sums[name] += value.item()
-            fresh.append(found.fresh_M)
             if before is not None:
                 before |= found.before
-        return {**sums, **distribution(torch.cat(fresh))}
+        return dict(sums)
 
     def _clip(self) -> dict[str, float]:
         """Clips the gradients part by part, so that none scales another's step; gives their norms before."""
@@ -216,13 +218,14 @@ class Learner:
         if self.head is not None:
             yield from self.head.named_parameters(prefix="critic")
 
-    def _healthy(self, values: dict[str, float]) -> bool:
+    def _healthy(self, values: dict[str, float], number: int) -> bool:
         watched = {name: value for name, value in values.items() if name == "loss" or name.endswith("grad_norm")}
         trouble = next((f"{name} is {value}" for name, value in watched.items() if not math.isfinite(value)), None)
         if trouble is None or self.config.on_trouble == "skip":
             return trouble is None
+        where = f"batch {self.version}" if self.config.updates == 1 else f"update {number + 1} of batch {self.version}"
         raise RunError(
-            f"The {trouble} in batch {self.version}, before the weights changed; look at its rollouts, then "
+            f"The {trouble} in {where}, before it changed the weights; look at the batch's rollouts, then "
             f"{LOWER_RATE}, or resume with on_trouble='skip' to leave such updates out."
         )
 
@@ -271,18 +274,21 @@ def learns(name: str, model: GLM5, config: LearnerConfig) -> bool:
 
 
 def check_patterns(model: GLM5, config: LearnerConfig) -> None:
-    """Raises ConfigError for a pattern of `freeze` that is no parameter's, and when nothing is left to learn."""
+    """Raises ConfigError for a pattern of `freeze` that is no parameter's, and when a loss has nothing left to move."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in config.freeze:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(f"freeze: no parameter is called {pattern!r}; a name is {names[len(names) // 2]!r}.")
-    if not any(learns(name, model, config) for name in names):
-        raise ConfigError("Nothing is left to learn: freeze takes every parameter; leave some out.")
+    left = [name for name in names if learns(name, model, config)]
+    drafters = any(name.startswith("mtp.") for name in left)
+    if all(name.startswith("mtp.") for name in left) and not (drafters and config.mtp == "joint"):
+        raise ConfigError("Nothing is left to learn: freeze takes every parameter of the policy; leave some out.")
+    if drafts(model, config) and config.mtp == "detached" and not drafters:
+        raise ConfigError("freeze takes every parameter of the MTP modules; say mtp='frozen' (--learner.mtp frozen).")
 
 
-def batch_metrics(batch: Batch) -> Metrics:
-    """What was learnt from: rollouts, tokens, rewards (repeats counted), ages."""
-    rollouts = list(batch.rollouts)
+def batch_metrics(batch: Batch, rollouts: Sequence[Rollout]) -> Metrics:
+    """What was learnt from: rollouts, their tokens and ages; and the rewards of all of the batch, repeats counted."""
     rewards = [reward for group in batch.groups for reward in group.rewards]
     ages = [batch.version - version for rollout in rollouts for version in rollout.versions]
     return {

@@ -1,7 +1,8 @@
 """The one interface of policy losses: flat tokens in, a weighted sum and its diagnostics out.
 
 Tokens of all samples lie side by side [N], so that packing and micro-batches cannot change a loss: each token
-brings its weight along, and the weights of a whole step add up to 1. A loss is a callable of `PolicyTokens`.
+brings its weight along, and the weights of a whole update add up to 1 (of "fixed-length" in `packing.py`, to the mean
+share of that length). A loss is a callable of `PolicyTokens`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class PolicyTokens:
 
 @dataclass(frozen=True, slots=True)
 class PolicyLossResult:
-    """`total` is to be differentiated; `diagnostics` are detached sums over tokens, already weighted."""
+    """`total` is to be differentiated; `diagnostics` are detached sums over tokens, weighted. A learner makes means of
+    them."""
 
     total: Tensor
     diagnostics: dict[str, Tensor]

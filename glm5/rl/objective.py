@@ -23,7 +23,7 @@ from glm5.rl.forward import PerExample, by_example, gathered, run
 from glm5.rl.head import said_of
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.loss import PolicyTokens
-from glm5.rl.packing import Example, Passes, Rows
+from glm5.rl.packing import Example, Normalisation, Passes, Rows
 from glm5.rl.reference import estimate
 
 
@@ -44,6 +44,8 @@ class Totals:
 
     tokens: int
     drafts: list[int]
+    weight: float
+    """Of all sampled tokens together."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,16 @@ class Objective:
     value: Tensor | None
     """For the value head alone."""
     diagnostics: dict[str, Tensor]
-    fresh_M: Tensor
-    """|log trainer - log sampler| of the tokens that the weights before the batch sampled: the mismatch of the two."""
     before: PerExample
     """The trainer's log-probabilities before the batch."""
 
 
-def totals_of(model: GLM5, examples: Sequence[Example]) -> Totals:
+def totals_of(model: GLM5, examples: Sequence[Example], normalisation: Normalisation) -> Totals:
     """Over all examples of an update."""
-    return Totals(sum(len(e.trajectory.token_ids) - 1 for e in examples), draft_counts(examples, model.mtp_steps))
+    tokens, weight = sum(len(e.trajectory.token_ids) - 1 for e in examples), 1.0
+    if normalisation == "fixed-length":  # the weights of the others add up to 1
+        weight = math.fsum(e.weight * len(e.sampled) for e in examples)
+    return Totals(tokens, draft_counts(examples, model.mtp_steps), weight)
 
 
 def objective(
@@ -100,8 +103,10 @@ def objective(
         entropy = (said.entropies_N * tokens.weights_N).sum()
         found["entropy"] = entropy.detach()
         total = total - config.entropy * entropy
+    found = {name: value / totals.weight for name, value in found.items()}
     if config.indexer_weight:
-        kl = torch.stack(list(output.indexer_kl.values())).mean() * _share(rows, totals)
+        own = [kl for layer, kl in output.indexer_kl.items() if layer < model.config.num_hidden_layers]  # no MTP module
+        kl = torch.stack(own).mean() * _share(rows, totals)
         found["indexer_kl"] = kl.detach()
         total = total + config.indexer_weight * kl
     draft = draft_loss(model, output, rows, totals.drafts, passes) if drafting else None
@@ -110,16 +115,22 @@ def objective(
         draft = config.mtp_weight * draft
         if config.mtp == "joint":
             total, draft = total + draft, None
-    fresh_M = (tokens.old_logprobs_N - tokens.sampled_logprobs_N).abs()[tokens.ages_N == 0]
     before = by_example(rows, tokens.old_logprobs_N)
-    return Objective(total, draft, _value(head, output, rows, config, given, tokens, found), found, fresh_M, before)
+    return Objective(total, draft, _value(head, output, rows, config, given, tokens, found), found, before)
 
 
-def distribution(fresh_M: Tensor) -> dict[str, float]:
-    """Median, 99th percentile and maximum of the mismatch; nothing when all tokens are stale."""
-    if not len(fresh_M):
+def mismatch(examples: Sequence[Example], before: PerExample) -> dict[str, float]:
+    """|log trainer - log sampler| of the tokens that the weights before the batch sampled: median, 99th percentile and
+    maximum; nothing when all are stale."""
+    gaps = [
+        (before[id(e.trajectory)] - torch.tensor([e.trajectory.logprobs[i] for i in e.sampled])).abs()[
+            torch.tensor(e.ages) == 0
+        ]
+        for e in examples
+    ]
+    ordered_M = torch.cat(gaps).double().sort().values if gaps else torch.empty(0)
+    if not len(ordered_M):
         return {}
-    ordered_M = fresh_M.double().sort().values
     at = {"median": (len(ordered_M) - 1) // 2, "p99": math.ceil(0.99 * len(ordered_M)) - 1, "max": -1}
     return {f"mismatch_{name}": ordered_M[i].item() for name, i in at.items()}
 

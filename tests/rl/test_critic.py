@@ -43,7 +43,7 @@ def test_a_critic_learns_returns_and_leaves_the_trunk_alone(batch):
     assert advantages_N.mean().item() == pytest.approx(0, abs=1e-5)
     assert advantages_N.std(correction=0).item() == pytest.approx(1, abs=1e-3)
     learner.model.zero_grad(set_to_none=True)
-    totals = totals_of(learner.model, some)
+    totals = totals_of(learner.model, some, config.normalisation)
     found = objective(learner.model, learner.head, padded(some), config, given, totals, config.passes)
     found.value.backward()
     assert all(p.grad is None for p in learner.model.parameters())

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from learning import engine_batch, rollout_of, task_of
+from learning import at_version, engine_batch, examples_from, rollout_of, task_of
 from speaker import speaker_model
 
 from glm5.engine import CompletionOutput
@@ -14,12 +14,13 @@ from glm5.optim import Schedule, build_optimizers
 from glm5.rl.advantages import group_advantages
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.losses import DDIS, IcePop
-from glm5.rl.objective import Given, distribution
+from glm5.rl.objective import Given, mismatch
 from glm5.rl.packing import examples_of, judged
 from glm5.rl.plain.records import Sample
 from glm5.rl.plain.update import Lesson as PlainLesson
 from glm5.rl.plain.update import backward
 from glm5.rl.records import Batch, Group, Lesson, Ticket, Trajectory
+from glm5.rl.reference import KL
 
 
 @pytest.fixture(scope="module")
@@ -192,13 +193,21 @@ def test_a_loss_that_is_not_finite_stops_or_skips_before_the_weights_change(batc
         return learner, {name: tensor.clone() for name, tensor in learner.weights().items()}
 
     learner, before = learner_of()
-    with pytest.raises(RunError, match=r"(loss|grad_norm) is nan in batch 0, before the weights changed"):
+    with pytest.raises(RunError, match=r"(loss|grad_norm) is nan in batch 0, before it changed the weights"):
         learner.step(batch)
     skipping, _ = learner_of(on_trouble="skip")
     assert skipping.step(batch)["skipped_updates"] == 1
     assert skipping.version == 1 and not skipping.optimizers[0].state
     for one in (learner, skipping):
         assert all(torch.equal(t.nan_to_num(7), before[n].nan_to_num(7)) for n, t in one.weights().items())
+
+
+def test_trouble_in_a_later_update_is_told_of_that_update(batch):
+    learner = Learner(speaker_model(), LearnerConfig(updates=2))
+    losses = iter((0.0, math.nan))
+    learner.backward = lambda examples, given, before: {"loss": next(losses)}
+    with pytest.raises(RunError, match="loss is nan in update 2 of batch 0, before it changed the weights"):
+        learner.step(batch)
 
 
 def test_rewards_without_a_mean_are_told_by_their_rollout():
@@ -231,7 +240,43 @@ def test_metrics_say_what_was_learnt_from():
 def test_the_mismatch_of_fresh_tokens_has_a_distribution(batch):
     values = Learner(speaker_model(), LearnerConfig(rows=3)).step(batch)
     assert 0 <= values["mismatch_median"] <= values["mismatch_p99"] <= values["mismatch_max"] < 1e-4
-    assert distribution(torch.arange(200.0)) == {"mismatch_median": 99, "mismatch_p99": 197, "mismatch_max": 199}
+    some = examples_from(batch)
+    gaps = iter(range(54))
+    before = {id(e.trajectory): torch.tensor([e.trajectory.logprobs[i] + next(gaps) for i in e.sampled]) for e in some}
+    expected = {"mismatch_median": 26, "mismatch_p99": 53, "mismatch_max": 53}
+    assert mismatch(some, before) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_mismatch_of_several_updates_is_that_of_the_batch(batch):
+    """Also where only some of them have fresh tokens."""
+    stale, fresh = at_version(batch, 2).groups
+    fresh = Group(tuple(
+        Lesson(dataclasses.replace(lesson.rollout, trajectories=tuple(
+            dataclasses.replace(t, versions=tuple(2 if s else -1 for s in t.sampled))
+            for t in lesson.rollout.trajectories
+        )))
+        for lesson in fresh.lessons
+    ))  # fmt: skip
+    found = []
+    for updates in (1, 2):
+        model = speaker_model()
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.05)
+        values = Learner(model, LearnerConfig(updates=updates), version=2).step(Batch(2, 2, (stale, fresh)))
+        found.append({name: value for name, value in values.items() if name.startswith("mismatch_")})
+    assert found[0]["mismatch_median"] > 1e-3
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_figures_are_means_whatever_the_normalisation(batch):
+    """Of "fixed-length" the weights add up to what the answers are of that length, and no mean is smaller for it."""
+    config = LearnerConfig(normalisation="fixed-length", fixed_length=10_000, entropy=1e-9, kl=KL(coefficient=1e-9))
+    values = Learner(speaker_model(), config).step(batch)
+    flat = Learner(speaker_model(), dataclasses.replace(config, normalisation="token-mean")).step(batch)
+    for name in ("ratio", "surprise", "mismatch", "entropy", "kept_ratio"):
+        assert values[name] == pytest.approx(flat[name], rel=1e-4), name
+    assert values["ratio"] == pytest.approx(1, abs=1e-3)
+    assert abs(values["loss"]) < 0.01 * abs(flat["loss"]) > 0  # that is what is minimised
 
 
 @pytest.mark.parametrize(("field", "value"), [

@@ -95,7 +95,8 @@ def test_each_environment_has_its_teacher(batch):
         own = [e for e in some if e.environment == environment]
         for key, logprobs_N in fixed_logprobs(teacher, own, config.passes).items():
             torch.testing.assert_close(given.teacher[key], logprobs_N)
-    found = objective(learner.model, None, padded(some), config, given, totals_of(learner.model, some), config.passes)
+    totals = totals_of(learner.model, some, config.normalisation)
+    found = objective(learner.model, None, padded(some), config, given, totals, config.passes)
     gap = {key: given.teacher[key] for key in given.teacher}
     student = fixed_logprobs(learner.model, some, config.passes)
     weights = {id(e.trajectory): e.weight for e in some}
@@ -172,6 +173,41 @@ def test_indexers_learn_only_when_told():
         assert bool(indexers) == bool(names) == ("indexer_grad_norm" in values)
 
 
+def test_indexers_learn_alike_with_drafts_and_without():
+    """What learns beside the policy is no share of what the indexers learn."""
+    batch, found = engine_batch(model=drafting_model()), {}
+    for mtp in ("frozen", "detached"):
+        learner = Learner(drafting_model(), LearnerConfig(indexer_weight=1.0, mtp=mtp))
+        values = learner.step(batch)
+        found[mtp] = values["indexer_kl"], values["indexer_grad_norm"], learner.weights()
+    assert found["frozen"][:2] == found["detached"][:2]
+    assert all(name.startswith("mtp.") for name in moved(found["frozen"][2], found["detached"][2]))
+
+
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"freeze": ("mtp.*",)}, "say mtp='frozen'"),
+    ({"freeze": ("model.*", "lm_head.*")}, "Nothing is left to learn"),
+    ({"lora": LoRA(targets=("mtp.*",))}, r"mtp\.\* names MTP modules and indexers alone"),
+    ({"lora": LoRA(targets=("*.indexer.*", "mtp.*.o_proj"))}, "Nothing would learn"),
+])  # fmt: skip
+def test_settings_under_which_a_loss_moves_nothing_are_refused(options, reason):
+    with pytest.raises(ConfigError, match=reason):
+        Learner(drafting_model(), LearnerConfig(**options))
+
+
+@pytest.mark.parametrize("options", [
+    {"freeze": ("mtp.*",), "mtp": "frozen"}, {"freeze": ("mtp.*",), "mtp": "joint"},
+    {"freeze": ("model.*", "lm_head.*"), "mtp": "joint"}, {"freeze": ("model.*",)},
+    {"freeze": ("*_proj.*", "*norm*", "*embed*", "lm_head*", "*experts*", "*.gate.*", "*mtp*"), "indexer_weight": 1.0,
+     "mtp": "frozen"},
+])  # fmt: skip
+def test_whatever_is_left_learns(options):
+    learner, batch = Learner(drafting_model(), LearnerConfig(**options)), engine_batch(model=drafting_model())
+    before = copies(learner.weights())
+    learner.step(batch)
+    assert moved(before, learner.weights())
+
+
 # ---- replay of earlier stages, and resume ----------------------------------------------------------------------
 class Text:
     """The same rows at every step."""
@@ -245,3 +281,6 @@ def test_masked_answers_count_in_the_baseline_and_not_in_the_loss(batch):
     assert moved(masked.weights(), after(cut(first, 1), second, truncated="train").weights())
     nothing = after(cut(first, 0, 1, 2, 3))
     assert nothing.version == 1 and not moved(nothing.weights(), speaker_model().state_dict())
+    values = Learner(speaker_model(), LearnerConfig(truncated="mask")).step(Batch(0, 0, (cut(first, 1), second)))
+    assert values["rollouts"] == 7 and values["reward"] == 3 / 8
+    assert values["trained_tokens"] == sum(len(said) for parts in masked.logprobs.values() for said in parts)

@@ -83,7 +83,7 @@ def test_teachers_replay_and_measures_take_part(parent, tmp_path):
 
 def test_the_last_step_is_in_the_metrics_when_the_loop_looks_before_the_learner_is_back(parent, tmp_path, monkeypatch):
     figures = learner.batch_metrics
-    monkeypatch.setattr(learner, "batch_metrics", lambda batch: time.sleep(0.5) or figures(batch))
+    monkeypatch.setattr(learner, "batch_metrics", lambda *of: time.sleep(0.5) or figures(*of))
     config = dataclasses.replace(config_of(parent, loss=IcePop()), steps=2)
     run = train_rl(config, [SingleTurn(Letters())], tmp_path / "run")
     assert [line["step"] for line in run.read("metrics")] == [0, 1]

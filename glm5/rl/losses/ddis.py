@@ -35,7 +35,7 @@ class DDIS:
             raise ConfigError("DDIS needs epsilon_low from 0 to 1 and epsilon_high of at least 0.")
 
     def __call__(self, tokens: PolicyTokens) -> PolicyLossResult:
-        """See `PolicyLoss`. Diagnostics: share of masked tokens, mean of the ratio where it is kept."""
+        """See `PolicyLoss`. Diagnostics: share of masked tokens, mean of f."""
         ratio_N = (tokens.logprobs_N.detach() - tokens.sampled_logprobs_N).exp()
         kept_N = (ratio_N > 1 - self.epsilon_low) & (ratio_N < 1 + self.epsilon_high)
         f_N = torch.where(kept_N, ratio_N, 0.0)
