@@ -75,10 +75,26 @@ class RLRunConfig:
         if self.rollout.max_episode_tokens is not None and self.rollout.max_episode_tokens <= 2:
             raise ConfigError("rollout.max_episode_tokens leaves no room for a prompt and an answer; raise it.")
 
-    def check_groups(self, *, taught: bool) -> None:
-        """Raises ConfigError when groups of one are compared with themselves and nothing else is learnt from."""
-        kind = self.learner.advantages
-        if self.scheduler.group_size == 1 and kind in AGAINST_GROUP and not taught and self.learner.kl is None:
+    def check_learning(self, *, taught: bool, replayed: bool) -> None:
+        """Raises ConfigError for a run that would learn nothing, and for a reference that holds nothing.
+
+        taught, replayed: whether there are teachers, or batches of earlier stages.
+        """
+        learner, kind = self.learner, self.learner.advantages
+        if self.aids.reference is not None and learner.kl is None:
+            raise ConfigError(
+                "aids.reference is the model that learner.kl holds the policy to, and there is no learner.kl; give it "
+                "(--learner.kl on), or leave the reference out."
+            )
+        others = taught or learner.kl is not None
+        if kind == "none" and not (
+            others or replayed or learner.entropy or learner.indexer_weight or learner.mtp == "joint"
+        ):
+            raise ConfigError(
+                "With the advantages none the policy learns from teachers, KL, entropy or replay alone, and there is "
+                "none of them; give a teacher (--aids.teacher), or other advantages."
+            )
+        if self.scheduler.group_size == 1 and kind in AGAINST_GROUP and not others:
             raise ConfigError(
                 f"{kind} compares the samples of a task with each other, and scheduler.group_size is 1, so nothing "
                 "would be learnt; take larger groups, or the advantages reinforce++, gae or reward."

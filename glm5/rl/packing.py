@@ -103,11 +103,10 @@ def token_shares(lessons: Sequence[Lesson], normalisation: Normalisation, fixed_
     """The weight of each sampled token of every lesson; together 1, but for `fixed-length`."""
     weights = [lesson.weight for lesson in lessons]
     lengths = [lesson.rollout.num_sampled for lesson in lessons]
+    rollouts, tokens = sum(weights), sum(w * n for w, n in zip(weights, lengths, strict=True))
     if normalisation == "sequence-mean":
-        return [w / (sum(weights) * n) for w, n in zip(weights, lengths, strict=True)]
-    if normalisation == "fixed-length":
-        return [w / (sum(weights) * fixed_length) for w in weights]
-    return [w / sum(w * n for w, n in zip(weights, lengths, strict=True)) for w in weights]
+        return [w / (rollouts * n) for w, n in zip(weights, lengths, strict=True)]
+    return [w / (rollouts * fixed_length if normalisation == "fixed-length" else tokens) for w in weights]
 
 
 def _example(t: Trajectory, one: Judged, share: float, version: int) -> Example | None:

@@ -50,7 +50,12 @@ def started_run(
     """
     names = [environment.name for environment in environments]
     config.aids.check_environments(names)
-    config.check_groups(taught=bool(config.aids.teachers or (aids and aids.teachers)))
+    if not (resume and (run_directory / "run.json").exists()):
+        replay = bool(config.aids.replay.data) or (aids is not None and aids.replay is not None)
+        config.check_learning(
+            taught=bool(config.aids.teachers or (aids and aids.teachers)),
+            replayed=replay and config.learner.replay_weight > 0,
+        )
     config.rollout.check_vocabulary(ModelConfig.from_pretrained(model_of(config.parent)).vocab_size)
     task_stream(environments, sources, config.rollout.seed)  # what it and they refuse leaves no directory behind
     constant = config.learner.schedule.shape == "constant"

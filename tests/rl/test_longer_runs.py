@@ -21,6 +21,7 @@ from glm5.optim import Schedule
 from glm5.rl.adapters import LoRA
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.aids import Aids
+from glm5.rl.aids_config import AidsConfig
 from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.executors import engine_processes, engine_settings, one_engine, parent_engine
@@ -217,8 +218,23 @@ def test_groups_of_one_that_teach_nothing_are_refused(parent, tmp_path, kind):
     with pytest.raises(ConfigError, match=f"{re.escape(kind)} compares.*larger groups"):
         train_rl(config, [letters()], tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    config.check_groups(taught=True)
-    config_of(parent, scheduler={"group_size": 1}, learner={"advantages": kind, "kl": KL()}).check_groups(taught=False)
+    config.check_learning(taught=True, replayed=False)
+    held = config_of(parent, scheduler={"group_size": 1}, learner={"advantages": kind, "kl": KL()})
+    held.check_learning(taught=False, replayed=False)
+
+
+def test_runs_in_which_nothing_moves_the_policy_are_refused(parent, tmp_path):
+    nothing = config_of(parent, learner={"advantages": "none"})
+    with pytest.raises(ConfigError, match=r"advantages none the policy learns from teachers.*none of them"):
+        train_rl(nothing, [letters()], tmp_path / "run")
+    held = config_of(parent, aids=AidsConfig(reference=parent))
+    with pytest.raises(ConfigError, match=r"there is no learner\.kl; give it"):
+        train_rl(held, [letters()], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for some in ({"kl": KL()}, {"entropy": 0.1}, {"mtp": "joint"}):
+        config_of(parent, learner={"advantages": "none", **some}).check_learning(taught=False, replayed=False)
+    nothing.check_learning(taught=True, replayed=False)
+    nothing.check_learning(taught=False, replayed=True)
 
 
 def test_groups_of_one_learn_from_a_teacher_and_from_a_batch(parent, tmp_path):
