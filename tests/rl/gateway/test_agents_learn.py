@@ -85,7 +85,7 @@ class Users:
     def __init__(self, agent, stop_after=10**9):
         self.agent, self.stop_after = agent, stop_after
         self.rewards = []
-        self.http = httpx.Client()
+        self.http = httpx.Client(timeout=120)  # a machine may be busy with other tests
         self._first = 0
 
     def begin(self, url):
