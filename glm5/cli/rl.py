@@ -196,7 +196,9 @@ def print_replay(replayed: ReplayedStep, console: Console, as_json: bool) -> int
         for name, (then, now) in pairs.items():
             console.print(f"{name}: {then} then, {now} now", markup=False)
         console.print(
-            "the same to the bit" if replayed.same else "NOT the same: the code or the machine is another one"
+            "the same to the bit"
+            if replayed.same
+            else "NOT the same: the code, the machine or learner.pass_tokens (logits_mib) is another one"
         )
     return 0 if replayed.same else 1
 

@@ -149,6 +149,7 @@ def what_happened(path: Path) -> dict[str, Any]:
     """The figures of a run that a simulation predicts, the first steps left out."""
     run = RunDirectory.open(path)
     speed, metrics = run.read("speed"), run.read("metrics")
+    ages = [line["mean_staleness"] for line in metrics if line["trained_tokens"]]
     later = speed[min(5, len(speed) - 1) :]
     seconds = sum(line["seconds"] for line in later)
 
@@ -160,5 +161,5 @@ def what_happened(path: Path) -> dict[str, Any]:
         "steps_per_hour": 3600 * len(later) / seconds,
         "trainer_idle": mean("trainer_idle"),
         "sampler_idle": mean("sampler_idle"),
-        "staleness": sum(line["mean_staleness"] for line in metrics) / len(metrics),
+        "staleness": sum(ages) / max(len(ages), 1),
     }

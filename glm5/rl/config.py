@@ -75,10 +75,11 @@ class RLRunConfig:
         if self.rollout.max_episode_tokens is not None and self.rollout.max_episode_tokens <= 2:
             raise ConfigError("rollout.max_episode_tokens leaves no room for a prompt and an answer; raise it.")
 
-    def check_learning(self, *, taught: bool, replayed: bool) -> None:
+    def check_learning(self, *, taught: bool, replayed: bool, drafting: bool) -> None:
         """Raises ConfigError for a run that would learn nothing, and for a reference that holds nothing.
 
-        taught, replayed: whether there are teachers, or batches of earlier stages.
+        taught, replayed: whether there are teachers, or batches of earlier stages. drafting: whether the parent has
+        draft modules, which may learn alone.
         """
         learner, kind = self.learner, self.learner.advantages
         if self.aids.reference is not None and learner.kl is None:
@@ -87,9 +88,8 @@ class RLRunConfig:
                 "(--learner.kl on), or leave the reference out."
             )
         others = taught or learner.kl is not None
-        if kind == "none" and not (
-            others or replayed or learner.entropy or learner.indexer_weight or learner.mtp == "joint"
-        ):
+        drafting = drafting and learner.mtp != "frozen" and learner.mtp_weight > 0 and learner.lora is None
+        if kind == "none" and not (others or replayed or learner.entropy or learner.indexer_weight or drafting):
             raise ConfigError(
                 "With the advantages none the policy learns from teachers, KL, entropy or replay alone, and there is "
                 "none of them; give a teacher (--aids.teacher), or other advantages."

@@ -61,7 +61,7 @@ def train_in_lockstep(
     """
     if config.scheduler.mode != "async" or config.scheduler.publish_every != 1:
         raise ConfigError("The deterministic mode is asynchronous and publishes every batch; change the scheduler's.")
-    if config.concurrency is not None:
+    if config.concurrency is not None and not resume:  # earlier versions took it and did nothing with it
         raise ConfigError(
             "The deterministic mode keeps scheduler.max_running rollouts under way: what engines and trainer bear is a "
             "matter of the clock; leave concurrency out."

@@ -116,7 +116,7 @@ def objective(
         if config.mtp == "joint":
             total, draft = total + draft, None
     before = by_example(rows, tokens.old_logprobs_N)
-    return Objective(total, draft, _value(head, output, rows, config, given, tokens, found), found, before)
+    return Objective(total, draft, _value(head, output, rows, config, given, tokens, totals, found), found, before)
 
 
 def mismatch(examples: Sequence[Example], before: PerExample) -> dict[str, float]:
@@ -178,13 +178,13 @@ def common_diagnostics(tokens: PolicyTokens) -> dict[str, Tensor]:
 
 def _value(
     head: ValueHead | None, output: ModelOutput, rows: Rows, config: LearnerConfig, given: Given,
-    tokens: PolicyTokens, found: dict[str, Tensor],
+    tokens: PolicyTokens, totals: Totals, found: dict[str, Tensor],
 ) -> Tensor | None:  # fmt: skip
     if head is None or given.critic is None:
         return None
     values_N, returns_N = values_of(head, output, rows), gathered(given.critic.returns, rows)
     loss = value_loss(values_N, gathered(given.critic.values, rows), returns_N, tokens.weights_N, config.critic.clip)
-    found["value_loss"] = loss.detach()
+    found["value_loss"] = loss.detach() / totals.weight
     return loss
 
 

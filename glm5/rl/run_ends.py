@@ -14,7 +14,7 @@ from rich.console import Console
 from glm5.checkpoint import load_model, save_model
 from glm5.config import ModelConfig
 from glm5.envs import Environment
-from glm5.errors import RunError
+from glm5.errors import ConfigError, RunError
 from glm5.files import write_json
 from glm5.rl.aids import Aids, open_aids
 from glm5.rl.config import RLRunConfig
@@ -50,13 +50,16 @@ def started_run(
     """
     names = [environment.name for environment in environments]
     config.aids.check_environments(names)
-    if not (resume and (run_directory / "run.json").exists()):
+    model = ModelConfig.from_pretrained(model_of(config.parent))
+    if not (resume and (run_directory / "run.json").exists()):  # runs of earlier versions may do as they did
+        _check_sources(names, sources)
         replay = bool(config.aids.replay.data) or (aids is not None and aids.replay is not None)
         config.check_learning(
             taught=bool(config.aids.teachers or (aids and aids.teachers)),
             replayed=replay and config.learner.replay_weight > 0,
+            drafting=model.num_nextn_predict_layers > 0,
         )
-    config.rollout.check_vocabulary(ModelConfig.from_pretrained(model_of(config.parent)).vocab_size)
+    config.rollout.check_vocabulary(model.vocab_size)
     task_stream(environments, sources, config.rollout.seed)  # what it and they refuse leaves no directory behind
     constant = config.learner.schedule.shape == "constant"
     inputs = {"environments": ", ".join(names), **config.aids.inputs()}
@@ -84,6 +87,17 @@ def started_run(
                 "space), then give the same command again."
             ) from error
         yield run
+
+
+def _check_sources(names: Sequence[str], sources: Sequence[TaskSource] | None) -> None:
+    """Raises ConfigError for an environment that no source names."""
+    named = {source.environment for source in sources or ()}
+    for name in names if sources is not None else ():
+        if name not in named:
+            raise ConfigError(
+                f"No task source names {name}, so none of its tasks would be played; give it one as well "
+                "(TaskSource.of), or leave the environment out."
+            )
 
 
 def drawn(environments: Sequence[Environment], sources: Sequence[TaskSource] | None) -> dict[str, str]:

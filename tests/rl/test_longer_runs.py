@@ -16,6 +16,7 @@ from scripted import Chat, brief_model
 from speaker import speaker_model, speaker_tokenizer
 
 import glm5
+from glm5.envs import Arithmetic, SingleTurn, Sums
 from glm5.errors import ConfigError, RunError
 from glm5.optim import Schedule
 from glm5.rl.adapters import LoRA
@@ -218,22 +219,33 @@ def test_groups_of_one_that_teach_nothing_are_refused(parent, tmp_path, kind):
     with pytest.raises(ConfigError, match=f"{re.escape(kind)} compares.*larger groups"):
         train_rl(config, [letters()], tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    config.check_learning(taught=True, replayed=False)
+    config.check_learning(taught=True, replayed=False, drafting=False)
     held = config_of(parent, scheduler={"group_size": 1}, learner={"advantages": kind, "kl": KL()})
-    held.check_learning(taught=False, replayed=False)
+    held.check_learning(taught=False, replayed=False, drafting=False)
+
+
+def test_an_environment_without_a_source_is_refused(parent, tmp_path):
+    environments = [SingleTurn(Sums()), SingleTurn(Arithmetic())]
+    with pytest.raises(ConfigError, match=r"No task source names arithmetic/.* none of its tasks would be played"):
+        train_rl(config_of(parent), environments, tmp_path / "run", sources=[TaskSource.of(environments[0])])
+    assert not (tmp_path / "run").exists()
 
 
 def test_runs_in_which_nothing_moves_the_policy_are_refused(parent, tmp_path):
-    nothing = config_of(parent, learner={"advantages": "none"})
+    nothing = config_of(parent, learner={"advantages": "none", "mtp": "frozen"})
     with pytest.raises(ConfigError, match=r"advantages none the policy learns from teachers.*none of them"):
         train_rl(nothing, [letters()], tmp_path / "run")
     held = config_of(parent, aids=AidsConfig(reference=parent))
     with pytest.raises(ConfigError, match=r"there is no learner\.kl; give it"):
         train_rl(held, [letters()], tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    for some in ({"kl": KL()}, {"entropy": 0.1}, {"mtp": "joint"}):
-        config_of(parent, learner={"advantages": "none", **some}).check_learning(taught=False, replayed=False)
-    nothing.check_learning(taught=True, replayed=False)
+    for some, drafting in (({"kl": KL()}, False), ({"entropy": 0.1}, False), ({}, True), ({"mtp": "joint"}, True)):
+        learnt = config_of(parent, learner={"advantages": "none", **some})
+        learnt.check_learning(taught=False, replayed=False, drafting=drafting)
+    frozen = config_of(parent, learner={"advantages": "none", "mtp": "frozen"})
+    with pytest.raises(ConfigError, match="advantages none"):
+        frozen.check_learning(taught=False, replayed=False, drafting=True)
+    nothing.check_learning(taught=True, replayed=False, drafting=False)
     nothing.check_learning(taught=False, replayed=True)
 
 

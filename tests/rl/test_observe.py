@@ -51,5 +51,5 @@ def test_a_run_is_read_and_simulated(tmp_path):
     assert set(it.staleness) == {0} and it.steps_per_hour > 0
 
     (run.path / "speed.jsonl").unlink()  # as of a deterministic run
-    with pytest.raises(InputError, match="noted no times to predict from"):
+    with pytest.raises(InputError, match="has no step whose times are known: let it go on"):
         list(records_of(run.path))

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm5.envs import Arithmetic, SingleTurn, Sums
+from glm5.envs import Arithmetic, SingleTurn
 from glm5.errors import ConfigError
-from glm5.rl.session import task_stream
 from glm5.rl.tasks import Band, Gate, Pools, TaskSource, TaskStream
 
 
@@ -178,9 +177,3 @@ def test_a_curriculum_that_never_opens_is_refused():
     with pytest.raises(ConfigError, match=r"never open: b for c, c for b waits"):
         TaskStream([source("a"), *waiting])
     TaskStream([source("a"), waiting[0], source("c", gate=Gate(environment="a"))])  # one after the other
-
-
-def test_an_environment_without_a_source_is_refused():
-    sums, arithmetic = SingleTurn(Sums()), SingleTurn(Arithmetic())
-    with pytest.raises(ConfigError, match=r"No task source names arithmetic/.* none of its tasks would be played"):
-        task_stream([sums, arithmetic], [TaskSource.of(sums, weight=2.0)], 0)

@@ -142,14 +142,14 @@ def test_metrics_count_requests_by_route():
 
 
 def test_the_time_between_tokens_is_that_of_each_sample(monkeypatch):
-    moments = iter([10.0, 11.0, 12.0, 13.0, 14.0, 16.0, 20.0])
+    moments = iter([9.5, 10.0, 11.0, 12.0, 13.0, 14.0, 16.0, 20.0])
     monkeypatch.setattr(
         "glm5.serve.generation.time", SimpleNamespace(time=time.time, perf_counter=lambda: next(moments))
     )
     source = SimpleNamespace(version=0)
     generation = Generation(source, [[1], [2]], SamplingParams(n=2))
     assert generated(generation, 9.0)["first_token_seconds"] is generated(generation, 9.0)["token_seconds"] is None
-    for sample in (1, 0, 1, 0, 1, 3, 0):  # the third of four has none yet, and the last has one
+    for sample in (1, 0, 1, 0, 1, 3, 0):  # at 10 and so on; the third of four has none yet, and the last has one
         generation.samples[sample].take(TokenDelta(sample % 2, 5, 0.0, (), 0, ""))
     figures = generated(generation, 9.0)
     assert (figures["first_token_seconds"], figures["output_tokens"]) == (1.0, 7)

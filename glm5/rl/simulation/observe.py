@@ -30,10 +30,9 @@ def records_of(run_directory: Path) -> Iterator[dict[str, Any]]:
     run = RunDirectory.open(run_directory)
     laps = {line["step"]: line for line in run.read("speed")}
     if not laps and run.read("metrics"):
-        raise InputError(
-            f"{run.path} noted no times to predict from, as runs in deterministic mode do not; give one that was made "
-            "without --deterministic."
-        )
+        timeless = run.description["inputs"].get("clock") == "deterministic"
+        how = "runs in deterministic mode note none; give one that was made without" if timeless else "let it go on"
+        raise InputError(f"{run.path} has no step whose times are known: {how}.")
     tokens: dict[str, int] = {}
     """Sampled, of rollouts without a fate."""
     window: list[Rollout] = []
