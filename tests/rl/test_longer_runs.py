@@ -246,7 +246,7 @@ def test_runs_in_which_nothing_moves_the_policy_are_refused(parent, tmp_path):
     with pytest.raises(ConfigError, match="advantages none"):
         frozen.check_learning(taught=False, replayed=False, drafting=True)
     nothing.check_learning(taught=True, replayed=False, drafting=False)
-    nothing.check_learning(taught=False, replayed=True)
+    nothing.check_learning(taught=False, replayed=True, drafting=False)
 
 
 def test_groups_of_one_learn_from_a_teacher_and_from_a_batch(parent, tmp_path):
