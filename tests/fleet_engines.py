@@ -73,9 +73,9 @@ def poisoned_engine():
 
 def mistaken_engine(flag):
     """Makes a mistake between two steps after 50 tokens, where it finds and removes the file `flag`; raises what is no
-    `Exception` in every step of the prompt 1, 300."""
+    `Exception` in every step of the prompt 1, 300; cannot sample for the prompt 1, 301."""
     engine = slow_engine()
-    wait, run = engine._wait, engine._core.runner.run
+    wait, run, take = engine._wait, engine._core.runner.run, engine._core._take
 
     def waits(busy):
         if engine.stats().sampled_tokens > 50 and flag.exists():
@@ -88,7 +88,12 @@ def mistaken_engine(flag):
             raise SystemExit("out")
         return run(chunks, collect)
 
-    engine._wait, engine._core.runner.run = waits, step
+    def takes(work, output):
+        if list(work.sequence.prompt_ids) == [1, 301]:
+            raise ValueError("its own")
+        return take(work, output)
+
+    engine._wait, engine._core.runner.run, engine._core._take = waits, step, takes
     return engine
 
 

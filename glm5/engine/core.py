@@ -109,6 +109,7 @@ class Core:
             outputs = self.runner.run(chunks, frozenset({"router"}) if recorded else frozenset())
         except Exception as error:
             for work in step.works:
+                work.request.step_failed = True
                 self.end(work.request, error)
             return True
         deltas: dict[int, list[TokenDelta]] = {}

@@ -316,7 +316,10 @@ class Engine:
                     self._core.add(request)
                 return self._core.step(time.monotonic())
             except BaseException as error:  # a mistake of the engine itself: nobody may wait for it
-                finish_all(self._core.take_all(), error)
+                requests = self._core.take_all()
+                for request in requests:
+                    request.step_failed = True
+                finish_all(requests, error)
                 return bool(self._arrived)  # those behind a request that could not be taken over
 
     def _wait(self, busy: bool) -> bool:

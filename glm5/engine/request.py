@@ -113,6 +113,8 @@ class Request:
     prompt_logprobs: list[PromptLogprob] | None = None
     """Grows while the prompt is computed; None when they are not wanted."""
     aborted: bool = False
+    step_failed: bool = False
+    """Whether it ended with a step that failed as a whole, and not by an error of its own."""
     forked: bool = False
     """Whether every sequence stands for itself: from the first token on, or from the start when it goes on."""
     place: tuple[float, int] = field(init=False)

@@ -68,6 +68,11 @@ class TokenStream(MailboxReader):
         return self._request.cached_tokens or 0
 
     @property
+    def step_failed(self) -> bool:
+        """Whether its error is that of a whole step, which took all requests in it along, and not its own."""
+        return self._request.step_failed
+
+    @property
     def prompt_logprobs(self) -> tuple[PromptLogprob, ...] | None:
         """One entry per prompt token (None for the first), complete with the first token; None if not asked for."""
         found = self._request.prompt_logprobs

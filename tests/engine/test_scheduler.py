@@ -159,11 +159,13 @@ def test_a_failure_costs_the_requests_of_its_step_and_nothing_else():
     assert bad.mailbox.finished and not good.mailbox.finished
     with pytest.raises(CheckpointError, match="NaN or infinite logits"):
         bad.mailbox.take()
+    assert not bad.step_failed
     core.scheduler.check()
     submit(core, [77])
     core.step(0)
     with pytest.raises(RuntimeError, match="no memory"):
         good.mailbox.raise_error()
+    assert good.step_failed
     core.scheduler.check()
     assert core.scheduler.blocks.used == 0
     again = submit(core, [1, 2])

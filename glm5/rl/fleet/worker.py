@@ -8,6 +8,7 @@ Messages are pickled tuples, the first element of which names them:
 
 When the connection breaks, the fleet is gone, and so is the process: nobody is left behind. When the engine has failed,
 or a step of it (no memory is left, say), its requests do not end: the fleet hears of it, and has them go on elsewhere.
+What fails for one request alone ends that one.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ class Worker:
                 await asyncio.wait_for(self._stopped.wait(), ALIVE_SECONDS)
             except TimeoutError:
                 pass
+        self._in_weights_thread.close()
         if self._failure:
             self._flush()
             self._send("failed", self._failure)
@@ -173,7 +175,7 @@ class Worker:
         self._tasks.pop(order.number, None)
         if error is not None and self.engine.failure is not None:
             self._failed(f"its engine has ended by a mistake of its own ({self.engine.failure})")
-        elif stream is not None and error is not None and not isinstance(error, GLM5Error):
+        elif stream is not None and error is not None and stream.step_failed:
             self._failed(f"a step of its engine failed ({error!r})")
         else:
             self._flush()

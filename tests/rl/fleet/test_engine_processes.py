@@ -136,7 +136,7 @@ def test_an_engine_killed_in_the_middle_of_a_token_changes_no_bit():
 
 
 def test_an_engine_that_failed_is_replaced_and_its_requests_go_on(tmp_path, caplog):
-    wanted, flag = undisturbed(n=2), tmp_path / "flag"
+    wanted, alone, flag = undisturbed(n=2), undisturbed(), tmp_path / "flag"
     flag.touch()
 
     async def story():
@@ -148,6 +148,13 @@ def test_an_engine_that_failed_is_replaced_and_its_requests_go_on(tmp_path, capl
             assert sum(state.restarts for state in fleet.stats().engines) == 1
             assert "its engine has ended by a mistake of its own (ZeroDivisionError)" in caplog.text
             await until(lambda: len(pids(fleet)) == 2)
+
+            # What ends a request alone ends it, and neither the engine nor those beside it.
+            beside, before = asyncio.create_task(play(fleet)), pids(fleet)
+            for _ in range(3):
+                with pytest.raises(FleetError, match=r"The engine failed: ValueError\('its own'\)"):
+                    await asyncio.wait_for(anext(fleet.stream([1, 301], params_of(0))), 60)
+            assert await beside == alone and pids(fleet) == before
 
             # A request that fails every engine's step is tried a few times and ends, whatever it raises.
             with pytest.raises(
