@@ -10,6 +10,7 @@ Spaces of other kinds need an `action` of your own (`GymEnvironment`).
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from glm5.envs.protocol import EpisodeLimits
 from glm5.errors import InputError
 
 COLOURED = re.compile(r"\x1b\[[\d;]*[1-9][\d;]*m(.*?)\x1b\[0m", re.DOTALL)
+UNSAID = frozenset(string.ascii_letters + string.digits)
+"""The characters of a space of texts that names none: most such environments take sentences all the same."""
 
 
 def gymnasium_environment(
@@ -109,7 +112,10 @@ def _whole(name: str) -> str:
 
 def _allowed(text: str, space: Any) -> str:
     """Raises ValueError for what no action of a space of texts is."""
-    if not space.contains(text):
-        letters = "".join(space.characters)
-        raise ValueError(f"answer with {space.min_length} to {space.max_length} of the characters {letters}")
+    length = f"{space.min_length} to {space.max_length}"
+    if set(space.characters) != UNSAID:
+        if not space.contains(text):
+            raise ValueError(f"answer with {length} of the characters {''.join(space.characters)}")
+    elif not space.min_length <= len(text) <= space.max_length:
+        raise ValueError(f"answer with {length} characters")
     return text

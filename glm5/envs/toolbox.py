@@ -7,8 +7,9 @@
 The annotations become the schema (any type that pydantic knows), the docstring's first paragraph the description. What
 goes wrong in a call (no such tool, arguments that do not fit, an exception) is told to the model as the result. Only
 `EnvironmentFailure`, a lost connection (also where a client of HTTP has made another exception of it) and an exhausted
-memory are the infrastructure's and go up. A tool for which a refused connection is an answer catches it, and raises or
-returns what it has to say (`raise ... from None`).
+memory are the infrastructure's and go up. A refused one that a client has made another exception of is a message: the
+model may have chosen the address. A tool for which a lost connection is an answer too catches it, and raises or returns
+what it has to say (`raise ... from None`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import asyncio
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.fields import FieldInfo
 
 from glm5.envs.protocol import EnvironmentFailure, Message, Tool
 from glm5.envs.threads import in_own_thread
@@ -28,6 +30,8 @@ from glm5.errors import InputError, did_you_mean
 Function = Callable[..., Any]
 LONGEST = 20_000
 """Characters of a result; the rest is cut and counted."""
+LOST = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
+"""What becomes of a connection that there was."""
 
 
 class Toolbox:
@@ -106,15 +110,20 @@ def _arguments(function: Function) -> type[BaseModel]:
     for name, parameter in inspect.signature(function).parameters.items():
         if name not in hints or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise InputError(f"parameter {name} of the tool {function.__name__} needs a type and a name of its own.")
-        default = ... if parameter.default is parameter.empty else parameter.default
-        fields[f"field_{len(fields)}"] = (hints[name], Field(default, alias=name))
+        hint, default = hints[name], parameter.default
+        if isinstance(default, FieldInfo):  # says a default, a description, bounds; the later one says the names
+            field = (Annotated[hint, default], Field(alias=name))
+        else:
+            field = (hint, Field(... if default is parameter.empty else default, alias=name))
+        fields[f"field_{len(fields)}"] = field
     return create_model(function.__name__, __config__=ConfigDict(extra="forbid", strict=False), **fields)
 
 
 def _lost_connection(error: BaseException) -> bool:
-    """Whether it is one, or was raised because of one, which a client may have wrapped several times and hidden."""
+    """Whether it is one, or was raised because of one that broke, which a client may have wrapped several times and
+    hidden."""
     before = error.__cause__ if error.__suppress_context__ else error.__context__
-    while before is not None and not isinstance(before, ConnectionError):
+    while before is not None and not isinstance(before, LOST):
         before = before.__cause__ or before.__context__
     return isinstance(error, ConnectionError) or before is not None
 

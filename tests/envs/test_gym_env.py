@@ -136,6 +136,15 @@ class Spelling(gymnasium.Env):
         return "more", float(len(action)), action == "c", False, {}
 
 
+class Adventure(Spelling):
+    """Takes sentences, though its space says letters and digits: gymnasium's default."""
+
+    action_space = gymnasium.spaces.Text(14)
+
+    def step(self, action):
+        return "hall", 1.0, action == "open the door!", False, {}
+
+
 class Walking(Spelling):
     """Takes steps of -1, 0 and 1."""
 
@@ -149,8 +158,10 @@ class Walking(Spelling):
 def own_games():
     gymnasium.register("Spelling-v0", Spelling)
     gymnasium.register("Walking-v0", Walking)
+    gymnasium.register("Adventure-v0", Adventure)
     yield
-    del gymnasium.registry["Spelling-v0"], gymnasium.registry["Walking-v0"]
+    for game in ("Spelling-v0", "Walking-v0", "Adventure-v0"):
+        del gymnasium.registry[game]
 
 
 def test_a_text_that_is_no_action_is_told_to_the_model(own_games):
@@ -159,6 +170,14 @@ def test_a_text_that_is_no_action_is_told_to_the_model(own_games):
     for told in seen[2:4]:
         assert told.messages[0]["content"] == "That is no valid action: answer with 1 to 3 of the characters abc"
     assert seen[-1].done and reward.value == 3.0
+
+
+def test_texts_may_be_sentences_where_the_space_names_no_characters(own_games):
+    env = gymnasium_environment("Adventure-v0")
+    seen, reward = play(env, env.task(0, 0), said(""), said("open the window"), said("open the door!"))
+    for told in seen[1:3]:
+        assert told.messages[0]["content"] == "That is no valid action: answer with 1 to 14 characters"
+    assert seen[-1].done and reward.value == 1.0
 
 
 def test_actions_may_be_signs_and_negative_numbers(own_games):

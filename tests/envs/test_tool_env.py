@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import struct
 import threading
 import urllib.request
 from dataclasses import replace
@@ -108,26 +109,38 @@ def test_an_exception_is_a_message_and_the_infrastructure_is_a_failure():
         assert caught.value.kind == kind
 
 
-def refused_by_httpx(url):
+def read_by_httpx(url):
     return httpx.get(url).text
 
 
-def refused_by_python(url):
+def read_by_python(url):
     return urllib.request.urlopen(url).read()
 
 
-@pytest.mark.parametrize("client", [refused_by_httpx, refused_by_python])
+def hang_up(listener):
+    """Takes one connection, and ends it with a reset."""
+    connection, _ = listener.accept()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.recv(1)
+    connection.close()
+
+
+@pytest.mark.parametrize("client", [read_by_httpx, read_by_python])
 def test_a_lost_connection_is_the_infrastructures_whatever_its_client_calls_it(client):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"  # nobody listens there
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
 
         def page() -> str:
-            return client(url)
+            server = threading.Thread(target=hang_up, args=(listener,))
+            server.start()
+            try:
+                return client(url)
+            finally:
+                server.join()
 
         def handled() -> str:
             try:
-                return client(url)
+                return page()
             except Exception:
                 raise ValueError("no such page") from None
 
@@ -135,6 +148,18 @@ def test_a_lost_connection_is_the_infrastructures_whatever_its_client_calls_it(c
             answers([page], ("page", ""))
         assert caught.value.kind == "unreachable"
         assert answers([handled], ("handled", "")) == ['{"error": "no such page"}']
+
+
+@pytest.mark.parametrize("client", [read_by_httpx, read_by_python])
+def test_an_address_where_nobody_listens_is_no_way_out_of_an_episode(client):
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+
+        def page(port: int) -> str:
+            return client(f"http://127.0.0.1:{port}/")
+
+        (told,) = answers([page], ("page", json.dumps({"port": unheard.getsockname()[1]})))
+        assert "refused" in json.loads(told)["error"]
 
 
 def test_calls_beside_one_that_fails_are_called_off():
@@ -169,6 +194,25 @@ def test_parameters_may_have_names_that_pydantic_uses_itself(recwarn):
     assert "_hidden: Field required" in answers([write], ("write", '{"json": "a"}'))[0]
     assert "field_0: Extra inputs" in answers([write], ("write", '{"field_0": "a"}'))[0]
     assert not recwarn.list
+
+
+def test_a_default_may_be_a_field_with_all_that_it_says():
+    def find(
+        most: int = Field(3, description="how many", ge=1),
+        place: str = Field(alias="town", description="where"),
+        near: Annotated[int, Field(description="in km", le=9)] = Field(default_factory=lambda: 2, ge=0),
+    ) -> str:
+        return f"{most} {place} {near}"
+
+    schema = Toolbox([find]).tools[0]["function"]["parameters"]
+    assert schema["properties"]["most"] == {"default": 3, "description": "how many", "minimum": 1, "type": "integer"}
+    assert schema["properties"]["place"] == {"description": "where", "type": "string"}
+    assert schema["properties"]["near"] == {"description": "in km", "minimum": 0, "maximum": 9, "type": "integer"}
+    assert schema["required"] == ["place"]
+    assert answers([find], ("find", '{"place": "Arlo"}'), ("find", '{"place": "Arlo", "most": 1, "near": 0}')) == [
+        "3 Arlo 2", "1 Arlo 0",
+    ]  # fmt: skip
+    assert "most: " in answers([find], ("find", '{"place": "Arlo", "most": 0}'))[0]
 
 
 def test_calls_run_side_by_side_and_answer_in_order():
