@@ -42,10 +42,10 @@ from glm5.envs import (
 from glm5.errors import InputError, did_you_mean
 
 Settings = Mapping[str, Any]
-CheckCode = Callable[[str, str], None]
-"""Is told an environment of one's own, as the command line names it, and the hash of its file, before that is run."""
+CheckCode = Callable[[str, OwnFile], None]
+"""Is told an environment of one's own, as the command line names it, and its file, before that is run."""
 BETWEEN = re.compile(r",(?![^\[\]]*\])")
-"""Commas that are not in a list."""
+"""Commas that are not in a list, where no list is in another."""
 SECRET = frozenset({"key", "apikey", "token", "secret", "password"})
 """Last words of the names of settings that are secrets: the run's record shows what the command line says."""
 
@@ -80,7 +80,7 @@ def named_environment(
         name, _, given = named.partition(":")
         chosen, source = _open_settings(f"{OWN}:{file}:{name}", given), OwnFile.read(file)
         if check_code is not None:
-            check_code(spec, source.code)
+            check_code(spec, source)
         return Named(source.environment(name, chosen, split), float(weight), spec, source.code)
     try:
         return Named(KINDS[kind](rest, world, split), float(weight), spec)
@@ -97,17 +97,28 @@ def _is_weight(text: str) -> bool:
 
 
 def settings(text: str) -> dict[str, Any]:
-    """`a=1,b=x,c=[1,2]` as a dictionary; values are JSON where they can be, else text."""
+    """`a=1,b=x,c=[1,[2,3]]` as a dictionary; values are JSON where they can be, else text."""
     found: dict[str, Any] = {}
-    for part in filter(None, BETWEEN.split(text)):
-        name, equals, value = part.partition("=")
-        if not equals:
+    while text := text.lstrip(","):
+        part = BETWEEN.split(text, maxsplit=1)[0]
+        if "=" not in part:
             raise InputError(f"{part!r} is no setting; write name=value, with commas between.")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
+        name, _, text = text.partition("=")
+        found[name], text = _value(text)
     return found
+
+
+def _value(text: str) -> tuple[Any, str]:
+    """The value at the beginning of a text, and what is behind it."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text.strip())
+        behind = text.strip()[end:].lstrip()
+        if not behind or behind.startswith(","):
+            return value, behind
+    except ValueError:
+        pass  # no JSON, so text
+    word, *more = BETWEEN.split(text, maxsplit=1)
+    return word, "".join(more)
 
 
 def _gym(rest: str, world: Path | None, split: Split) -> Environment:

@@ -1,8 +1,9 @@
 """Environments of one's own for the command line: `--env python:FILE.py:NAME[:setting=value,...]`.
 
 NAME is an environment (docs/environments.md), or a function that makes one of the settings. A function with a parameter
-`split` is told "train" or "heldout". The file is read once: the bytes that run are those whose hash the run's record
-holds. What it imports may lie in its folder, and is part of the hash (`rl_own_imports.py`).
+`split` is told "train" or "heldout". The file is read once: the bytes of it that run are those whose hash the run's
+record holds. What it imports may lie in its folder and is part of the hash (`rl_own_imports.py`), but Python reads it
+again to import it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from glm5.errors import InputError, did_you_mean
 KIND = "python"
 PARTS = ("name", "limits", "uniform_groups", "task", "episode")
 """What an environment has."""
+WHOLE = "2:"
+"""How hashes begin that hold what the file imports from beside it. Earlier versions noted that of the file alone."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,16 @@ class OwnFile:
 
     @property
     def code(self) -> str:
-        """Its hash, with what it imports from beside it."""
+        """Its hash, with what it imports from beside it, as runs note it."""
         whole = sha256(self.content)
         for place, content in sorted(self.beside.items()):
             whole.update(f"{place} {sha256(content).hexdigest()}".encode())
-        return whole.hexdigest()
+        return WHOLE + whole.hexdigest()
+
+    @property
+    def code_alone(self) -> str:
+        """Its hash as earlier versions noted it."""
+        return sha256(self.content).hexdigest()
 
     def environment(self, name: str, settings: Mapping[str, Any], split: str) -> Environment:
         """What the file calls `name`; raises InputError for a name or an object that is no environment."""
@@ -76,7 +84,7 @@ class OwnFile:
     def _run(self) -> ModuleType:
         """The content as a module of its own, anew each time, without a cache of what it was compiled to."""
         path = self.path.resolve()
-        module = ModuleType(f"glm5_own_{self.code[:16]}")
+        module = ModuleType(f"glm5_own_{self.code[-16:]}")
         module.__file__ = str(path)
         sys.modules[module.__name__] = module  # dataclasses look there
         if str(path.parent) not in sys.path:

@@ -50,11 +50,17 @@ def _files(path: Path, folder: Path, name: str) -> list[Path]:
     """Those of a module or package of the folder; none where there is none of that name."""
     module, package = folder / f"{name}.py", folder / name
     own = next((file for file in (package / "__init__.py", module) if file.is_file()), None)
-    first = PathFinder.find_spec(name, [place for place in sys.path if Path(place).resolve() != folder])
+    first = PathFinder.find_spec(name, _searched(folder) if own else sys.path)
     if first is not None and first.origin is not None:
         if own is None:
             return []
         raise InputError(
             f"{path} imports {name}, and Python finds {first.origin} before {own}; give the latter another name."
         )
-    return [*([module] if module.is_file() else []), *sorted(package.rglob("*.py"))]
+    return [*([module] if module.is_file() else []), *sorted(file for file in package.rglob("*.py") if file.is_file())]
+
+
+def _searched(folder: Path) -> list[str]:
+    """Where Python looks before it looks in the folder, which becomes the last place unless it is one (`OwnFile`)."""
+    places = [Path(place).resolve() for place in sys.path]
+    return sys.path[: places.index(folder)] if folder in places else sys.path

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from glm5.cli.rl_engines import EngineOptions
 from glm5.cli.rl_environments import Named, named_environment
 from glm5.cli.rl_flags import REGISTRY, teacher_words, written, written_optional
-from glm5.cli.rl_own import whole_path
+from glm5.cli.rl_own import WHOLE, OwnFile, whole_path
 from glm5.data.corpus import Split
 from glm5.errors import InputError, RunError
 from glm5.rl.aids_config import Teacher
@@ -117,17 +117,20 @@ class Record:
         sessions = [session.get("settings", {}).get("command") for session in self.directory.description["sessions"]]
         return [command for command in [self.config.command, *reversed(sessions)] if command]
 
-    def check_code(self, spec: str, code: str) -> None:
+    def check_code(self, spec: str, source: OwnFile) -> None:
         """Raises RunError for an environment of one's own whose file no session of the run had.
 
-        spec: the environment as the command line names it, without a weight. code: the hash of the file.
+        spec: the environment as the command line names it, without a weight. A run that no session of this version
+        has gone on with notes the hash of the file alone.
         """
         noted = [command.get("code", {}) for command in self._commands]
         known = [codes[whole_path(spec)] for codes in noted if whole_path(spec) in codes]
-        if known and code not in known:
+        whole = [code for code in known if code.startswith(WHOLE)]
+        then, now = (whole, source.code) if whole else (known, source.code_alone)
+        if then and now not in then:
             raise RunError(
                 f"The file of {spec}, or one beside it that it imports, has changed since {self.directory.path} was "
-                f"started (the hash is {code[:12]} now, but {known[0][:12]} then); restore it, or say that environment "
+                f"started (the hash is {now[:12]} now, but {then[0][:12]} then); restore it, or say that environment "
                 "again to go on with it as it is now."
             )
 

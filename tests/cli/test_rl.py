@@ -38,6 +38,11 @@ def test_an_environment_is_named_with_its_settings_and_its_share():
     assert named_environment("sums").weight == 1.0
     assert settings("a=1,b=x,c=0.5") == {"a": 1, "b": "x", "c": 0.5}
     assert settings("""a=["+","-"],b=[],c=x""") == {"a": ["+", "-"], "b": [], "c": "x"}
+    assert settings('a=[[1,2],[3,4]],b={"x":[1,2],"y":"],"},c=[u,v],d=1-2,e=,,f="g,h"') == {
+        "a": [[1, 2], [3, 4]], "b": {"x": [1, 2], "y": "],"}, "c": "[u,v]", "d": "1-2", "e": "", "f": "g,h",
+    }  # fmt: skip
+    with pytest.raises(InputError, match="'oops' is no setting"):
+        settings("a=[[1,2],[3,4]],oops,b=2")
     assert named_environment("openenv:http://127.0.0.1:8001").environment.name.endswith("8001")
 
 

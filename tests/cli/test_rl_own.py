@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 from speaker import speaker_model, speaker_tokenizer
@@ -12,7 +13,8 @@ import glm5
 from glm5.cli.main import main
 from glm5.cli.rl_environments import named_environment
 from glm5.cli.rl_own import OwnFile
-from glm5.errors import InputError
+from glm5.cli.rl_record import Record
+from glm5.errors import InputError, RunError
 from glm5.rl.gateway import Sessions
 from glm5.rl.records import Turn
 from glm5.train.run_directory import directory_sha256
@@ -63,7 +65,7 @@ def file(tmp_path):
 
 def test_an_object_or_a_function_that_makes_it(file):
     named = named_environment(f"python:{file}:capitals@2")
-    assert (named.environment.name, named.weight, len(named.code)) == ("capitals", 2.0, 64)
+    assert (named.environment.name, named.weight, len(named.code)) == ("capitals", 2.0, 66)
     named = named_environment(f"python:{file}:drawn:largest=5", split="heldout")
     assert named.environment.name == "drawn/heldout/5"
 
@@ -101,7 +103,7 @@ def test_the_code_that_runs_is_the_code_whose_hash_is_noted(tmp_path, monkeypatc
         named = named_environment(f"python:{path}:capitals")
         score = named.environment.questions.score
         value = score(named.environment.task(0, 0), {"role": "assistant", "content": "x"}).value
-        seen.append((named.code == sha256(path.read_bytes()).hexdigest(), value))
+        seen.append((named.code == f"2:{sha256(path.read_bytes()).hexdigest()}", value))
     assert seen == [(True, 1.0), (True, 0.0)]
     assert list(tmp_path.iterdir()) == [path]
 
@@ -120,7 +122,7 @@ def test_what_lies_beside_the_file_and_is_imported_is_part_of_its_code(tmp_path,
     path, package = tmp_path / "importing.py", tmp_path / "own_package"
     package.mkdir()
     path.write_text("import json\nimport torch\nimport own_module_a as a\n" + OWN)
-    assert OwnFile.read(str(path)).code == sha256(path.read_bytes()).hexdigest()
+    assert OwnFile.read(str(path)).code == f"2:{sha256(path.read_bytes()).hexdigest()}"
     codes = []
     for file, text in [
         (tmp_path / "own_module_a.py", "from own_package.deep import answer\n"),
@@ -139,6 +141,15 @@ def test_what_lies_beside_the_file_and_is_imported_is_part_of_its_code(tmp_path,
     del sys.modules["own_module_a"]
 
 
+def test_what_is_called_like_a_module_and_is_no_file_is_left_out(tmp_path):
+    path, package = tmp_path / "importing.py", tmp_path / "own_locked"
+    (package / "folder.py").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / ".#edited.py").symlink_to("somebody@somewhere.1234")  # as an editor locks a file
+    path.write_text("import own_locked\n" + OWN)
+    assert list(OwnFile.read(str(path)).beside) == ["own_locked/__init__.py"]
+
+
 def test_a_neighbour_that_python_would_not_find_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     for folder in ("one", "two"):
@@ -152,6 +163,25 @@ def test_a_neighbour_that_python_would_not_find_is_refused(tmp_path, monkeypatch
     (tmp_path / "mine.py").write_text("import torch\n" + OWN)
     with pytest.raises(InputError, match=r"Python finds .*__init__.py before .*torch.py"):
         named_environment(f"python:{tmp_path}/mine.py:capitals")
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_neighbour_that_python_finds_first_is_imported(tmp_path, monkeypatch, here):
+    folder, other = tmp_path / "own", tmp_path / "installed"
+    for place, answer in ((folder, "Paris"), (other, "Oslo")):
+        place.mkdir()
+        (place / "own_shared.py").write_text(f"answer = '{answer}'\n")
+    (other / "own_elsewhere.py").write_text("")
+    (folder / "own_elsewhere").mkdir()  # no package, so Python goes on to the other place
+    (folder / "own_elsewhere" / "data.py").write_text("")
+    path = folder / "mine.py"
+    path.write_text("import own_elsewhere\nfrom own_shared import answer\n" + OWN.replace('"Paris"', "answer"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", ["" if here else str(folder), str(other), *sys.path])
+    task = named_environment(f"python:{path}:capitals").environment.task(0, 0)
+    assert list(OwnFile.read(str(path)).beside) == ["own_shared.py"] and task.answer in ("Paris", "Lima")
+    assert sys.modules.pop("own_shared").__file__ == str(folder / "own_shared.py")
+    del sys.modules["own_elsewhere"]
 
 
 def test_a_run_is_resumed_and_replayed_with_the_code_that_it_was_begun_with(file, tmp_path, capsys, monkeypatch):
@@ -195,6 +225,33 @@ def test_a_run_is_resumed_and_replayed_with_the_code_that_it_was_begun_with(file
     capsys.readouterr()
     assert resumed(3, "--env", f"python:{file}:capitals") == 3
     assert resumed(4) == 4  # one of the files that it was learnt with
+
+
+def test_a_run_of_an_earlier_version_noted_the_file_alone(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    neighbour = tmp_path / "noted_neighbour.py"
+    neighbour.write_text("answer = 1\n")
+    file.write_text("import noted_neighbour\n" + OWN)
+    spec = f"python:{file}:capitals"
+
+    def record(*codes):
+        """A run with what its sessions noted, the oldest first."""
+        first, *later = [{"code": {spec: code}} for code in codes]
+        sessions = [{"settings": {"command": command}} for command in later]
+        run = SimpleNamespace(path="run", description={"sessions": sessions})
+        return Record(run, SimpleNamespace(command=first))
+
+    old = sha256(file.read_bytes()).hexdigest()
+    read = OwnFile.read(str(file))
+    record(old).check_code(spec, read)
+    record(old, read.code).check_code(spec, read)
+    neighbour.write_text("answer = 2\n")
+    record(old).check_code(spec, OwnFile.read(str(file)))  # it is not known what was beside it
+    with pytest.raises(RunError, match=r"the hash is 2:\w{10} now, but 2:\w{10} then"):
+        record(old, read.code).check_code(spec, OwnFile.read(str(file)))
+    file.write_text(OWN)
+    with pytest.raises(RunError, match=f"now, but {old[:12]} then"):
+        record(old).check_code(spec, OwnFile.read(str(file)))
 
 
 def test_a_run_of_recorded_sessions_knows_the_code_that_it_measures_with(file, tmp_path, capsys):
