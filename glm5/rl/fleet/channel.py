@@ -51,7 +51,7 @@ class ChannelMember:
         self._lock = threading.Lock()
         self._stats: EngineStats | None = None
         self._heard = self._progressed = time.monotonic()
-        self._closing = False
+        self._closing, self._reason = False, ""
         for work in (self._read, self._write):
             threading.Thread(target=work, name="glm5-member", daemon=True).start()
 
@@ -92,7 +92,7 @@ class ChannelMember:
         self._heard = min(self._heard + stood_still, now)
         self._progressed = min(self._progressed + stood_still, now)
         if self._closing:
-            return "its process has ended"  # before it had a seat, or somebody would know
+            return self._reason  # its end came before it had a seat, or is just being told
         if now - self._heard > self._config.silence_seconds:
             return f"no sign of life for {now - self._heard:.0f} s"
         if stats is not None and stats.running + stats.waiting and now - self._progressed > self._config.stuck_seconds:
@@ -169,7 +169,8 @@ class ChannelMember:
     def _give_up(self, reason: str) -> bool:
         """Nobody waits for it any longer; True if that was so before."""
         with self._lock:
-            before, self._closing = self._closing, True
+            before, self._reason = self._closing, self._reason or reason
+            self._closing = True
             waiting: list[Future[Any]] = [*self._updates.values(), self._ready]
         for future in waiting:
             with suppress(Exception):  # it may be done

@@ -28,6 +28,7 @@ from glm5.rl.fleet.job import Delivery, Order
 from glm5.rl.fleet.member import Events, Facts
 from glm5.serve.backend import Backend, BackendStream
 from glm5.serve.errors import ApiError
+from glm5.threads import OneThread
 
 UNWELL_SECONDS = 3.0
 """For which a server refuses connections, or says by its `/health` that it cannot answer, before it counts as dead:
@@ -58,6 +59,7 @@ class ServerMember:
         self._complaint = "does not answer"
         """What was wrong when it was asked last, if anything."""
         self._closing, self._lock = False, threading.Lock()
+        self._in_requests_thread = OneThread()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="glm5-server-member", daemon=True)
         self._thread.start()
@@ -92,12 +94,12 @@ class ServerMember:
 
     def trouble(self, stood_still: float) -> str | None:
         """Silence, or bad health. While it reads weights, which has a time limit of its own, it need not answer."""
+        if self._waiting:  # looked at first: what else is here may be from before
+            return None
         now, unwell = time.monotonic(), self._unwell
         self._heard = min(self._heard + stood_still, now)
         if stood_still and unwell is not None:
             unwell = self._unwell = min(unwell + stood_still, now)
-        if self._waiting:
-            return None
         if unwell is not None and now - unwell > UNWELL_SECONDS:
             return f"{self._backend.url} {self._complaint}"
         if now - self._heard > self._config.silence_seconds:
@@ -153,7 +155,7 @@ class ServerMember:
     def _begin(self, order: Order) -> None:
         self._orders[order.number] = order
         self._said[order.number] = list(order.said)
-        if not self._waiting:
+        if not self._waiting and not self._closing:
             self._tasks[order.number] = self._loop.create_task(self._stream(order))
 
     def _stop(self, number: int) -> None:
@@ -191,9 +193,9 @@ class ServerMember:
     async def _taken(self, order: Order) -> BackendStream:
         """The answer of the server, once it takes the request."""
         while True:
-            stream = self._backend.request(
-                order.prompt_ids, order.params, session_id=order.session_id, priority=order.priority,
-                deadline=order.deadline, said=order.said,
+            stream = await self._in_requests_thread(  # replays all that was said: long work
+                self._backend.request, order.prompt_ids, order.params, session_id=order.session_id,
+                priority=order.priority, deadline=order.deadline, said=order.said,
             )  # fmt: skip
             try:
                 await stream.open()
@@ -221,13 +223,13 @@ class ServerMember:
                 self.version = await self._delivery.arrive(client, version)
         except httpx.HTTPError as error:
             raise FleetError(f"The server at {self._backend.url} took no weights ({type(error).__name__}).") from None
-        finally:
-            self._go_on()
+        self._go_on()  # not after an error: then they go on elsewhere
         return self.version
 
     def _go_on(self) -> None:
         """Begins the requests that have waited for weights, those that were interrupted after what they have said."""
-        self._waiting, self._heard, self._unwell = False, time.monotonic(), None
+        self._heard, self._unwell = time.monotonic(), None
+        self._waiting = False  # last: `trouble` looks from another thread
         for number, order in list(self._orders.items()):
             if number not in self._tasks:
                 self._begin(replace(order, said=tuple(self._said[number])))
@@ -243,6 +245,7 @@ class ServerMember:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._in_requests_thread.close()
         await self._loop.shutdown_asyncgens()
         self._loop.stop()
 

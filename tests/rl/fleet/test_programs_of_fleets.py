@@ -47,7 +47,7 @@ from speaker import speaker_tokenizer
 from glm5.rl.fleet import FleetConfig, ProcessExecutor, SupervisedFleet
 
 async def main():
-    config = FleetConfig(silence_seconds=1, stuck_seconds=1)
+    config = FleetConfig(silence_seconds=5, stuck_seconds=5)
     fleet = SupervisedFleet(
         ProcessExecutor(fleet_engines.strict_engine), 2, tokenizer=speaker_tokenizer(), config=config
     )
@@ -71,6 +71,6 @@ def test_a_program_that_stood_still_does_not_take_its_engines_for_dead(tmp_path)
     with subprocess.Popen([sys.executable, script], text=True, env=env, **pipes) as program:
         assert program.stdout.readline() == "ready\n"
         program.send_signal(signal.SIGSTOP)
-        time.sleep(2.5)
+        time.sleep(8)
         program.send_signal(signal.SIGCONT)
         assert program.communicate("\n")[0] == "[0, 0]\n"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -34,7 +35,9 @@ class Server:
     """A stand-in for SGLang that can be made unwell."""
 
     def __init__(self):
-        self.seen, self.health, self.reload_seconds, self.asked = [], 200, 0.0, 0
+        self.seen, self.health, self.asked = [], 200, 0
+        self.reload = asyncio.Event()  # it reads weights until this is set
+        self.reload.set()
         self._calm = sglang_like(self.seen)
 
     async def __call__(self, request):
@@ -44,7 +47,7 @@ class Server:
                 return httpx.Response(self.health)
             raise self.health
         if request.url.path == "/update_weights_from_disk":
-            await asyncio.sleep(self.reload_seconds)
+            await self.reload.wait()
         return await self._calm.handle_async_request(request)
 
     @property
@@ -55,7 +58,13 @@ class Server:
 @asynccontextmanager
 async def running(directory, servers, delivery=None, config=CONFIG):
     backends = [
-        Backend(f"http://s{number}", directory, backend_api("sglang"), transport=httpx.MockTransport(server))
+        Backend(
+            f"http://s{number}",
+            directory,
+            backend_api("sglang"),
+            max_model_len=5000,
+            transport=httpx.MockTransport(server),
+        )
         for number, server in enumerate(servers)
     ]
     fleet = SupervisedFleet(
@@ -82,9 +91,14 @@ def reloaded(path):
     return Reloaded(path, speaker_config(), speaker_tokenizer())
 
 
+def reloads(server, member):
+    """Lets it go on, from another thread than its own."""
+    member._loop.call_soon_threadsafe(server.reload.set)
+
+
 def test_a_request_that_comes_while_weights_are_read_waits_for_them(directory, tmp_path):
     server = Server()
-    server.reload_seconds = 0.5
+    server.reload.clear()
 
     async def story():
         async with running(directory, [server], reloaded(tmp_path)) as fleet:
@@ -93,6 +107,7 @@ def test_a_request_that_comes_while_weights_are_read_waits_for_them(directory, t
             stream = fleet.stream(PROMPTS[0], params_of(0, max_tokens=3), session_id="a")
             left = fleet.stream(PROMPTS[1], params_of(0, max_tokens=3), session_id="b")
             left.close()
+            reloads(server, fleet._seats[0].member)
             assert [delta.version async for delta in stream] == [3, 3, 3]
             await publishing
             assert server.paths == ["/update_weights_from_disk", "/generate"]
@@ -102,7 +117,7 @@ def test_a_request_that_comes_while_weights_are_read_waits_for_them(directory, t
 
 def test_a_server_that_is_silent_while_it_reads_weights_is_not_given_up(directory, tmp_path):
     server = Server()
-    server.reload_seconds = 0.5
+    server.reload.clear()
 
     async def story():
         async with running(directory, [server], reloaded(tmp_path)) as fleet:
@@ -115,8 +130,70 @@ def test_a_server_that_is_silent_while_it_reads_weights_is_not_given_up(director
             member._heard -= 1000.0
             assert member.trouble(0.0) is None
             server.health = 200
+            reloads(server, member)
             await publishing
             assert fleet.version == 3 and fleet.stats().engines[0].restarts == 0 and member.trouble(0.0) is None
+
+    asyncio.run(story())
+
+
+def test_requests_that_wait_for_weights_are_not_sent_again_when_the_fleet_is_closed(directory, tmp_path):
+    server = Server()
+    server.reload.clear()
+
+    async def story():
+        async with running(directory, [server], reloaded(tmp_path)) as fleet:
+            member = fleet._seats[0].member
+            streams = [fleet.stream(PROMPTS[0], params_of(0, max_tokens=400)) for _ in range(3)]
+            for stream in streams:
+                await anext(stream)
+            publishing = asyncio.create_task(fleet.publish(3, weights()))
+            await until(lambda: member._waiting)
+            sent = server.paths.count("/generate")
+            publishing.cancel()
+        assert sent == 3 == server.paths.count("/generate") and not asyncio.all_tasks(member._loop)
+
+    asyncio.run(story())
+
+
+def test_requests_go_on_at_another_server_when_theirs_refuses_weights(directory, tmp_path):
+    servers = [Server(), Server()]
+
+    async def refusing(request):
+        if request.url.path == "/update_weights_from_disk":
+            return httpx.Response(500, text="no room")
+        return await servers[0](request)
+
+    async def story():
+        async with running(directory, [refusing, servers[1]], reloaded(tmp_path)) as fleet:
+            streams = [fleet.stream(PROMPTS[i], params_of(i, max_tokens=4000), session_id=f"s{i}") for i in range(6)]
+            for stream in streams:
+                await anext(stream)
+            before = servers[0].paths.count("/generate")
+            await fleet.publish(3, weights())
+            moved = fleet.stats().moved
+            for stream in streams:
+                while (await anext(stream)).version == 0:
+                    pass
+                stream.close()
+            assert servers[0].paths.count("/generate") == before == moved > 0
+
+    asyncio.run(story())
+
+
+def test_an_answer_is_prepared_outside_the_event_loop_of_its_server(directory, monkeypatch):
+    threads, request = [], Backend.request
+
+    def noted(self, *arguments, **named):
+        threads.append(threading.current_thread().name)
+        return request(self, *arguments, **named)
+
+    monkeypatch.setattr(Backend, "request", noted)
+
+    async def story():
+        async with running(directory, [Server()]) as fleet:
+            assert len([d async for d in fleet.stream(PROMPTS[0], params_of(0, max_tokens=2))]) == 2
+            assert len(threads) == 1 and threads[0] != fleet._seats[0].member._thread.name
 
     asyncio.run(story())
 
@@ -146,12 +223,16 @@ def test_a_server_that_says_that_it_cannot_answer_is_left_at_once(directory, mon
 
     async def story():
         async with running(directory, servers, config=replace(CONFIG, max_restarts=9)) as fleet:
-            stream = fleet.stream(PROMPTS[0], params_of(0, max_tokens=400), session_id="a")
+            stream = fleet.stream(PROMPTS[0], params_of(0, max_tokens=4000), session_id="a")
             deltas = [await anext(stream) for _ in range(5)]
             here = next(i for i, server in enumerate(servers) if server.seen)
             servers[here].health = 503
-            deltas += [delta async for delta in stream]
-            assert [d.token_id for d in deltas] == [40 + (len(PROMPTS[0]) + n) % 200 for n in range(1, 401)]
+            while not servers[1 - here].seen:
+                deltas.append(await anext(stream))
+            deltas += [await anext(stream) for _ in range(5)]
+            stream.close()
+            wanted = [40 + (len(PROMPTS[0]) + n) % 200 for n in range(1, len(deltas) + 1)]
+            assert [d.token_id for d in deltas] == wanted
             assert servers[1 - here].paths == ["/generate"] and fleet.stats().moved == 1
             assert f"engine {here} is replaced: http://s{here} answers 503 to /health" in caplog.text
 
@@ -171,12 +252,13 @@ def test_a_server_that_is_unwell_from_the_start_is_named_with_its_trouble(direct
     asyncio.run(story())
 
 
-def waiting_for_ever(ended):
-    """A server that takes a request and says nothing; notes when it is left."""
+def waiting_for_ever(begun, ended):
+    """A server that takes a request and says nothing; notes when it is asked and when it is left."""
 
     async def handler(request):
         if request.url.path == "/health":
             return httpx.Response(200)
+        begun.append(request.url.path)
         try:
             await asyncio.sleep(600)
         finally:
@@ -189,7 +271,7 @@ def test_a_request_whose_deadline_passes_before_it_is_taken_ends_and_the_server_
     ended = []
 
     async def story():
-        async with running(directory, [waiting_for_ever(ended)]) as fleet:
+        async with running(directory, [waiting_for_ever([], ended)]) as fleet:
             late = fleet.stream(PROMPTS[0], params_of(0), deadline=0.3)
             assert [delta async for delta in late] == [] and late.finish_reasons == ("abort",)
             assert ended == ["/generate"] and fleet.stats().engines[0].restarts == 0 and fleet.failure is None
@@ -199,12 +281,12 @@ def test_a_request_whose_deadline_passes_before_it_is_taken_ends_and_the_server_
 
 def test_requests_that_are_given_up_before_they_are_taken_leave_the_server(directory):
     """Far more than a pool of threads could hold."""
-    ended = []
+    begun, ended = [], []
 
     async def story():
-        async with running(directory, [waiting_for_ever(ended)]) as fleet:
+        async with running(directory, [waiting_for_ever(begun, ended)]) as fleet:
             streams = [fleet.stream(PROMPTS[0], params_of(0)) for _ in range(60)]
-            await asyncio.sleep(0.3)
+            await until(lambda: len(begun) == 60)
             for stream in streams:
                 stream.close()
             await until(lambda: len(ended) == 60)
