@@ -155,8 +155,9 @@ class Orchestrator:
             try:
                 check_end(session)
                 await self._in_learners_thread(save)
-            finally:  # behind the model: it is there, whatever becomes of the servers
-                await self._awaited(self.fleet.hand_over(session.version, session.learner.weights()))
+            finally:  # behind the model, which is there whatever becomes of the servers
+                over = self.fleet.hand_over(session.version, session.learner.weights())
+                await (over if stopped() else self._awaited(over))  # a Ctrl-C of before meant the run, which is done
         finally:
             await self._end()
 
