@@ -71,6 +71,15 @@ def poisoned_engine():
     return engine
 
 
+def taken(flag):
+    """Whether the file was there and this process is the one that removed it."""
+    try:
+        flag.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def mistaken_engine(flag):
     """Makes a mistake between two steps after 50 tokens, where it finds and removes the file `flag`; raises what is no
     `Exception` in every step of the prompt 1, 300; cannot sample for the prompt 1, 301."""
@@ -78,8 +87,7 @@ def mistaken_engine(flag):
     wait, run, take = engine._wait, engine._core.runner.run, engine._core._take
 
     def waits(busy):
-        if engine.stats().sampled_tokens > 50 and flag.exists():
-            flag.unlink()
+        if engine.stats().sampled_tokens > 50 and taken(flag):
             raise ZeroDivisionError
         return wait(busy)
 
@@ -103,8 +111,7 @@ def short_of_memory_engine(flag):
     run = engine._core.runner.run
 
     def step(chunks, collect):
-        if engine.stats().sampled_tokens > 50 and flag.exists():
-            flag.unlink()
+        if engine.stats().sampled_tokens > 50 and taken(flag):
             raise RuntimeError("out of memory")
         return run(chunks, collect)
 
