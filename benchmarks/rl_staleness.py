@@ -92,8 +92,9 @@ class Options:
     """Batches between two publications of the asynchronous arms."""
     prompts: int = 8
     group_size: int = 4
-    questions: int = 64
-    """For the judgement, eight samples each."""
+    questions: int = 128
+    samples: int = 32
+    """Of each question, for the judgement."""
     rate: float = 1e-4
     """Falls to a twentieth over the run, so that the last samples are as old in versions, but not in policy."""
     entropy: float = 0.0
@@ -148,7 +149,7 @@ def done(task: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
     """The result of a run: found, or made."""
     settings = (
         f"{options.steps}x{options.updates}-{options.staleness}-{options.publish_every}-{options.rate:g}"
-        f"-{options.prompts}x{options.group_size}-{options.entropy:g}"
+        f"-{options.prompts}x{options.group_size}-{options.entropy:g}-{options.questions}x{options.samples}"
     )
     if arm == "ddis":
         settings += f"-{options.ddis[0]:g}-{options.ddis[1]:g}"
@@ -162,8 +163,8 @@ def done(task: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
             file,
             {
                 "rewards": [line["reward"] for line in lines if line["reward"] is not None],
-                "last": sampled_reward(model, task, options.questions),
-                "first": sampled_reward(parent, task, options.questions),
+                "last": sampled_reward(model, task, options.questions, options.samples),
+                "first": sampled_reward(parent, task, options.questions, options.samples),
                 "held": mean([line.get("masked", 0.0) + line.get("clipped", 0.0) for line in lines]),
                 "age": mean([line["mean_staleness"] for line in lines]),
                 "oldest": max((line["max_staleness"] for line in lines), default=0),
@@ -196,8 +197,8 @@ def mean(values: list[float]) -> float:
     return statistics.fmean(values) if values else 0.0
 
 
-def sampled_reward(model: Path, task: str, questions: int) -> float:
-    """Mean reward of eight samples to each of the questions, which are the same for every model."""
+def sampled_reward(model: Path, task: str, questions: int, samples: int) -> float:
+    """Mean reward of the samples to each of the questions, which are the same for every model."""
     asked = environment(ALL[task])
     tasks = [asked.task(EVALUATION_SEED, index) for index in range(questions)]
     engine = Engine(model)
@@ -205,7 +206,7 @@ def sampled_reward(model: Path, task: str, questions: int) -> float:
     prompts = [
         engine.tokenizer.apply_chat_template(t.messages, enable_thinking=False, escape_special=True) for t in tasks
     ]
-    outputs = engine.generate(prompts, SamplingParams(n=8, temperature=1.0, max_tokens=8, seed=EVALUATION_SEED))
+    outputs = engine.generate(prompts, SamplingParams(n=samples, temperature=1.0, max_tokens=8, seed=EVALUATION_SEED))
     return statistics.fmean(
         asked.score(question, parse_assistant(completion.text, thinking=False)).value
         for question, output in zip(tasks, outputs, strict=True)
@@ -260,7 +261,7 @@ def curves(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
 def main(options: Options) -> None:
     """Seeds are the outer loop, so an interrupted study still compares all arms."""
     if options.quick:
-        options = dataclasses.replace(options, seeds=1, steps=2, prompts=2, group_size=4, publish_every=1)
+        options = dataclasses.replace(options, seeds=1, steps=2, prompts=2, group_size=4, publish_every=1, samples=2)
     torch.set_num_threads(options.threads)
     results: dict[str, dict[str, list[dict[str, Any]]]] = {t: {a: [] for a in options.arms} for t in options.tasks}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
@@ -294,7 +295,8 @@ def main(options: Options) -> None:
             f"`python -m benchmarks.rl_staleness --seeds {options.seeds} --steps {options.steps} --staleness "
             f"{options.staleness} --publish-every {options.publish_every} --rate {options.rate:g} --prompts "
             f"{options.prompts} --group-size {options.group_size} --updates {options.updates} --entropy "
-            f"{options.entropy:g} --ddis {options.ddis[0]:g} {options.ddis[1]:g}`,\ncommit {here['commit']}, "
+            f"{options.entropy:g} --ddis {options.ddis[0]:g} {options.ddis[1]:g} --questions {options.questions} "
+            f"--samples {options.samples}`,\ncommit {here['commit']}, "
             f"{here['cpu']}, PyTorch {here['torch']}; {options.prompts} questions x {options.group_size} samples a "
             "batch. Mean ± standard deviation over the seeds; ages in weight versions.",
             "\n".join(rows),
