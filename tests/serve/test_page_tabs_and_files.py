@@ -66,6 +66,24 @@ def test_a_tab_follows_what_another_says_in_its_conversation(reader, tabs):
     assert kept(reader) == [["first", "second", "third"]]
 
 
+def test_what_another_tab_said_is_answered_to_before_the_browser_tells_of_it(reader, tabs):
+    deaf = (
+        "const add = addEventListener;"
+        "addEventListener = (on, ...more) => ['storage', 'focus'].includes(on) || add(on, ...more)"
+    )
+    script = reader.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": deaf})
+    reader.driver.refresh()
+    reader.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+    reader.until(lambda: reader.last() == "You said: first")
+    with tabs.second():
+        reader.say("second")
+        reader.answered("You said: second")
+    assert reader.last() == "You said: first"  # this tab has heard of nothing
+    reader.say("third")
+    reader.answered("You said: third")
+    assert kept(reader) == [["first", "second", "third"]]
+
+
 def test_two_tabs_that_change_one_conversation_make_two(reader, tabs, fake):
     fake.answers["slow"], fake.holds["slow"] = ("", "word " * 40, []), 3
     reader.say("slow")

@@ -212,6 +212,7 @@ class Page {
 
   // ---- what the reader does
   say(text) {
+    this.catchUp(); // the browser may hold what another tab did before it tells this one
     this.conversation.messages.push({ role: "user", content: text });
     this.conversation.title ||= titleOf(this.conversation);
     this.ask();
