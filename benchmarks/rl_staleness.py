@@ -44,7 +44,7 @@ from benchmarks.measure import machine
 from benchmarks.rl_tasks import ONE_DIGIT, TASKS, GymTask, environment, warmed
 from glm5.checkpoint import load_model, save_model
 from glm5.engine import Engine, SamplingParams
-from glm5.envs import SingleTurn
+from glm5.envs import SingleTurn, UniformGroups
 from glm5.files import write_json
 from glm5.optim import OptimizerConfig, Schedule
 from glm5.rl.admission import Mode, SchedulerConfig
@@ -92,6 +92,9 @@ class Options:
     """Batches between two publications of the asynchronous arms."""
     prompts: int = 8
     group_size: int = 4
+    uniform_groups: UniformGroups = "drop"
+    """Kept, groups with one reward teach nothing, but sampling never holds learning up: every batch is as old as the
+    bound allows."""
     questions: int = 128
     samples: int = 32
     """Of each question, for the judgement."""
@@ -157,7 +160,7 @@ def done(task: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
     file = path.with_suffix(path.suffix + ".json")
     if not file.exists():
         parent = warmed(ALL[task], options.work)
-        model, end = finished(config_of(arm, parent, seed, options), ALL[task], path)
+        model, end = finished(config_of(arm, parent, seed, options), ALL[task], options.uniform_groups, path)
         lines = RunDirectory.open(path).read("metrics")
         write_json(
             file,
@@ -177,10 +180,11 @@ def done(task: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
     return found
 
 
-def finished(config: RLRunConfig, task: GymTask, path: Path) -> tuple[Path, str]:
+def finished(config: RLRunConfig, task: GymTask, uniform: UniformGroups, path: Path) -> tuple[Path, str]:
     """The model that a run has made, and how it ended. One that meets nothing to learn from any more ends as it stands:
     a policy that is sure of its answers is a result of the arm, as a task that is learnt is."""
-    environments, resume = [SingleTurn(environment(task))], (path / "run.json").exists()
+    environments = [SingleTurn(environment(task), uniform_groups=uniform)]
+    resume = (path / "run.json").exists()
     try:
         run = train_rl(config, environments, path, resume=resume)
     except NothingLearnt as error:
@@ -296,7 +300,7 @@ def main(options: Options) -> None:
             f"{options.staleness} --publish-every {options.publish_every} --rate {options.rate:g} --prompts "
             f"{options.prompts} --group-size {options.group_size} --updates {options.updates} --entropy "
             f"{options.entropy:g} --ddis {options.ddis[0]:g} {options.ddis[1]:g} --questions {options.questions} "
-            f"--samples {options.samples}`,\ncommit {here['commit']}, "
+            f"--samples {options.samples} --uniform-groups {options.uniform_groups}`,\ncommit {here['commit']}, "
             f"{here['cpu']}, PyTorch {here['torch']}; {options.prompts} questions x {options.group_size} samples a "
             "batch. Mean ± standard deviation over the seeds; ages in weight versions.",
             "\n".join(rows),
