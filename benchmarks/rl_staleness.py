@@ -100,6 +100,8 @@ class Options:
     """Of each question, for the judgement."""
     rate: float = 1e-4
     """Falls to a twentieth over the run, so that the last samples are as old in versions, but not in policy."""
+    beta: float = 0.9
+    """First moment of AdamW; old gradients are a momentum of their own."""
     entropy: float = 0.0
     """Coefficient of the bonus on entropy, without which fast learning may end with all groups alike."""
     ddis: tuple[float, float] = (0.5, 1.0)
@@ -141,7 +143,7 @@ def config_of(arm: str, parent: Path, seed: int, options: Options) -> RLRunConfi
             updates=options.updates,
             mtp="frozen",  # drafts learn beside the policy, never for it
             entropy=options.entropy,
-            optimizer=OptimizerConfig(name="adamw", lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0),
+            optimizer=OptimizerConfig(name="adamw", lr=options.rate, betas=(options.beta, 0.98), weight_decay=0.0),
             schedule=Schedule(shape="linear", warmup_steps=4, final_fraction=0.05),
         ),
         checkpoint_every=options.steps,
@@ -300,7 +302,8 @@ def main(options: Options) -> None:
             f"{options.staleness} --publish-every {options.publish_every} --rate {options.rate:g} --prompts "
             f"{options.prompts} --group-size {options.group_size} --updates {options.updates} --entropy "
             f"{options.entropy:g} --ddis {options.ddis[0]:g} {options.ddis[1]:g} --questions {options.questions} "
-            f"--samples {options.samples} --uniform-groups {options.uniform_groups}`,\ncommit {here['commit']}, "
+            f"--samples {options.samples} --uniform-groups {options.uniform_groups} "
+            f"--beta {options.beta:g}`,\ncommit {here['commit']}, "
             f"{here['cpu']}, PyTorch {here['torch']}; {options.prompts} questions x {options.group_size} samples a "
             "batch. Mean ± standard deviation over the seeds; ages in weight versions.",
             "\n".join(rows),
