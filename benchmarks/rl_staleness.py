@@ -152,12 +152,13 @@ def config_of(arm: str, parent: Path, seed: int, options: Options) -> RLRunConfi
 
 def done(task: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
     """The result of a run: found, or made."""
+    o = options
     settings = (
-        f"{options.steps}x{options.updates}-{options.staleness}-{options.publish_every}-{options.rate:g}"
-        f"-{options.prompts}x{options.group_size}-{options.entropy:g}-{options.questions}x{options.samples}"
+        f"{o.steps}x{o.updates}-{o.staleness}-{o.publish_every}-{o.rate:g}-{o.prompts}x{o.group_size}"
+        f"-{o.uniform_groups}-{o.beta:g}-{o.entropy:g}-{o.questions}x{o.samples}"
     )
     if arm == "ddis":
-        settings += f"-{options.ddis[0]:g}-{options.ddis[1]:g}"
+        settings += f"-{o.ddis[0]:g}-{o.ddis[1]:g}"
     path = options.work / f"{task}-{arm}-{seed}-{settings}"
     file = path.with_suffix(path.suffix + ".json")
     if not file.exists():
