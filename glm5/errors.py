@@ -12,6 +12,9 @@ from collections.abc import Iterable
 class GLM5Error(Exception):
     """Base of every error that a user can cause; the command line prints it without a traceback."""
 
+    exit_status = 1
+    """Of the command that ends with it."""
+
 
 class ConfigError(GLM5Error):
     """A model configuration or preset that cannot be built."""

@@ -107,7 +107,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; the exit status is 0 for success, 1 for an error the user can mend, 2 for a wrong command line."""
+    """Runs one verb; the exit status is 0 for success, 1 for an error the user can mend, 2 for a wrong command line,
+    130 for what the user stopped."""
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help", "help"):
         print(_help())
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return VERBS[verb](rest)
     except GLM5Error as error:
         print(f"glm5 {verb}: {error}", file=sys.stderr)
-        return 1
+        return error.exit_status
     except KeyboardInterrupt:
         exec("")  # CPython ends by the signal when the last text that was executed was interrupted, as in an import
         print(f"\nglm5 {verb}: stopped.", file=sys.stderr)

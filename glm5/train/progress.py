@@ -19,6 +19,8 @@ class RunInterrupted(RunError):
     saved: a sentence on where it stands. how: one on how it goes on.
     """
 
+    exit_status = 130
+
     def __init__(self, saved: str, how: str = "Run the same command with --resume to go on.") -> None:
         super().__init__(f"{saved} {how}")
         self.saved = saved

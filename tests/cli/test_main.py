@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from glm5.cli.main import VERBS, main
+from glm5.train import RunInterrupted
 
 
 def test_help_lists_every_verb(capsys):
@@ -70,6 +71,15 @@ def test_ctrl_c_ends_with_a_sentence(monkeypatch, capsys):
     monkeypatch.setitem(VERBS, "plan", interrupted)
     assert main(["plan"]) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_ends_with_the_status_of_ctrl_c(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise RunInterrupted("Stopped after step 2.")
+
+    monkeypatch.setitem(VERBS, "train", interrupted)
+    assert main(["train"]) == 130
+    assert "glm5 train: Stopped after step 2. Run the same command with --resume" in capsys.readouterr().err
 
 
 def test_ctrl_c_while_a_module_is_imported_ends_with_the_same_status(tmp_path):

@@ -70,7 +70,7 @@ def test_the_chain_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
     # Ctrl-C inside the pre-training, again inside mid-training, then to the end.
     for count, stage in ((2, "pretrain"), (4, "midtrain")):
         take_a_step_and_interrupt(monkeypatch, count)
-        assert quickstart(cut, "--resume") == 1
+        assert quickstart(cut, "--resume") == 130
         error = capsys.readouterr().err
         assert f"of {stage}; all is saved" in error
         assert "--resume" in error
