@@ -28,12 +28,11 @@ from any more (its task is learnt, or its policy sure) is judged as it stands, a
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,9 @@ RARE = {
     "prime_factorization_rare": GymTask("prime_factorization", {"min_value": 2, "max_value": 50}, warm_steps=15),
 }
 """Few questions, of which a warm-up as short as this leaves most unknown."""
-ALL = HALF | RARE
+WORDS = {f"{name}_words": replace(task, in_words=0.9) for name, task in HALF.items()}
+"""The same, but nine of ten answers of the warm-up are in words, which are wrong: a policy has to move far, and can."""
+ALL = HALF | RARE | WORDS
 ARMS = ("sync", "ddis", "naive")
 
 
@@ -268,7 +269,7 @@ def curves(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
 def main(options: Options) -> None:
     """Seeds are the outer loop, so an interrupted study still compares all arms."""
     if options.quick:
-        options = dataclasses.replace(options, seeds=1, steps=2, prompts=2, group_size=4, publish_every=1, samples=2)
+        options = replace(options, seeds=1, steps=2, prompts=2, group_size=4, publish_every=1, samples=2)
     torch.set_num_threads(options.threads)
     results: dict[str, dict[str, list[dict[str, Any]]]] = {t: {a: [] for a in options.arms} for t in options.tasks}
     for seed in range(options.first_seed, options.first_seed + options.seeds):

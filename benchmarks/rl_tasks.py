@@ -8,6 +8,7 @@ and then. All arms of a comparison start from the same warmed model.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,23 +41,45 @@ class GymTask:
     """Of the warm-up's rows."""
     warm_steps: int = 40
     """Chosen so that the first sampled reward lies well between 0 and 1; the figure is printed, not assumed."""
+    in_words: float = 0.0
+    """Share of the warm-up's answers, which are numbers then, that are in words. The verifier wants digits, so a model
+    that has learnt from them may know an answer and still has to learn how it is to be said."""
 
     @property
     def label(self) -> str:
         """The name with the settings, in letters of file names."""
-        return "-".join([self.name, *(f"{key}={value}" for key, value in sorted(self.settings.items()))])
+        words = [f"words={self.in_words:g}"] if self.in_words else []
+        return "-".join([self.name, *(f"{key}={value}" for key, value in sorted(self.settings.items())), *words])
 
     def chats(self) -> Iterator[Chat]:
         """Endless problems with their answers."""
+        draw = random.Random(WARM_SEED)
         for seed in itertools.count(WARM_SEED):
             for item in reasoning_gym.create_dataset(self.name, size=500, seed=seed, **self.settings):
+                answer = str(item["answer"])
+                if draw.random() < self.in_words:
+                    answer = number_in_words(int(answer))
                 yield Chat(
-                    (
-                        {"role": "user", "content": item["question"]},
-                        {"role": "assistant", "content": str(item["answer"])},
-                    ),
+                    ({"role": "user", "content": item["question"]}, {"role": "assistant", "content": answer}),
                     skill=self.name,
                 )
+
+
+UNITS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+
+def number_in_words(number: int) -> str:
+    """Of a number between -99 and 99."""
+    if number < 0:
+        return f"minus {number_in_words(-number)}"
+    if number < 20:
+        return UNITS[number]
+    tens, units = TENS[number // 10 - 2], number % 10
+    return f"{tens}-{UNITS[units]}" if units else tens
 
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
