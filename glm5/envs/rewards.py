@@ -39,7 +39,8 @@ def rewarded(function: RewardFunction, task: Task, message: Message) -> Reward:
     except EnvironmentFailure:
         raise
     except Exception as error:
-        raise EnvironmentFailure(f"the reward of {task.id} raised {error!r}", "verifier") from error
+        blank = "" if message.get("content") is not None else '; the answer was blank: message["content"] is None then'
+        raise EnvironmentFailure(f"the reward of {task.id} raised {error!r}{blank}", "verifier") from error
     return given if isinstance(given, Reward) else reward_of(given, task)
 
 

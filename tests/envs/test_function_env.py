@@ -60,6 +60,12 @@ def test_a_reward_that_breaks_is_a_failure_and_no_zero(broken):
     assert caught.value.kind == "verifier"
 
 
+def test_a_reward_that_takes_a_blank_answer_for_text_is_told_of_it():
+    env = single_questions("length", CAPITALS, lambda task, message: len(message["content"]))
+    with pytest.raises(EnvironmentFailure, match="answer was blank"):
+        play(env, env.task(0, 0), said(None))
+
+
 def test_no_questions_are_refused():
     with pytest.raises(InputError, match="empty has no question"):
         single_questions("empty", [])
