@@ -113,6 +113,7 @@ def test_filters_by_reward_outcome_fate_step_and_environment(viewer):
     for field, value, groups in [
         ("outcome", "env_failure", ["web/2/0"]),
         ("fate", "trained", ["sums/0/0"]),
+        ("fate", "dropped: all right", ["sums/1/0"]),
         ("environment", "sums", ["sums/0/0", "sums/1/0"]),
     ]:
         viewer.select(field, value)
@@ -129,6 +130,15 @@ def test_filters_by_reward_outcome_fate_step_and_environment(viewer):
     viewer.until(lambda: viewer.groups() == ["sums/0/0"])
     viewer.fill("most", "-1")
     viewer.until(lambda: "No episode" in viewer.text("#group-head"))
+
+
+def test_dots_are_explained_and_measured_by_their_own_environment(browser, tmp_path):
+    made = [rollout(0, reward=0.5), rollout(1, reward=0.2), rollout(2, reward=-1.0)]
+    made += [rollout(i, index=1, reward=reward, environment="web") for i, reward in enumerate((10.0, 0.5, None))]
+    viewer = Viewer(browser, tmp_path / "dots.html", told(made))
+    dots = "return [...document.querySelectorAll(arguments[0])].map((dot) => dot.classList[1])"
+    assert viewer.script(dots, "#groups .pip") == ["r2", "r1", "r0", "r2", "r1", "none"]
+    assert viewer.script(dots, "#key .pip") == ["r2", "r1", "r0", "none"] and "no reward" in viewer.text("#key")
 
 
 def test_search_finds_questions_answers_tools_and_failures(viewer):

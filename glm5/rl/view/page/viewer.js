@@ -32,12 +32,14 @@ function choices(id, values) {
   const select = byId(id);
   select.append(new Option("any", ""), ...[...new Set(values)].sort().map((value) => new Option(value, value)));
 }
+const reasonText = (row) => (row.because ? `${row.fate}: ${row.because}` : row.fate);
 const number = (id) => (byId(id).value.trim() === "" ? null : Number(byId(id).value));
 
 function passes(row) {
   const wanted = (id, value) => byId(id).value === "" || byId(id).value === value;
   const least = number("least"), most = number("most"), step = number("step");
-  return wanted("environment", row.environment) && wanted("outcome", row.outcome) && wanted("fate", row.fate)
+  return wanted("environment", row.environment) && wanted("outcome", row.outcome)
+    && (wanted("fate", row.fate) || wanted("fate", reasonText(row)))
     && (step === null || row.step === step)
     && (least === null || (row.reward !== null && row.reward >= least))
     && (most === null || (row.reward !== null && row.reward <= most))
@@ -75,8 +77,10 @@ for (const row of rows) {
   if (!groups.has(row.group)) groups.set(row.group, []);
   groups.get(row.group).push(row);
 }
-const highest = rows.reduce((most, row) => Math.max(most, row.reward ?? 0), 0);
-const level = (row) => (row.reward === null ? "none" : row.reward <= 0 ? "r0" : row.reward < highest ? "r1" : "r2");
+const highest = new Map(); // of each environment: they have scales of their own
+for (const row of rows) highest.set(row.environment, Math.max(highest.get(row.environment) ?? 0, row.reward ?? 0));
+const level = (row) => (row.reward === null ? "none" : row.reward <= 0 ? "r0" : row.reward < highest.get(row.environment) ? "r1" : "r2");
+const DOTS = { r2: "highest reward of its environment", r1: "less", r0: "0 or below", none: "no reward" };
 const rewardText = (row) => (row.reward === null ? "no reward" : String(Math.round(row.reward * 1e4) / 1e4));
 const fateText = (row) => row.fate + (row.step === null ? "" : ` in step ${row.step}`) + (row.weight > 1 ? ` ×${row.weight}` : "")
   + (row.because ? `: ${row.because}` : "");
@@ -246,7 +250,8 @@ function redraw() {
 byId("note").textContent = index.note;
 choices("environment", rows.map((row) => row.environment));
 choices("outcome", rows.map((row) => row.outcome));
-choices("fate", rows.map((row) => row.fate));
+choices("fate", rows.flatMap((row) => [row.fate, reasonText(row)]));
+byId("key").append(...Object.entries(DOTS).flatMap(([cls, text]) => [make("span", `pip ${cls}`), make("span", "", text)]));
 if (!index.ratios) byId("colour").querySelector("[value=ratio]").remove();
 byId("colour").value = state.colour;
 let waiting;
