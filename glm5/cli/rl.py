@@ -32,6 +32,7 @@ from rich.console import Console
 from glm5.cli import rl_outside, rl_simulate
 from glm5.cli.rl_engines import EngineOptions
 from glm5.cli.rl_environments import Named
+from glm5.cli.rl_outside import tell_pages
 from glm5.cli.rl_record import Record, check_parent, code_of, environments, in_flags, noted, parse
 from glm5.cli.threads import use_threads
 from glm5.envs.protocol import UniformGroups
@@ -232,6 +233,7 @@ def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
         "reward_last_fifth": mean(rewards[-fifth:]),
         "max_staleness": max((line.get("max_staleness", 0) for line in metrics), default=0),
         "learnt": learnt.sentence if learnt is not None and learnt.step == len(metrics) else None,
+        "model": str(run.model_directory),
     }
     if as_json:
         print(json.dumps(result))
@@ -243,7 +245,7 @@ def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
         first, last = result["reward_first_fifth"], result["reward_last_fifth"]
         said = f"reward {first:.3f} in the first fifth, {last:.3f} in the last; {said}"
     console.print(f"rl: {run.path}, {len(metrics)} steps, {said}", soft_wrap=True, markup=False)
-    console.print(f"report: {run.path / 'report.html'}", soft_wrap=True)
+    tell_pages(run, console)
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -21,6 +21,7 @@ from glm5.cli.train_flags import share
 from glm5.data import Share
 from glm5.errors import ConfigError, DataError, InputError, did_you_mean
 from glm5.rl.adapters import LoRA
+from glm5.rl.advantages import Advantages
 from glm5.rl.aids_config import EVERY, Teacher
 from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.losses import AnyLoss
@@ -28,6 +29,14 @@ from glm5.rl.reference import KL
 
 REGISTRY = ConstructorRegistry()
 LOSSES: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in get_args(AnyLoss)}
+NO_LOSSES = {
+    "dapo": " DAPO is --learner.loss ppo --learner.normalisation token-mean --learner.truncated mask here.",
+    **{
+        name: f" {name} is a kind of advantages here: --learner.advantages {name}, with a loss such as ppo."
+        for name in get_args(Advantages)
+    },
+}
+"""What others call a loss."""
 OPTIONAL: dict[Any, type[Any]] = {kind | None: kind for kind in (KL, LoRA, ConcurrencyConfig)}
 """Settings that a run has or has not."""
 
@@ -38,7 +47,8 @@ def loss(text: str) -> Any:
     name, _, given = text.partition(":")
     kind = LOSSES.get(name.lower())
     if kind is None:
-        raise ValueError(f"there is no loss {name!r}.{did_you_mean(name.lower(), LOSSES)}")
+        hint = NO_LOSSES.get(name.lower(), did_you_mean(name.lower(), LOSSES))
+        raise ValueError(f"there is no loss {name!r}.{hint}")
     return made(kind, name, given)
 
 

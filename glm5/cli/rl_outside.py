@@ -28,6 +28,7 @@ from glm5.envs.protocol import UniformGroups
 from glm5.errors import InputError
 from glm5.rl.config import RLRunConfig
 from glm5.rl.gateway import Address, train_from_gateway, train_from_records
+from glm5.rl.view.of_run import ROLLOUTS
 from glm5.serve import is_loopback
 from glm5.serve.auth import check_key
 from glm5.serve.host_check import OWN_NAMES
@@ -160,6 +161,16 @@ def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
         f"rl: {run.path}, {len(rewards)} steps, reward of what was learnt from: {result['reward_first_fifth']:.3f} in "
         f"the first fifth, {result['reward_last_fifth']:.3f} in the last; {result['trained']} sessions with "
         f"{result['trained_tokens']:,} tokens were learnt from, dropped: "
-        f"{reasons}; model: {run.model_directory}",
+        f"{reasons}",
         soft_wrap=True,
     )
+    tell_pages(run, console)
+
+
+def tell_pages(run: RunDirectory, console: Console) -> None:
+    """What there is to look at, and how the model is used."""
+    for line in (
+        f"report: {run.path / 'report.html'}; every rollout: {run.path / ROLLOUTS}",
+        f"model: {run.model_directory}; `glm5 chat {run.path}` talks to it, `glm5 serve {run.path}` serves it",
+    ):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,9 @@ FORMS: dict[str, tuple[Callable[..., Any], Any]] = {
 """What each form of a verb is parsed into, and the registry of its short forms."""
 ADDED = re.compile(r"\((default: .*|required|optional|repeatable)\)$")
 """What tyro adds to every help."""
+ROOT = Path(__file__).parents[2]
+SETTING = re.compile(r"--(?:rollout|scheduler|learner|aids|held-out)\.[a-z.-]*[a-z]")
+"""As the docs write them."""
 
 
 def test_no_verb_is_left_out():
@@ -57,13 +61,25 @@ def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
             yield action
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_flag_has_help(form):
+def actions_of(form: str) -> Iterator[argparse.Action]:
+    """All flags of a form."""
     kind, registry = FORMS[form]
     more = {} if registry is None else {"registry": registry}
+    return actions(tyro.extras.get_parser(kind, config=(tyro.conf.AvoidSubcommands,), **more))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_flag_has_help(form):
     mute = [
         "/".join(action.option_strings) or action.dest
-        for action in actions(tyro.extras.get_parser(kind, config=(tyro.conf.AvoidSubcommands,), **more))
+        for action in actions_of(form)
         if not ADDED.sub("", action.help or "").strip()
     ]
     assert not mute, f"no help: {' '.join(mute)}"
+
+
+def test_settings_of_a_run_that_the_docs_name_are_flags():
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    named = {flag for page in pages for flag in SETTING.findall(page.read_text(encoding="utf-8"))}
+    known = {flag for action in actions_of("rl") for flag in action.option_strings}
+    assert len(named) > 10 and not named - known

@@ -1,6 +1,8 @@
 """`glm5 rl`: environments and losses by name, a run, its resume, a step again, and what is refused."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from speaker import speaker_model, speaker_tokenizer
@@ -67,7 +69,8 @@ def test_a_bad_name_is_refused_in_a_sentence(text, says):
 def test_a_loss_is_named_with_its_settings():
     assert loss("ddis") == DDIS() and loss("IcePop:beta=3") == IcePop(beta=3)
     assert written(IcePop(beta=3.0)) == ["icepop:beta=3.0"] and loss(*written(DDIS(epsilon_low=0.2))).epsilon_low == 0.2
-    for text, says in (("ddos", "ddis"), ("ddis:epsilon=1", "epsilon_"), ("icepop:beta=0", "beta")):
+    for text, says in (("ddos", "ddis"), ("ddis:epsilon=1", "epsilon_"), ("icepop:beta=0", "beta"),
+                       ("GRPO", "advantages grpo"), ("dapo", "normalisation token-mean")):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             loss(text)
 
@@ -93,7 +96,10 @@ def test_a_task_that_is_learnt_is_a_success(parent, tmp_path, capsys, monkeypatc
     said = json.loads(heard.out)["learnt"]
     assert said.startswith("All of the last ") and said.endswith("stopped after step 0 of 20.") and said in heard.err
     assert main(["rl", "--resume", "--out", str(tmp_path / "run"), "--threads", "1"]) == 0
-    assert f"run is finished: {said} --steps with more" in capsys.readouterr().out
+    heard = capsys.readouterr().out
+    assert f"run is finished: {said} --steps with more" in heard
+    pages = re.search(r"report: (.*); every rollout: (.*)\nmodel: (.*); `glm5 chat", heard)
+    assert pages is not None and all(Path(page).exists() for page in pages.groups()), "what is named is there"
 
 
 def test_nothing_to_learn_from_is_refused(parent, tmp_path, capsys):
