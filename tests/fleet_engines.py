@@ -43,6 +43,22 @@ def slow_engine():
     return engine
 
 
+def held_engine(hold):
+    """The same; while the file `hold` is there, it is not ready, and stands still once it has more than 20 tokens."""
+    while hold.exists():
+        time.sleep(0.02)
+    engine = slow_engine()
+    run = engine._core.runner.run
+
+    def step(chunks, collect):
+        while engine.stats().sampled_tokens > 20 and hold.exists():
+            time.sleep(0.02)
+        return run(chunks, collect)
+
+    engine._core.runner.run = step
+    return engine
+
+
 def stuck_engine():
     """Never ends its first step when the prompt has token 300 in it."""
     engine = strict_engine()
@@ -57,9 +73,9 @@ def stuck_engine():
     return engine
 
 
-def poisoned_engine():
-    """Dies of a prompt that has token 300 in it."""
-    engine = strict_engine()
+def poisoned_engine(hold):
+    """Held, and dies of a prompt that has token 300 in it."""
+    engine = held_engine(hold)
     run = engine._core.runner.run
 
     def step(chunks, collect):

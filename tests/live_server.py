@@ -1,5 +1,6 @@
 """An app behind real sockets for the time of a `with` block."""
 
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -20,4 +21,13 @@ def live(app):
             time.sleep(0.01)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
+
+
+@contextmanager
+def kept_port():
+    """A port that nobody else is given meanwhile; a server can listen there, also one after the other."""
+    with socket.socket() as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("127.0.0.1", 0))
+        yield keeper.getsockname()[1]

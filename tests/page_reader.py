@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -13,7 +14,7 @@ needs_browser = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None, reason="no browser here: apt-get install chromium chromium-driver"
 )
 QUIET = ("disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update",
-         "disable-sync", "no-sandbox", "headless")  # fmt: skip
+         "disable-sync", "no-sandbox", "headless", "disable-dev-shm-usage")  # fmt: skip
 
 
 def start_browser(profile):
@@ -44,7 +45,9 @@ class Reader:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
     def until(self, condition):
-        return WebDriverWait(self.driver, 60, poll_frequency=0.1).until(lambda _: condition())
+        """Looks again also where what it looks at is just being drawn anew."""
+        wait = WebDriverWait(self.driver, 60, poll_frequency=0.1, ignored_exceptions=[StaleElementReferenceException])
+        return wait.until(lambda _: condition())
 
     def say(self, text):
         self.one("#say").send_keys(text, Keys.ENTER)

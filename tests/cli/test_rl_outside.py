@@ -93,13 +93,13 @@ def test_sessions_of_a_fine_tuned_model_and_of_earlier_versions_are_refused(pare
 @pytest.mark.parametrize("more", [(), ("--executor", "processes", "--held-out-env", "sums", "--held-out.tasks", 2)])
 def test_agents_reach_the_gateway_and_the_run_ends_when_its_steps_are_done(parent, tmp_path, capsys, monkeypatch, more):
     monkeypatch.setenv("GLM5_API_KEY", "secret")
-    http, replies = httpx.Client(headers={"x-api-key": "secret"}), []
+    http, replies = httpx.Client(headers={"x-api-key": "secret"}, timeout=120), []
 
     def use(url):
         body = {"model": "glm5", "max_tokens": 4, "messages": [{"role": "user", "content": "?"}]}
         for number in range(4):
-            assert httpx.post(f"{url}/s/{number}/v1/messages", json=body).status_code == 401
-            replies.append(http.post(f"{url}/s/{number}/v1/messages", json=body, timeout=60).status_code)
+            assert httpx.post(f"{url}/s/{number}/v1/messages", json=body, timeout=120).status_code == 401
+            replies.append(http.post(f"{url}/s/{number}/v1/messages", json=body).status_code)
             http.post(f"{url}/rl/sessions/{number}/reward", json={"value": number % 2})
 
     def said(text, **_):

@@ -38,7 +38,7 @@ def base_url(run_directory):
         assert line.startswith("Serving tiny at http://127.0.0.1:")
         yield line.split()[-1]
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=120) == 0
 
 
 def test_the_openai_client_reads_whole_and_streamed_replies(base_url):

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from live_server import kept_port
 from speaker import speaker_model, speaker_tokenizer
 
 import glm5
@@ -30,6 +31,8 @@ SLOW = """
 import sys, time
 if float(sys.argv[1]):
     from glm5.engine.core import Core
+    from glm5.serve import http
+    http.LAST_WORDS_SECONDS = 60.0  # slow steps on a busy machine
     step = Core.step
     Core.step = lambda self, now: (time.sleep(float(sys.argv[1])), step(self, now))[1]
 from glm5.cli.main import main
@@ -107,7 +110,7 @@ def begin(url, tokens):
 
 
 def test_a_signal_lets_the_running_request_end_and_the_code_is_0(model):
-    with server(model, "--port", 0, slow=0.05) as (process, url):
+    with server(model, "--port", 0, slow=0.1) as (process, url):
         thread, found = begin(url, 60)
         process.send_signal(signal.SIGINT)
         until_draining(url)
@@ -191,13 +194,14 @@ def test_the_second_ctrl_c_ends_at_once(model):
 
 
 def test_a_killed_server_serves_again_on_the_same_port(model):
-    with server(model, "--port", 0, slow=0.05) as (process, url):
-        thread, _ = begin(url, 400)
-        process.kill()
-        process.wait()
-        thread.join()
-    with server(model, "--port", url.rsplit(":", 1)[1]) as (_, again):
-        assert again == url and post(again, 3) == 3
+    with kept_port() as port:
+        with server(model, "--port", port, slow=0.05) as (process, url):
+            thread, _ = begin(url, 400)
+            process.kill()
+            process.wait()
+            thread.join()
+        with server(model, "--port", port) as (_, again):
+            assert again == url and post(again, 3) == 3
 
 
 def test_the_key_comes_from_the_environment_and_is_not_logged(model):

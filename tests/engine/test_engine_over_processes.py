@@ -81,12 +81,12 @@ def expected_bytes(plan):
 
 @pytest.mark.parametrize("how", ["killed", "stopped", "fails"])
 def test_a_lost_process_ends_the_requests_with_a_sentence(how, directory):
-    plan = P(tensor=2, timeout_seconds=60 if how != "stopped" else 3)
+    plan = P(tensor=2, timeout_seconds=300 if how != "stopped" else 10)
     killed = () if how == "fails" else (1,)
     (told, seconds), follower = run(2, lose, directory, plan, how, killed=killed)
     assert len(told) == 3 and all("cut over 2 processes" in sentence for sentence in told)
     assert all("start them again" in sentence for sentence in told)
-    assert seconds < 30
+    assert seconds < 200  # no timeout was waited for where the connection broke
     if how == "fails":
         assert "A step failed in process 1" in follower and "no memory left" in follower
 

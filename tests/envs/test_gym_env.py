@@ -77,7 +77,7 @@ def test_a_wrong_action_is_told_and_a_crash_is_a_failure():
 
 
 def test_a_step_does_not_hold_up_other_episodes():
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=120)
 
     class Meeting(Guessing):
         def step(self, action):

@@ -13,7 +13,7 @@ from glm5.threads import OneThread, in_thread
 
 
 def test_any_number_of_calls_runs_at_once():
-    everybody = threading.Barrier(40, timeout=30)
+    everybody = threading.Barrier(40, timeout=120)
 
     async def main():
         return await asyncio.gather(*(in_thread(lambda n: (everybody.wait(), n)[1], n) for n in range(40)))
@@ -25,7 +25,7 @@ def test_a_loop_ends_while_calls_hang():
     release, ended = threading.Event(), []
 
     def hang():
-        ended.append(release.wait(30))
+        ended.append(release.wait(120))
 
     async def main():
         calls = [asyncio.ensure_future(in_thread(hang)) for _ in range(9)]

@@ -159,7 +159,7 @@ def test_a_default_may_be_a_field_with_all_that_it_says():
 
 
 def test_calls_run_side_by_side_and_answer_in_order():
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=120)
     met = asyncio.Event()
 
     def slow(number: int) -> int:

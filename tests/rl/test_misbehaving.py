@@ -70,7 +70,7 @@ def test_calls_that_hang_hold_up_neither_the_learner_nor_the_end(parent, tmp_pat
             left[0] -= 1
             hangs = left[0] >= 0
         if hangs:
-            waited.append(release.wait(20))
+            waited.append(release.wait(300))
 
     environment = GymEnvironment("game", lambda: Game(hang), limits=EpisodeLimits(step_seconds=0.2))
     try:
@@ -85,7 +85,8 @@ class Stubborn:
 
     def __init__(self):
         self.released = False
-        self.watchdog = threading.Timer(30, lambda: setattr(self, "released", True))
+        self.watchdog = threading.Timer(300, lambda: setattr(self, "released", True))
+        self.watchdog.daemon = True
         self.watchdog.start()
 
     async def __call__(self, ticket=None):
@@ -194,8 +195,8 @@ def test_tasks_that_taught_nothing_may_be_mended(parent, tmp_path):
     environment = SingleTurn(Tasks(lambda index, before: before % 2 if mended else 0.0))
     for number, train in enumerate((train_rl, train_in_lockstep)):
         mended.clear()
-        config = config_of(parent, groups_in_vain=5)
-        with pytest.raises(RunError, match=r"the last [56] groups.*all wrong"):
+        config = config_of(parent, groups_in_vain=5)  # six run at once, and may all end in one turn of the loop
+        with pytest.raises(RunError, match=r"the last ([5-9]|10) groups.*all wrong"):
             train(config, [environment], tmp_path / str(number))
         mended.append(True)
         assert train(config, [environment], tmp_path / str(number), resume=True).finished
@@ -228,7 +229,7 @@ def test_a_run_of_empty_batches_does_not_end_as_if_it_had_learnt(parent, tmp_pat
             train_rl(config, [Chat(reward=lambda said: 0.0)], tmp_path / "short", resume=resume)
     assert not (tmp_path / "short" / "model").exists()
     config = config_of(parent, steps=300, scheduler={"mode": mode}, groups_in_vain=5)
-    with pytest.raises(RunError, match=r"the last [56] groups.*all wrong"):
+    with pytest.raises(RunError, match=r"the last ([5-9]|10) groups.*all wrong"):
         train_rl(config, [Chat(reward=lambda said: 0.0)], tmp_path / "long")
 
 

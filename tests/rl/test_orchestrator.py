@@ -222,7 +222,7 @@ def test_an_interrupted_run_says_so_and_goes_on(parent, tmp_path, monkeypatch):
 
 
 def test_a_run_that_hangs_says_what_it_waits_for(parent, tmp_path):
-    config = config_of(parent, patience=1.0)
+    config = config_of(parent, patience=3.0)
     with pytest.raises(
         RunError, match=r"12 are in their environments, the learner is idle, engine 0 is up at version 0"
     ):

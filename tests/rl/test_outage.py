@@ -91,7 +91,7 @@ def test_the_time_of_an_episode_does_not_count_the_outage(monkeypatch):
 
 def test_it_fails_after_the_bound_and_else_at_once(quick):
     said = []
-    rollout = played(AwayAtFirst(10**9), away=said.append, outage_seconds=0.2)
+    rollout = played(AwayAtFirst(10**9), away=said.append, outage_seconds=1.0)
     assert (rollout.outcome, rollout.failure) == ("env_failure", "unreachable: ws://there cannot be reached")
     assert 3 < len(said) < 200
     for environment, options in (
@@ -219,10 +219,10 @@ def test_patience_begins_behind_an_outage_that_is_borne(monkeypatch):
 
 
 def test_an_outage_longer_than_the_patience_is_borne(monkeypatch, tmp_path):
-    monkeypatch.setattr(outage, "jittered", lambda seconds: 2.5)
+    monkeypatch.setattr(outage, "jittered", lambda seconds: 8.0)
     glm5.save_model(brief_model(), tmp_path / "parent", speaker_tokenizer())
     config = RLRunConfig(
-        parent=tmp_path / "parent", steps=1, rollout=RolloutConfig(max_tokens=6), patience=2.0,
+        parent=tmp_path / "parent", steps=1, rollout=RolloutConfig(max_tokens=6), patience=6.0,
         scheduler=SchedulerConfig(mode="sync", groups_per_batch=2, group_size=3, max_running=6),
     )  # fmt: skip
     environment = AwayAtFirst(6, reward=lambda said: len(said[-1]["content"] or "") / 10)

@@ -125,8 +125,8 @@ def watched(monkeypatch):
 
 
 def wait(vains):
-    """Until the newest one is full, or a minute."""
-    for _ in range(3000):
+    """Until the newest one is full, or ten minutes."""
+    for _ in range(30_000):
         if vains[-1].full:
             return
         time.sleep(0.02)

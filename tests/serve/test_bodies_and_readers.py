@@ -57,9 +57,9 @@ def test_a_slow_reader_does_not_hold_the_work_and_is_cut_off():
         ended = asyncio.Event()
         call = Call(SendAtLeisure(_many_parts, Limits(stall_seconds=0.05)), {**scope_of(), "ended": ended}, stall=True)
         running = asyncio.create_task(call.run())
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), 60)
         sent_by_then = len(call.sent)
-        await asyncio.wait_for(running, 5)
+        await asyncio.wait_for(running, 60)
         return sent_by_then, len(call.sent)
 
     assert asyncio.run(go()) == (1, 1)
@@ -74,8 +74,8 @@ def test_what_is_kept_for_all_slow_readers_is_bounded_and_who_reads_is_served(mo
         running = [asyncio.create_task(call.run()) for call in slow]
         await asyncio.sleep(0.1)
         kept, ended = layer.total, sum(call.scope["ended"].is_set() for call in slow)
-        reader = await asyncio.wait_for(Call(layer, {**scope_of(), "ended": asyncio.Event()}).run(), 5)
-        await asyncio.wait_for(asyncio.gather(*running), 5)
+        reader = await asyncio.wait_for(Call(layer, {**scope_of(), "ended": asyncio.Event()}).run(), 60)
+        await asyncio.wait_for(asyncio.gather(*running), 60)
         return kept, ended, len(reader.sent), layer.total
 
     kept, ended, read, left = asyncio.run(go())
@@ -88,7 +88,7 @@ def test_what_is_kept_for_a_slow_reader_is_bounded():
         ended = asyncio.Event()
         limits = Limits(stall_seconds=0.2, max_unsent_bytes=300)
         call = Call(SendAtLeisure(_many_parts, limits), {**scope_of(), "ended": ended}, stall=True)
-        await asyncio.wait_for(call.run(), 5)
+        await asyncio.wait_for(call.run(), 60)
         return ended.is_set()
 
     assert asyncio.run(go()) is False

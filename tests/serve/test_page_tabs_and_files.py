@@ -94,7 +94,7 @@ def test_two_tabs_that_change_one_conversation_make_two(reader, tabs, fake):
         reader.answered("You said: quick")
     fake.holds.clear()
     reader.answered("word " * 39 + "word")
-    assert "kept as a second conversation" in reader.one(".toast").text
+    reader.until(lambda: "kept as a second conversation" in reader.one(".toast").text)
     reader.until(lambda: kept(reader) == [["first", "slow"], ["first", "slow", "quick"]])
     assert len(reader.all(".conversation")) == 2
     reader.driver.refresh()
@@ -159,7 +159,7 @@ def test_a_full_storage_is_said_and_takes_nothing_from_the_screen(reader):
     for text in ("one", "two"):
         reader.say(text)
         reader.answered(f"You said: {text}")
-        assert "storage is full" in reader.one(".toast").text
+        reader.until(lambda: "storage is full" in reader.one(".toast").text)
 
 
 def load(reader, file, content):

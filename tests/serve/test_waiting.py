@@ -49,6 +49,7 @@ def test_the_wait_for_a_place_counts_for_the_deadline(path):
             late = await posted(client, path=path, headers={"X-Request-Timeout": "0.05"})
             assert not first.done()
             patient = asyncio.create_task(posted(client, path=path, headers={"X-Request-Timeout": "40"}))
+            await until(lambda: client._transport.app.state.service.gate.waiting == 1)
             await asyncio.sleep(0.2)
             source.go_on.set()
             assert {(await first).status_code, (await patient).status_code} == {200}
@@ -285,7 +286,7 @@ def test_what_is_wrong_before_the_stream_begins_is_a_status_and_afterwards_an_ev
         first = asyncio.create_task(call_of(app, path, **fields).run())
         await until(lambda: source.started)
         wrong = {k: [{"role": "nobody", "content": "x"}] if k != "max_tokens" else v for k, v in fields.items()}
-        late = call_of(app, path, (b"x-request-timeout", b"0.5"), **fields)
+        late = call_of(app, path, (b"x-request-timeout", b"2"), **fields)
         waiting = asyncio.create_task(late.run())
         await until(lambda: late.sent)
         full = await asyncio.wait_for(call_of(app, path, **fields).run(), 30)
@@ -310,7 +311,7 @@ def test_the_clients_packages_wait_in_the_queue(live_server):
     while not source.started:
         time.sleep(0.01)
     late = chat.chat.completions.create(
-        model="tiny", messages=USER, stream=True, extra_headers={"X-Request-Timeout": "0.3"}
+        model="tiny", messages=USER, stream=True, extra_headers={"X-Request-Timeout": "3"}
     )
     with pytest.raises(openai.APIError, match="deadline passed"):
         list(late)

@@ -1,5 +1,6 @@
 """Runs on two processes against runs on one: every stage, stops and kills, another number of processes afterwards."""
 
+import contextlib
 import json
 import os
 import signal
@@ -114,7 +115,8 @@ def test_torchrun_killed_and_resumed_on_one_process_and_exported(tiny, tmp_path)
             time.sleep(0.02)
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")  # each in a process group of its own
         for number in [process.pid, *map(int, workers.read_text().split())] if process.poll() is None else []:
-            os.kill(number, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
         errors = process.communicate()[1].decode()
     run_ = RunDirectory.open(place)
     plans = [session["settings"]["parallel"]["data_shard"] for session in run_.description["sessions"]]

@@ -27,7 +27,7 @@ from glm5.rl.weights.mirror import check_unused
 from glm5.serve.backend import Backend
 from glm5.serve.backend_api import backend_api
 
-CONFIG = FleetConfig(start_seconds=5, silence_seconds=20, max_restarts=0, update_seconds=60)
+CONFIG = FleetConfig(start_seconds=60, silence_seconds=20, max_restarts=0, update_seconds=60)
 KEY = "a-key-of-the-fleet"
 
 
@@ -50,9 +50,19 @@ async def running(backends, delivery, config=CONFIG):
         await fleet.close()
 
 
+SLOW = """
+import sys, time
+from glm5.engine.core import Core
+step = Core.step
+Core.step = lambda self, now: (time.sleep(0.01), step(self, now))[1]
+from glm5.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def serving(directory, weights):
-    """A server process."""
-    command = [sys.executable, "-m", "glm5.cli.main", "serve", str(directory), "--port", "0", "--strict",
+    """A server process of about a hundred steps a second, so that there is time to kill it."""
+    command = [sys.executable, "-c", SLOW, "serve", str(directory), "--port", "0", "--strict",
                "--weights-from", str(weights), "--no-log-requests"]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLM5_API_KEY": KEY}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
@@ -86,7 +96,7 @@ def test_glm5_servers_take_weights_from_a_directory_and_one_that_is_killed_is_no
 
 def test_sglang_is_interrupted_for_new_weights_and_every_token_has_its_version(directory, tmp_path):
     seen = []
-    backend = Backend("http://sglang", directory, backend_api("sglang"), transport=sglang_like(seen))
+    backend = Backend("http://sglang", directory, backend_api("sglang"), transport=sglang_like(seen, hold_at=150))
     delivery = Reloaded(tmp_path, speaker_config(), speaker_tokenizer())
 
     async def story():
@@ -184,8 +194,9 @@ def test_servers_that_are_away_busy_or_keep_their_weights(directory):
                 await anext(f.stream(PROMPTS[0], params_of(0, structured_outputs=one_word)))
             with pytest.raises(FleetError, match="keep their weights"):
                 await f.publish(1, speaker_model().state_dict())
+        gone = Backend("http://t", directory, api, transport=httpx.MockTransport(away))
         with pytest.raises(FleetError, match="http://t does not answer; start it"):
-            async with running([Backend("http://t", directory, api, transport=httpx.MockTransport(away))], None):
+            async with running([gone], None, replace(CONFIG, start_seconds=0.5)):
                 raise AssertionError
 
     asyncio.run(story())

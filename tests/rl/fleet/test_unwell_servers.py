@@ -21,7 +21,7 @@ from glm5.rl.weights import DirectoryPublisher
 from glm5.serve.backend import Backend
 from glm5.serve.backend_api import backend_api
 
-CONFIG = FleetConfig(start_seconds=5, silence_seconds=20, max_restarts=0, update_seconds=60)
+CONFIG = FleetConfig(start_seconds=60, silence_seconds=20, max_restarts=0, update_seconds=60)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ async def running(directory, servers, delivery=None, config=CONFIG):
 
 
 async def until(condition):
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -239,14 +239,13 @@ def test_a_server_that_says_that_it_cannot_answer_is_left_at_once(directory, mon
     asyncio.run(story())
 
 
-def test_a_server_that_is_unwell_from_the_start_is_named_with_its_trouble(directory, monkeypatch):
-    monkeypatch.setattr(external, "START_SECONDS", 0.05)
+def test_a_server_that_is_unwell_from_the_start_is_named_with_its_trouble(directory):
     server = Server()
     server.health = 503
 
     async def story():
         with pytest.raises(FleetError, match="http://s0 answers 503 to /health; start it, or look at its log"):
-            async with running(directory, [server], config=replace(CONFIG, start_seconds=0.6)):
+            async with running(directory, [server], config=replace(CONFIG, start_seconds=2)):
                 raise AssertionError
 
     asyncio.run(story())
@@ -272,8 +271,9 @@ def test_a_request_whose_deadline_passes_before_it_is_taken_ends_and_the_server_
 
     async def story():
         async with running(directory, [waiting_for_ever([], ended)]) as fleet:
-            late = fleet.stream(PROMPTS[0], params_of(0), deadline=0.3)
+            late = fleet.stream(PROMPTS[0], params_of(0), deadline=1.0)
             assert [delta async for delta in late] == [] and late.finish_reasons == ("abort",)
+            await until(lambda: ended)
             assert ended == ["/generate"] and fleet.stats().engines[0].restarts == 0 and fleet.failure is None
 
     asyncio.run(story())

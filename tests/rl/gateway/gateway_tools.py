@@ -36,7 +36,7 @@ class Gateway:
         return anthropic.Anthropic(base_url=f"{self.url}/s/{session}", api_key="none", max_retries=0)
 
     def post(self, path, **body):
-        return httpx.post(f"{self.url}/rl/sessions{path}", json=body)
+        return httpx.post(f"{self.url}/rl/sessions{path}", json=body, timeout=120)
 
     def reward(self, session, value, **body):
         return self.post(f"/{session}/reward", value=value, **body)

@@ -65,12 +65,6 @@ def wait_for(port, process):
         time.sleep(0.02)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Agents:
     """Groups of attempts of two turns, one group after the other, until `stop`; what they were told is remembered."""
 
@@ -83,7 +77,7 @@ class Agents:
         """The answers that an agent got, by session."""
         self.refused = []
         self.retries = 0
-        self._http = httpx.Client(timeout=20.0)
+        self._http = httpx.Client(timeout=120)
 
     def run(self):
         """In a thread of its own."""

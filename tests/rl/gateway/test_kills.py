@@ -8,8 +8,8 @@ import httpx
 import killed_gateway
 import pytest
 import torch
-from killed_gateway import GROUP, STEPS, Agents, free_port
-from live_server import live
+from killed_gateway import GROUP, STEPS, Agents
+from live_server import kept_port, live
 from scripted import brief_model
 from speaker import speaker_tokenizer
 
@@ -43,15 +43,16 @@ def parent(tmp_path_factory):
 def test_killed_gateways_lose_no_session_and_learn_from_none_twice(parent, tmp_path, kills):
     died, number = 0, 0
     while died < kills:
-        path, port = tmp_path / f"killed-{number}", free_port()
-        agents = Agents(port)
-        thread = threading.Thread(target=agents.run)
-        thread.start()
-        try:
-            died += killed_gateway.killed(parent, path, port, min(kills - died, 4), seed=number)
-        finally:
-            agents.stopped.set()
-            thread.join()
+        path = tmp_path / f"killed-{number}"
+        with kept_port() as port:
+            agents = Agents(port)
+            thread = threading.Thread(target=agents.run)
+            thread.start()
+            try:
+                died += killed_gateway.killed(parent, path, port, min(kills - died, 4), seed=number)
+            finally:
+                agents.stopped.set()
+                thread.join()
         check(parent, path, agents)
         number += 1
 

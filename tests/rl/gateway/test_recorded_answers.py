@@ -18,7 +18,7 @@ from glm5.serve import ApiError
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_whose_client_left_is_recorded_and_not_learnt(tmp_path, stream):
     model = ScriptedModel("one two three four five six seven")
-    model.delay = 0.02
+    model.delay = 0.1
     engine, sessions = Engine(model, speaker_tokenizer()), Sessions(tmp_path)
     app = create_gateway(engine, sessions, model_name="tiny")
     body = json.dumps({"model": "tiny", "messages": USER, "stream": stream, **OFF}).encode()
@@ -53,7 +53,7 @@ def test_the_time_of_a_turn_is_no_longer_than_its_client_waited(tmp_path):
 @pytest.mark.parametrize("stream", [True, False])
 def test_answers_under_way_when_the_final_reward_comes_are_part_of_the_session(tmp_path, stream):
     model = ScriptedModel("one two three four five six seven")
-    model.delay = 0.02
+    model.delay = 0.2  # so that both are under way until all has been asked
     engine, sessions = Engine(model, speaker_tokenizer()), Sessions(tmp_path / "live")
     app = create_gateway(engine, sessions, model_name="tiny")
     body = json.dumps({"model": "tiny", "messages": USER, "stream": stream, **OFF}).encode()
@@ -73,6 +73,7 @@ def test_answers_under_way_when_the_final_reward_comes_are_part_of_the_session(t
             sessions.abandon("early", "")
         assert not list(sessions.finished.iterdir())
         shutil.copytree(tmp_path / "live", tmp_path / "killed")
+        model.delay = 0.0
         await asyncio.wait(tasks)
 
     asyncio.run(story())

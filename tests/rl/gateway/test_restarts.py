@@ -137,7 +137,7 @@ from speaker import ScriptedModel, speaker_tokenizer
 from glm5.engine import Engine
 from glm5.rl.gateway import Sessions, create_gateway
 from glm5.serve import serve
-model = ScriptedModel("the fox " * 4)
+model = ScriptedModel("the fox " * 40)  # long enough to be killed in the middle
 model.delay = 0.02
 sessions = Sessions(Path(sys.argv[1]))
 app = create_gateway(Engine(model, speaker_tokenizer()), sessions, model_name="tiny")
@@ -157,7 +157,8 @@ def test_a_killed_server_keeps_every_answer_that_a_client_has(tmp_path, kills):
         for _ in range(2):
             reply = httpx.post(f"{url}/s/killed/v1/chat/completions", json=body, timeout=60).json()
             answers.append(tuple(reply["choices"][0]["token_ids"]))
-        with httpx.stream("POST", f"{url}/s/killed/v1/chat/completions", json={**body, "stream": True}) as stream:
+        long = {**body, "max_tokens": 300, "stream": True}
+        with httpx.stream("POST", f"{url}/s/killed/v1/chat/completions", json=long, timeout=60) as stream:
             lines = stream.iter_lines()
             next(lines)  # killed in the middle of an answer
             process.send_signal(signal.SIGKILL)

@@ -29,10 +29,14 @@ def ids(ready):
     return [rollout.task.id for rollout in ready.rollouts]
 
 
-async def played(rollouts, wanted, seconds=0.5):
-    """What comes for the tickets within a moment, by ticket."""
+async def played(rollouts, wanted, looks=3):
+    """What comes for the tickets within so many looks at the directory, by ticket."""
+    looked, poll = [], rollouts.finished.poll
+    rollouts.finished.poll = lambda: (looked.append(1), poll())[1]
     tasks = {ticket: asyncio.create_task(rollouts.play(ticket)) for ticket in wanted}
-    await asyncio.wait(tasks.values(), timeout=seconds)
+    while len(looked) < looks and not all(task.done() for task in tasks.values()):
+        await asyncio.sleep(0.01)
+    rollouts.finished.poll = poll
     done = {ticket: task.result() for ticket, task in tasks.items() if task.done()}
     for task in tasks.values():
         task.cancel()

@@ -18,7 +18,7 @@ def running(tmp_path_factory):
 def test_a_session_begins_with_its_first_request_and_a_reward_ends_it(running):
     assert running.post("/new/reward", value=1.0).status_code == 404
     ask(running.openai("new"), USER)
-    known = httpx.get(f"{running.url}/rl/sessions/new").json()
+    known = httpx.get(f"{running.url}/rl/sessions/new", timeout=60).json()
     assert (known["state"], known["turns"], known["reward"]) == ("open", 1, None)
     assert running.reward("new", 0.25, reason="so so").json()["reward"] == {"value": 0.25, "reason": "so so"}
     with pytest.raises(Exception, match="The session 'new' is closed; begin another one"):
@@ -59,7 +59,7 @@ def test_what_is_refused_and_how(running, method, path, body, status, word):
 def test_a_reward_is_a_number_that_can_be_compared(running):
     running.post("", session="infinite")
     for value in ("Infinity", "NaN", "1.7e308", "-1000001"):
-        reply = httpx.post(f"{running.url}/rl/sessions/infinite/reward", content=f'{{"value": {value}}}',
+        reply = httpx.post(f"{running.url}/rl/sessions/infinite/reward", timeout=60, content=f'{{"value": {value}}}',
                            headers={"Content-Type": "application/json"})  # fmt: skip
         assert reply.status_code == 400, reply.text
 
@@ -75,13 +75,13 @@ def test_opening_is_idempotent_and_names_group_and_task(running):
 def test_the_header_names_the_session_too_and_requests_without_one_are_not_recorded(running):
     body = {"model": "tiny", "messages": USER, "max_tokens": 3, "ignore_eos": True, **OFF}
     before = running.sessions.counts()
-    assert httpx.post(f"{running.url}/v1/chat/completions", json=body).status_code == 200
+    assert httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
     assert running.sessions.counts() == before
-    httpx.post(f"{running.url}/v1/chat/completions", json=body, headers={"X-Session-ID": "by-header"})
+    httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60, headers={"X-Session-ID": "by-header"})
     ids = {"token_ids": [40, 41], "sampling_params": {"max_tokens": 3, "ignore_eos": True}}
-    httpx.post(f"{running.url}/s/by-header/inference/v1/generate", json=ids)
+    httpx.post(f"{running.url}/s/by-header/inference/v1/generate", json=ids, timeout=60)
     assert [len(turn.output_ids) for turn in running.turns("by-header")] == [3, 3]
-    wrong = httpx.post(f"{running.url}/v1/chat/completions", json=body, headers={"X-Session-ID": "a b"})
+    wrong = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60, headers={"X-Session-ID": "a b"})
     assert wrong.status_code == 400 and "letters, digits" in wrong.json()["error"]["message"]
 
 
@@ -150,9 +150,9 @@ def test_a_place_that_holds_no_sessions_is_refused(tmp_path):
 def test_the_key_of_the_server_guards_every_call(tmp_path):
     with gateway(tmp_path, api_key="secret") as running:
         for method, path in [("POST", ""), ("GET", ""), ("GET", "/x"), ("POST", "/x/reward"), ("DELETE", "/x")]:
-            assert httpx.request(method, f"{running.url}/rl/sessions{path}", json={}).status_code == 401
+            assert httpx.request(method, f"{running.url}/rl/sessions{path}", json={}, timeout=60).status_code == 401
         for path in ("/s/x/v1/chat/completions", "/s/x/v1/messages", "/s/x/health/../v1/models", "/s/x/rl/sessions"):
-            assert httpx.post(f"{running.url}{path}", json={}).status_code == 401
+            assert httpx.post(f"{running.url}{path}", json={}, timeout=60).status_code == 401
         assert running.sessions.counts() == {"open": 0, "closed": 0, "damaged": 0}
         client = running.openai("x").with_options(api_key="secret")
         ask(client, USER)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from page_reader import needs_browser, start_browser
 from rollouts_made import rollout
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from speaker import speaker_tokenizer
@@ -43,7 +44,9 @@ class Viewer:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
     def until(self, condition):
-        return WebDriverWait(self.driver, 60, poll_frequency=0.05).until(lambda _: condition())
+        """Looks again also where what it looks at is just being drawn anew."""
+        wait = WebDriverWait(self.driver, 60, poll_frequency=0.05, ignored_exceptions=[StaleElementReferenceException])
+        return wait.until(lambda _: condition())
 
     def groups(self):
         return self.script("return [...document.querySelectorAll('#groups button')].map((b) => b.dataset.group)")
