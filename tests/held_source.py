@@ -50,7 +50,7 @@ async def posted(client, *, headers=None, path="/v1/chat/completions", **fields)
 
 
 async def until(condition):
-    for _ in range(2000):
+    for _ in range(12_000):
         if condition():
             return
         await asyncio.sleep(0.01)

@@ -3,6 +3,8 @@
 The game: say numbers that add up to a target that the seed fixes.
 """
 
+import time
+
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 
 
@@ -21,7 +23,12 @@ class Server:
     def __init__(self):
         self.app = FastAPI()
         self.app.websocket("/ws")(self.session)
-        self.open, self.most, self.frames = 0, 4, []
+        self.open, self.most, self.frames = 0, 40, []
+
+    def wait(self):
+        """Until all sessions have come to their ends here too: a client's is earlier."""
+        while self.open:
+            time.sleep(0.01)
 
     async def session(self, socket: WebSocket):
         await socket.accept()

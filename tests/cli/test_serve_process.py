@@ -66,13 +66,13 @@ def post(url, tokens, **headers):
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
     )
-    with urllib.request.urlopen(request, timeout=60) as reply:
+    with urllib.request.urlopen(request, timeout=300) as reply:
         return json.load(reply)["usage"]["completion_tokens"]
 
 
 def busy(url):
     """How many requests run and wait."""
-    with urllib.request.urlopen(f"{url}/health", timeout=60) as reply:
+    with urllib.request.urlopen(f"{url}/health", timeout=300) as reply:
         body = json.load(reply)
     return body["running"], body["waiting"]
 
@@ -117,7 +117,7 @@ def test_a_signal_lets_the_running_request_end_and_the_code_is_0(model):
         with pytest.raises(urllib.error.HTTPError) as refusal:
             post(url, 1)
         thread.join()
-        assert found == [60] and process.wait(timeout=60) == 0
+        assert found == [60] and process.wait(timeout=300) == 0
         assert refusal.value.code == 503 and refusal.value.headers["Retry-After"] == "5"
         lines = [json.loads(line) for line in process.stderr.read().splitlines()]
         assert {line["status"] for line in lines if line["method"] == "POST"} == {200, 503}
@@ -142,7 +142,7 @@ def test_requests_that_outlast_the_drain_are_answered_with_what_is_there_and_the
         path, body = BODIES[name]
         request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
+            with urllib.request.urlopen(request, timeout=300) as reply:
                 found[name] = reply.read().decode()
         except urllib.error.HTTPError as error:
             found[name] = f"{error.code} {error.read().decode()}"
@@ -154,7 +154,7 @@ def test_requests_that_outlast_the_drain_are_answered_with_what_is_there_and_the
             while sum(busy(url)) < number:
                 time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=300) == 0
         for thread in threads:
             thread.join()
         lines = [json.loads(line) for line in process.stderr.read().splitlines()]
@@ -178,7 +178,7 @@ def test_a_client_that_does_not_end_its_request_does_not_hold_the_end(model):
             while "requests_in_flight 2" not in urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode():
                 time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=60) == 0
+            assert process.wait(timeout=300) == 0
             lines = [json.loads(line) for line in process.stderr.read().splitlines()]
     assert [line for line in lines if line["level"] not in ("info", "debug")] == []
 
@@ -189,7 +189,7 @@ def test_the_second_ctrl_c_ends_at_once(model):
         process.send_signal(signal.SIGINT)
         until_draining(url)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=300) == 130
         thread.join()
 
 
@@ -212,7 +212,7 @@ def test_the_key_comes_from_the_environment_and_is_not_logged(model):
             post(local, 1)
         assert post(local, 1, Authorization=f"Bearer {key}") == 1
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=300) == 0
         errors = process.stderr.read()
     assert key not in errors and "Warning" not in errors
 

@@ -17,7 +17,7 @@ from glm5.errors import InputError, UnavailableError
 
 
 def wait_for(condition):
-    for _ in range(2000):
+    for _ in range(24_000):
         if condition():
             return
         time.sleep(0.005)

@@ -28,6 +28,7 @@ def server():
 
 @pytest.fixture
 def env(server):
+    server.wait()
     server.frames.clear()
     return OpenEnv("adding", server.url, instructions="Add up.", action=adding)
 
@@ -39,6 +40,7 @@ def test_an_episode_is_one_session(env, server):
     seen, reward = play(env, task, *[said("1")] * missing)
     assert seen[-1].done and reward.value == 1.0
     assert [o.messages[0]["content"] for o in seen[1:-1]] == [f"{n} are missing" for n in range(missing - 1, 0, -1)]
+    server.wait()
     kinds = [frame["type"] for frame in server.frames]
     assert kinds == ["reset", "step", "close", "reset", *["step"] * missing, "close"]
     assert play(env, task, said(str(missing + 1)))[1].value == 0.0
@@ -72,7 +74,7 @@ def test_a_full_server_is_a_failure(env, server):
         with pytest.raises(EnvironmentFailure, match="no place is free"):
             play(env, env.task(0, 0))
     finally:
-        server.most = 4
+        server.most = 40
 
 
 def test_no_server_and_no_websocket_are_unreachable():

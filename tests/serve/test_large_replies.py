@@ -79,7 +79,7 @@ def test_a_large_reply_holds_its_place_until_its_parts_are_counted(monkeypatch):
             await asyncio.sleep(0.05)
             assert app.state.service.gate.running == 1
         call.leave()
-        await asyncio.wait_for(running, 30)
+        await asyncio.wait_for(running, 120)
         assert app.state.service.gate.running == 0
 
     asyncio.run(go(100))

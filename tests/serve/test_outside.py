@@ -176,7 +176,7 @@ def test_an_engine_that_has_failed_shows_in_health_and_takes_nothing_new(monkeyp
     with monkeypatch.context() as broken:
         broken.setattr(Core, "next_deadline", property(lambda core: 1 / 0))  # what its thread asks between two steps
         assert ask(client).status_code == 200  # the first step is the whole answer
-        client.app.state.service.source._thread.join(20)
+        client.app.state.service.source._thread.join(120)
     health = client.get("/health")
     assert health.status_code == 503 and health.json()["status"] == "engine failed"
     refused = ask(client)

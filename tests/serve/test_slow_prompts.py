@@ -40,12 +40,12 @@ def test_a_slow_prompt_is_given_up_at_the_deadline_and_when_the_server_ends(rele
                 await first
             service.prompt = slowly
             ask = {"path": path, "stream": stream}
-            late = await asyncio.wait_for(posted(client, headers={"X-Request-Timeout": "0.5"}, **ask), 30)
+            late = await asyncio.wait_for(posted(client, headers={"X-Request-Timeout": "0.5"}, **ask), 120)
             before = len(begun)
             last = asyncio.create_task(posted(client, **ask))
             await until(lambda: len(begun) > before)
             service.endings.give_up()
-            ended = await asyncio.wait_for(last, 30)
+            ended = await asyncio.wait_for(last, 120)
             source.go_on.set()
             await first
             assert (service.gate.running, service.gate.waiting, len(source.started)) == (0, 0, 1)

@@ -153,10 +153,10 @@ def test_who_leaves_while_a_grammar_compiles_is_gone_at_once_with_its_grammar(mo
             running = asyncio.create_task(call.run())
             await until(lambda: gate.aside == 1)
             call.leave()
-            await asyncio.wait_for(running, 30)
+            await asyncio.wait_for(running, 120)
             assert (call.status, gate.running, gate.waiting) == (499, 0, 0)
             await until(lambda: begun == ended)
-        last = await asyncio.wait_for(structured("last").run(), 30)
+        last = await asyncio.wait_for(structured("last").run(), 120)
         return last.status
 
     assert asyncio.run(go()) == 400
@@ -200,7 +200,7 @@ def test_a_stream_without_events_gives_signs_of_life(path, fields, sign):
         running = asyncio.create_task(call.run())
         await until(lambda: [message.get("body") for message in call.sent].count(sign) >= 3)
         source.go_on.set()
-        await asyncio.wait_for(running, 30)
+        await asyncio.wait_for(running, 120)
         return call
 
     sent = asyncio.run(go()).sent
@@ -217,7 +217,7 @@ def test_a_client_that_leaves_between_signs_of_life_stops_the_work():
         await until(lambda: len(call.sent) > 4)
         assert not source.streams[0].closed
         call.leave()
-        await asyncio.wait_for(running, 30)
+        await asyncio.wait_for(running, 120)
         said = len(call.sent)
         await asyncio.sleep(0.1)
         assert len(call.sent) == said and call.app.state.service.gate.running == 0
@@ -267,10 +267,10 @@ def test_a_stream_that_waits_in_the_queue_begins_and_gives_signs_of_life(path, f
         await until(lambda: all(len(call.sent) >= 4 for call in calls))
         assert [call.status for call in calls] == [200] * 3 and len(source.started) == 1 and gate.waiting == 2
         calls[2].leave()
-        await asyncio.wait_for(running[2], 30)
+        await asyncio.wait_for(running[2], 120)
         assert gate.waiting == 1
         source.go_on.set()
-        await asyncio.wait_for(asyncio.gather(*running), 30)
+        await asyncio.wait_for(asyncio.gather(*running), 120)
         assert (gate.running, gate.waiting, len(source.started)) == (0, 0, 2)
         return b"".join(message.get("body", b"") for message in calls[1].sent)
 
@@ -289,9 +289,9 @@ def test_what_is_wrong_before_the_stream_begins_is_a_status_and_afterwards_an_ev
         late = call_of(app, path, (b"x-request-timeout", b"2"), **fields)
         waiting = asyncio.create_task(late.run())
         await until(lambda: late.sent)
-        full = await asyncio.wait_for(call_of(app, path, **fields).run(), 30)
-        await asyncio.wait_for(waiting, 30)
-        bad = await asyncio.wait_for(call_of(app, path, **wrong).run(), 30)
+        full = await asyncio.wait_for(call_of(app, path, **fields).run(), 120)
+        await asyncio.wait_for(waiting, 120)
+        bad = await asyncio.wait_for(call_of(app, path, **wrong).run(), 120)
         source.go_on.set()
         await first
         return late, full.status, bad.status, app.state.service.gate

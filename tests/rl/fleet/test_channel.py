@@ -23,5 +23,5 @@ def test_a_watch_that_looks_while_an_engine_is_lost_hears_the_reason():
     events = Told()
     ChannelMember(ours, events, FleetConfig(), weights=tuple, kill=lambda: None, gone=lambda _: True)
     theirs.send(("failed", "a step of its engine failed"))
-    assert events.told.wait(30)
+    assert events.told.wait(120)
     assert events.reasons == ["a step of its engine failed"] * 2

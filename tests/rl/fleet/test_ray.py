@@ -43,15 +43,17 @@ def cluster():
                    "RAY_memory_monitor_refresh_ms": "0"}  # fmt: skip
     small = {"object_store_memory": STORE, "include_dashboard": False}
     for tries_left in (2, 1, 0):
+        cluster = Cluster()
         try:
-            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+            cluster.add_node(num_cpus=0, **small)
             nodes = [cluster.add_node(num_cpus=2, object_store_memory=STORE) for _ in range(2)]
             ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
             break
         except Exception:  # Ray gives a node half a minute to start, however busy the machine is
+            ray.shutdown()
+            cluster.shutdown()
             if not tries_left:
                 raise
-            ray.shutdown()
     yield nodes, cluster
     ray.shutdown()
     cluster.shutdown()

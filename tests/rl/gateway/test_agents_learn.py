@@ -117,7 +117,6 @@ def mean(values):
     return sum(values) / len(values)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("agent", [openai_agent, anthropic_agent])
 def test_an_unchanged_agent_improves_while_it_is_used(parent, tmp_path, agent):
     users = Users(agent)
@@ -169,7 +168,6 @@ def share_of_right(model):
     return mean([float(o.text.startswith("<tool_call>right")) for output in outputs for o in output.outputs])
 
 
-@pytest.mark.timeout(300)
 def test_records_are_learnt_from_later_and_a_torn_run_ends_the_same_without_them(
     parent, records, tmp_path, monkeypatch
 ):

@@ -10,7 +10,7 @@ from glm5.rl.weights.follow import Follower
 
 
 def wait_for(condition):
-    for _ in range(2000):
+    for _ in range(12_000):
         if condition():
             return
         time.sleep(0.01)
