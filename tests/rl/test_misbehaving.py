@@ -72,7 +72,7 @@ def test_calls_that_hang_hold_up_neither_the_learner_nor_the_end(parent, tmp_pat
         if hangs:
             waited.append(release.wait(300))
 
-    environment = GymEnvironment("game", lambda: Game(hang), limits=EpisodeLimits(step_seconds=0.2))
+    environment = GymEnvironment("game", lambda: Game(hang), limits=EpisodeLimits(step_seconds=1.0))
     try:
         run = train_rl(config_of(parent), [environment], tmp_path / "run")
         assert run.finished and left[0] < 0 and not waited
@@ -106,7 +106,7 @@ def test_calls_that_cannot_be_cancelled_hold_up_neither_the_learner_nor_the_end(
                 await stuck()
             return await super().step(message)
 
-    environment = Chat(reward=lambda said: len(said[-1]["content"] or "") % 2, limits=EpisodeLimits(step_seconds=0.2))
+    environment = Chat(reward=lambda said: len(said[-1]["content"] or "") % 2, limits=EpisodeLimits(step_seconds=1.0))
     environment.episode = lambda task: Stuck(environment, task)
     run = train_rl(config_of(parent), [environment], tmp_path / "run")
     stuck.watchdog.cancel()
