@@ -100,7 +100,7 @@ def test_forgetting_deletes_everything(running):
         ask(running.openai(name), USER)
         if close:
             running.reward(name, 1.0)
-        assert httpx.delete(f"{running.url}/rl/sessions/{name}").json()["deleted"]
+        assert httpx.delete(f"{running.url}/rl/sessions/{name}", timeout=60).json()["deleted"]
         assert running.reward(name, 1.0).status_code == 404
         assert not [path for path in running.sessions.directory.rglob("*") if name in path.name]
 
