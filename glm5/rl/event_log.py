@@ -30,6 +30,7 @@ from glm5.rl.codec import (
 )
 from glm5.rl.events import EVENTS, Cancelled, Event, Finished
 from glm5.rl.journal import Journal, Record
+from glm5.rl.kept import last_tokens
 from glm5.rl.records import Ticket, Turn
 from glm5.rl.runner import OPEN
 
@@ -63,18 +64,21 @@ class Unfinished:
         """A piece from the journal, or from `news`."""
         turns = self._turns.setdefault(piece.ticket.id, [])
         if not piece.first:
-            prompt = _said(turns, piece.number)[: piece.shared] + piece.turn.prompt_ids
-            turns[piece.number :] = [_Said(prompt)]
+            turns[piece.number :] = [_Said(piece.shared, piece.turn.prompt_ids)]
         turns[piece.number].add(piece.turn)
 
     def news(self, ticket: Ticket, number: int, first: int, turn: Turn) -> Piece:
         """What a report (`runner.Progress`) adds to what is known."""
-        shared = 0 if first else shared_tokens(_said(self._turns.get(ticket.id, []), number), turn.prompt_ids)
+        shared = 0 if first else shared_tokens(_said(self._turns.get(ticket.id, [])[:number]), turn.prompt_ids)
         return Piece(ticket, number, first, replace(turn, prompt_ids=() if first else turn.prompt_ids[shared:]), shared)
 
     def turns(self, ticket: Ticket) -> tuple[Turn, ...]:
         """Of a rollout, for whoever goes on with it."""
-        return tuple(said.turn() for said in self._turns.get(ticket.id, ()))
+        found: list[Turn] = []
+        for said in self._turns.get(ticket.id, ()):
+            before = found[-1].prompt_ids + found[-1].output_ids if found else ()
+            found.append(said.turn(before[: said.shared] + said.prompt_ids))
+        return tuple(found)
 
     def first_version(self, ticket: Ticket) -> int | None:
         """The weights that made a rollout's first token; None before there is one."""
@@ -91,10 +95,12 @@ class Unfinished:
 
 
 class _Said:
-    """A turn that grows: a report costs its own tokens, not those before it."""
+    """A turn that grows: a report costs its own tokens, not those before it. Its prompt begins with the `shared` first
+    tokens of the turn before."""
 
-    def __init__(self, prompt_ids: tuple[int, ...]) -> None:
-        self.prompt_ids, self.finish_reason = prompt_ids, OPEN
+    def __init__(self, shared: int, prompt_ids: tuple[int, ...]) -> None:
+        """prompt_ids: the rest."""
+        self.shared, self.prompt_ids, self.finish_reason = shared, prompt_ids, OPEN
         self.output_ids, self.logprobs, self.versions = list[int](), list[float](), list[int]()
         self.experts: list[ExpertChoices | None] = []
 
@@ -106,15 +112,15 @@ class _Said:
         self.experts.append(news.experts)
         self.finish_reason = news.finish_reason
 
-    def turn(self) -> Turn:
-        """As it is now."""
+    def turn(self, prompt_ids: tuple[int, ...]) -> Turn:
+        """As it is now, with its whole prompt."""
         parts = (tuple(self.output_ids), tuple(self.logprobs), tuple(self.versions))
-        return Turn(self.prompt_ids, *parts, self.finish_reason, experts=joined(self.experts))
+        return Turn(prompt_ids, *parts, self.finish_reason, experts=joined(self.experts))
 
 
-def _said(turns: Sequence[_Said], number: int) -> tuple[int, ...]:
-    """All tokens of the turn before that of the number; none before the first."""
-    return turns[number - 1].prompt_ids + tuple(turns[number - 1].output_ids) if number else ()
+def _said(turns: Sequence[_Said]) -> tuple[int, ...]:
+    """All tokens of the last turn; none without turns."""
+    return last_tokens((said.shared, (*said.prompt_ids, *said.output_ids)) for said in reversed(turns))
 
 
 def write_events(journal: Journal, events: Sequence[Event], tick: int) -> None:

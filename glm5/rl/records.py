@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from glm5.engine import ExpertChoices
@@ -167,6 +167,11 @@ class Rollout:
     def num_sampled(self) -> int:
         """Sampled tokens of all trajectories."""
         return sum(trajectory.num_sampled for trajectory in self.trajectories)
+
+    def to_learn(self) -> Rollout:
+        """What learning needs of it: without turns and conversation, which the journal has and which, long, are most of
+        it."""
+        return replace(self, turns=(), messages=(), branches=())
 
     def staleness(self, version: int) -> int:
         """Versions between the oldest weights that made a token and `version`; 0 for a rollout without tokens."""

@@ -21,6 +21,7 @@ from glm5.engine.choices import joined
 from glm5.envs import Environment, EnvironmentFailure, Episode, Message, Observation, Reward, Task, Tool
 from glm5.errors import InputError
 from glm5.rl.asking import Asking, reason_of
+from glm5.rl.kept import KeptTurns
 from glm5.rl.outage import pauses
 from glm5.rl.records import Outcome, Rollout, Ticket, Turn
 from glm5.rl.rollout_config import RolloutConfig
@@ -106,7 +107,7 @@ class _Player:
         self.task = Task(f"{ticket.environment}/{ticket.task_index}", (), "", "")
         self.has_tools = False
         self.messages: list[Message] = []
-        self.turns: list[Turn] = []
+        self.turns = KeptTurns()
 
     # ---- from beginning to end ----------------------------------------------------------------------------------
     async def play(self) -> Rollout:
@@ -132,14 +133,15 @@ class _Player:
             reward, outcome, failure = None, "aborted", "the engine gave the request up"
         finally:
             await self.asking.close()
+        turns = self.turns.whole()
         return Rollout(
             ticket=self.ticket,
             task=self.task,
-            trajectories=EpisodeTree(self.turns).trajectories(),
+            trajectories=EpisodeTree(turns).trajectories(),
             outcome=outcome,
             reward=reward,
             messages=tuple(self.messages),
-            turns=tuple(self.turns),
+            turns=turns,
             failure=failure,
             seconds=time.perf_counter() - started,
             tool_seconds=self.asking_seconds + self.asking.seconds,
@@ -202,7 +204,7 @@ class _Player:
                 raise _AnotherPath
         if turn.finish_reason == OPEN:
             turn = await self._streamed(number, turn, started)
-        self.turns.append(turn)
+        self.turns.add(turn)
         if turn.finish_reason == "abort":
             raise _Aborted
         return turn
@@ -238,7 +240,7 @@ class _Player:
 
     def _unknown_from(self, begun: Turn) -> int:
         """The first token of a turn whose experts neither it nor a turn before it tells of."""
-        tree = EpisodeTree(self.turns)
+        tree = EpisodeTree(self.turns.whole())
         known = joined([tree.experts(tree.extended_by(begun.prompt_ids)), begun.experts])
         return 0 if known is None else known.end
 

@@ -53,7 +53,7 @@ class OpenGroup:
     started: int = 0
     """Samples begun so far, from the first."""
     rollouts: dict[int, Rollout] = field(default_factory=dict)
-    """Those that came back, by sample."""
+    """Those that came back, by sample (`Rollout.to_learn`)."""
     oldest: dict[int, int] = field(default_factory=dict)
     """The oldest weights of each of these; none for a rollout without tokens."""
     missing: dict[int, str] = field(default_factory=dict)
@@ -171,7 +171,7 @@ class SchedulerState:
     def _keep(self, rollout: Rollout) -> None:
         del self.running[rollout.id]
         group, sample = self.groups[rollout.ticket.group.id], rollout.ticket.sample
-        group.rollouts[sample] = rollout
+        group.rollouts[sample] = rollout.to_learn()
         versions = list(rollout.versions)
         if versions:
             group.oldest[sample] = min(versions)

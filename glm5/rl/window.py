@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from glm5.rl.accounts import Accounts
-from glm5.rl.records import Batch, Rollout
+from glm5.rl.records import Batch, Outcome, Rollout, Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class _Back:
+    """What the figures need of a rollout: turns of long episodes are large."""
+
+    ticket: Ticket
+    outcome: Outcome
+    reward: float | None
+    turns: int
+    logprobs: tuple[float, ...]
 
 
 class Window:
     """Collects the rollouts since the last batch; `close` gives their figures when the next one is made."""
 
     def __init__(self) -> None:
-        self._rollouts: list[Rollout] = []
+        self._back: list[_Back] = []
         self._settled: Counter[str] = Counter()
 
     def add(self, rollout: Rollout) -> None:
         """One came back, whatever became of it."""
-        self._rollouts.append(rollout)
+        value = None if rollout.reward is None else rollout.reward.value
+        logprobs = tuple(logprob for turn in rollout.turns for logprob in turn.logprobs)
+        self._back.append(_Back(rollout.ticket, rollout.outcome, value, len(rollout.turns), logprobs))
 
     def close(self, batch: Batch, accounts: Accounts) -> dict[str, Any]:
         """Means over the rollouts that came back, fates of the samples settled meanwhile, ages of what is learnt.
@@ -27,11 +41,11 @@ class Window:
 
         `staleness`: tokens of the batch by the versions between the weights that sampled them and those that learn.
         """
-        rollouts = sorted(self._rollouts, key=lambda rollout: rollout.ticket)
-        self._rollouts = []
-        rewards = [rollout.reward.value for rollout in rollouts if rollout.reward is not None]
-        turns = [turn for rollout in rollouts for turn in rollout.turns]
-        logprobs = [x for turn in turns for x in turn.logprobs]
+        rollouts = sorted(self._back, key=lambda rollout: rollout.ticket)
+        self._back = []
+        rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+        turns = sum(rollout.turns for rollout in rollouts)
+        logprobs = [x for rollout in rollouts for x in rollout.logprobs]
         outcomes = Counter(rollout.outcome for rollout in rollouts)
         ages = Counter(batch.version - version for rollout in batch.rollouts for version in rollout.versions)
         return {
@@ -41,7 +55,7 @@ class Window:
             "truncated": outcomes["truncated"] / len(rollouts) if rollouts else 0.0,
             "outcomes": dict(sorted(outcomes.items())),
             "tokens": len(logprobs),
-            "turns": len(turns) / len(rollouts) if rollouts else 0.0,
+            "turns": turns / len(rollouts) if rollouts else 0.0,
             "surprise": -sum(logprobs) / len(logprobs) if logprobs else None,
             **self._fates(accounts),
             "staleness": {str(age): count for age, count in sorted(ages.items())},
@@ -67,9 +81,9 @@ class Window:
         }
 
 
-def _by_environment(rollouts: list[Rollout]) -> dict[str, list[float]]:
+def _by_environment(rollouts: list[_Back]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for rollout in rollouts:
         if rollout.reward is not None:
-            found.setdefault(rollout.ticket.environment, []).append(rollout.reward.value)
+            found.setdefault(rollout.ticket.environment, []).append(rollout.reward)
     return found
