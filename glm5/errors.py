@@ -48,6 +48,10 @@ class FleetError(GLM5Error):
     """Engines that cannot be started, reached or kept alive."""
 
 
+class RequestFailed(FleetError):
+    """One request that engines fail at, however often it is tried, while they do others: whose it was goes without."""
+
+
 class UnavailableError(GLM5Error):
     """A part of the server's own that cannot work now, through no fault of the request."""
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from glm5.envs import Environment, EnvironmentFailure, Episode, FailureKind, Message, Observation, Reward, Task, Tool
 from glm5.envs.protocol import LARGEST_REWARD
@@ -162,9 +162,9 @@ def plain_reward(given: Any) -> Reward:
     return Reward(value, Grade(found[0], found[1], found[2], judged=_blaming("score", bool, grade.judged)))
 
 
-def reason_of(error: EnvironmentFailure) -> str:
+def reason_of(kind: FailureKind | Literal["engine"], error: Exception) -> str:
     """The failure as a rollout tells it."""
-    text: str = plain(f"{error.kind}: {error}")
+    text: str = plain(f"{kind}: {error}")
     return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "..."
 
 

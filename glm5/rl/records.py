@@ -20,7 +20,8 @@ from glm5.envs import Message, Reward, Task
 
 Outcome = Literal["ok", "truncated", "timeout", "env_failure", "aborted"]
 """How an episode ended. ok: by itself. truncated: by the limit of tokens or turns. timeout: by the clock. env_failure:
-the environment broke. aborted: it was called off (stale, or nobody needs it). Only `ok` and `truncated` are scored."""
+the environment broke, or engines failed at its requests alone. aborted: it was called off (stale, or nobody needs it).
+Only `ok` and `truncated` are scored."""
 SCORED: frozenset[Outcome] = frozenset({"ok", "truncated"})
 
 

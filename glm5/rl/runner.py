@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from glm5.engine import SamplingParams
 from glm5.engine.choices import joined
 from glm5.envs import Environment, EnvironmentFailure, Episode, Message, Observation, Reward, Task, Tool
-from glm5.errors import InputError
+from glm5.errors import InputError, RequestFailed
 from glm5.rl.asking import Asking, reason_of
 from glm5.rl.kept import KeptTurns
 from glm5.rl.outage import pauses
@@ -128,7 +128,9 @@ class _Player:
                 raise
             reward, outcome, failure = None, "timeout", f"the episode took longer than {self.seconds:g} s"
         except EnvironmentFailure as error:
-            reward, outcome, failure = None, "env_failure", reason_of(error)
+            reward, outcome, failure = None, "env_failure", reason_of(error.kind, error)
+        except RequestFailed as error:
+            reward, outcome, failure = None, "env_failure", reason_of("engine", error)
         except _Aborted:
             reward, outcome, failure = None, "aborted", "the engine gave the request up"
         finally:
@@ -160,7 +162,7 @@ class _Player:
                 if wait is None:
                     raise
                 if self.away is not None:
-                    self.away(f"{self.ticket.environment} is away and asked again, {reason_of(failure)}")
+                    self.away(f"{self.ticket.environment} is away and asked again, {reason_of(failure.kind, failure)}")
             timer.reschedule(None)
             await self.asking.close()
             self.asking_seconds += self.asking.seconds

@@ -44,6 +44,10 @@ LONGEST_ANSWER = 4000
 """Characters of a backend's refusal that are passed on."""
 
 
+class BackendAway(ApiError):
+    """No answer, or the half of one: which may have been the last word of a server."""
+
+
 class Backend:
     """A server at `url`, with the tokenizer (and the context limit) of a local directory.
 
@@ -247,7 +251,7 @@ class BackendStream:
                 self.close()
                 if isinstance(error, httpx.HTTPError):
                     raise self._away(error) from None
-                raise ApiError(502, "The backend ended its answer in the middle; ask again.") from None
+                raise BackendAway(502, "The backend ended its answer in the middle; ask again.") from None
             self._take(piece)
         return self._ready.popleft()
 
@@ -272,9 +276,9 @@ class BackendStream:
         if piece.finish_reason and not completion.done:
             raise ApiError(502, "The backend ended its answer without saying with which token; it must return ids.")
 
-    def _away(self, error: httpx.HTTPError) -> ApiError:
+    def _away(self, error: httpx.HTTPError) -> BackendAway:
         what = "did not answer in time" if isinstance(error, httpx.TimeoutException) else "is away"
-        return ApiError(502, f"The backend at {self.backend.url} {what} ({type(error).__name__}); look at its log.")
+        return BackendAway(502, f"The backend at {self.backend.url} {what} ({type(error).__name__}); look at its log.")
 
 
 def _check_goes_on(params: SamplingParams) -> None:

@@ -9,9 +9,10 @@ So one that was started anew gets the newest weights before it is asked for a to
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -19,14 +20,15 @@ from typing import Any
 import httpx
 from torch import Tensor
 
-from glm5.engine import EngineStats, TokenDelta
+from glm5.engine import EngineStats, SamplingParams, TokenDelta
 from glm5.engine.admission import Limits
-from glm5.errors import FleetError, GLM5Error
+from glm5.errors import FleetError, GLM5Error, RequestFailed
 from glm5.rl.fleet.config import FleetConfig
 from glm5.rl.fleet.delivery import ASK_SECONDS, WeightDelivery
 from glm5.rl.fleet.job import Delivery, Order
 from glm5.rl.fleet.member import Events, Facts
-from glm5.serve.backend import Backend, BackendStream
+from glm5.rl.outage import pauses
+from glm5.serve.backend import Backend, BackendAway, BackendStream
 from glm5.serve.errors import ApiError
 from glm5.threads import OneThread
 
@@ -36,7 +38,8 @@ longer than a hiccup, shorter than one takes to be started anew, which must not 
 BUSY_SECONDS = 1.0
 """Before a server that answered 429 is asked again."""
 START_SECONDS = 10.0
-"""For which a server is at least asked whether it is there, before that counts as a failure."""
+"""For which a server is asked whether it is there before that counts as a failure, and a request that it refuses at
+least, while it takes others, before it is given up."""
 
 
 class ServerMember:
@@ -51,6 +54,8 @@ class ServerMember:
         self._said: dict[int, list[TokenDelta]] = {}
         """All tokens that it has."""
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._pauses: dict[int, Iterator[float]] = {}
+        """Before further tries of those that it refuses, since they last got a token."""
         self._waiting = False
         """Whether requests wait until new weights are there."""
         self._heard = time.monotonic()
@@ -65,13 +70,10 @@ class ServerMember:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when the server answers; raises `FleetError` when it does not within the time of one try.
-
-        All tries of a seat together take about the outage that is borne: we wait for no weights to be loaded here.
-        """
-        share = self._config.outage_seconds / (self._config.max_restarts + 1)
+        """Returns when the server answers; raises `FleetError` when it does not soon: no weights are loaded here. It is
+        tried again as often as the outage that is borne takes."""
         try:
-            self._run(self._answers()).result(min(self._config.start_seconds, max(share, START_SECONDS)))
+            self._run(self._answers()).result(min(self._config.start_seconds, START_SECONDS))
         except TimeoutError:
             self.close(kill=True)
             raise FleetError(
@@ -161,6 +163,7 @@ class ServerMember:
     def _stop(self, number: int) -> None:
         self._orders.pop(number, None)
         self._said.pop(number, None)
+        self._pauses.pop(number, None)
         task = self._tasks.pop(number, None)
         if task is not None:
             task.cancel()
@@ -168,48 +171,81 @@ class ServerMember:
     async def _stream(self, order: Order) -> None:
         """One request. Trouble with the server is the server's, all else the request's."""
         try:
-            if not any(delta.finish_reason for delta in order.said):
-                await self._tokens(order)
-            self._ended(order, None)
-        except GLM5Error as error:
-            status = error.status if isinstance(error, ApiError) else 400
-            if status == 504:  # its own deadline
+            try:
+                if not any(delta.finish_reason for delta in order.said):
+                    await self._tokens(order)
                 self._ended(order, None)
-            elif status >= 500:
-                self._events.lost(self, str(error))
-            else:
-                self._ended(order, error)
+            except GLM5Error as error:
+                await self._failed(order, error)
         except Exception as error:  # a mistake of ours: nobody may wait for it
             self._ended(order, FleetError(f"The answer of {self._backend.url} cannot be read ({error!r})."))
 
-    async def _tokens(self, order: Order) -> None:
-        stream = await self._taken(order)
+    async def _failed(self, order: Order, error: GLM5Error) -> None:
+        """A request came to no end. What is refused while others are taken is tried again, as long as an outage is
+        borne, and no other request is disturbed by it."""
+        status = error.status if isinstance(error, ApiError) else 400
+        if status == 504:  # its own deadline
+            self._ended(order, None)
+        elif status < 500:
+            self._ended(order, error)
+        elif isinstance(error, BackendAway) or not await self._takes_others(order):
+            self._events.lost(self, str(error))
+        else:
+            seconds = max(self._config.outage_seconds, START_SECONDS)
+            pause = next(self._pauses.setdefault(order.number, pauses(seconds)), None)
+            if pause is None:
+                self._ended(order, RequestFailed(f"{self._backend.url} takes other requests, but of this one: {error}"))
+            else:
+                await asyncio.sleep(pause)
+                self._begin(replace(order, said=tuple(self._said[order.number])))
+
+    async def _takes_others(self, order: Order) -> bool:
+        """Whether the server is well, and answers a request that could hardly be smaller."""
+        async with self._client(self._config.silence_seconds) as client:
+            if not await self._ask(client):
+                return False
+        small = Order(0, order.prompt_ids[:1], SamplingParams(max_tokens=1), None, order.priority, None, ())
         try:
+            async with (
+                asyncio.timeout(self._config.silence_seconds),
+                contextlib.aclosing(await self._sent(small)) as answer,
+            ):
+                return [delta async for delta in answer] != []
+        except TimeoutError:
+            return False
+        except ApiError as error:
+            return error.status < 500
+
+    async def _tokens(self, order: Order) -> None:
+        async with contextlib.aclosing(await self._taken(order)) as stream:
             async for delta in stream:
                 self._delivered(order.number, delta, stream.cached_tokens)
-        finally:
-            await stream.aclose()
 
     async def _taken(self, order: Order) -> BackendStream:
         """The answer of the server, once it takes the request."""
         while True:
-            stream = await self._in_requests_thread(  # replays all that was said: long work
-                self._backend.request, order.prompt_ids, order.params, session_id=order.session_id,
-                priority=order.priority, deadline=order.deadline, said=order.said,
-            )  # fmt: skip
             try:
-                await stream.open()
-                return stream
+                return await self._sent(order)
             except ApiError as failure:
                 if failure.status != 429:
                     raise
             await asyncio.sleep(BUSY_SECONDS)
+
+    async def _sent(self, order: Order) -> BackendStream:
+        """The answer of the server, if it takes the request now."""
+        stream = await self._in_requests_thread(  # replays all that was said: long work
+            self._backend.request, order.prompt_ids, order.params, session_id=order.session_id,
+            priority=order.priority, deadline=order.deadline, said=order.said,
+        )  # fmt: skip
+        await stream.open()
+        return stream
 
     def _delivered(self, number: int, delta: TokenDelta, cached_tokens: int) -> None:
         self._heard = time.monotonic()
         if self._delivery is not None and self._delivery.interrupts:
             delta = replace(delta, version=self.version)
         self._said[number].append(delta)
+        self._pauses.pop(number, None)
         self._events.delivered(self, [Delivery(number, [delta], cached_tokens, None)])
 
     async def _update(self, version: int) -> int:
@@ -237,6 +273,7 @@ class ServerMember:
     def _ended(self, order: Order, error: BaseException | None) -> None:
         self._orders.pop(order.number, None)
         self._said.pop(order.number, None)
+        self._pauses.pop(order.number, None)
         self._tasks.pop(order.number, None)
         self._events.ended(self, order.number, error)
 

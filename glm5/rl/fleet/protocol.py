@@ -85,7 +85,8 @@ class Fleet(Protocol):
         """Returns when every engine is ready, or has failed while another is. Raises `FleetError` when none is."""
 
     async def publish(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
-        """Returns when every engine that lives samples with these weights; their tensors may change afterwards.
+        """Returns when every engine that lives samples with these weights; their tensors may change afterwards, and
+        not before, though the wait be given up: `close` then waits until nobody reads them.
 
         Raises `InputError` for weights that engines refuse; they then keep the earlier ones.
         """

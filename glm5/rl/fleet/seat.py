@@ -26,6 +26,8 @@ class Seat:
     restarts: int = 0
     failures: deque[float] = field(default_factory=deque)
     """When its engines died or did not come up, within the window."""
+    failure: str = ""
+    """The newest reason of one."""
     given_up: str | None = None
     """Why it stays empty."""
 
@@ -34,9 +36,15 @@ class Seat:
         stats = None if self.member is None else self.member.stats()
         return EngineState(self.name, self.member is not None, self.version, self.requests, self.restarts, stats)
 
+    @property
+    def tried(self) -> bool:
+        """Whether an engine is there, or was or would have been, but for a failure."""
+        return self.member is not None or bool(self.failure)
+
     def failed(self, reason: str, now: float, config: FleetConfig, *, final: bool) -> float | None:
         """Counts a failure; the seconds until the next try, or None when the seat is given up (at once if `final`)."""
         self.failures.append(now)
+        self.failure = reason
         while now - self.failures[0] > max(config.restart_window, 2 * config.outage_seconds):
             self.failures.popleft()
         lasting = now - self.failures[0] >= config.outage_seconds

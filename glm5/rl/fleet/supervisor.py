@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from glm5.engine import SamplingParams, TokenDelta
 from glm5.engine.admission import admit, check_queueing
 from glm5.engine.sequence import fresh_seed
-from glm5.errors import FleetError, GLM5Error
+from glm5.errors import FleetError, GLM5Error, RequestFailed
 from glm5.rl.fleet.config import FleetConfig
 from glm5.rl.fleet.job import Delivery, FleetStream, Job
 from glm5.rl.fleet.launches import Launches
@@ -34,8 +34,8 @@ from glm5.rl.fleet.member import Executor, Facts, Member
 from glm5.rl.fleet.protocol import FleetStats
 from glm5.rl.fleet.routing import Router
 from glm5.rl.fleet.seat import Seat
+from glm5.rl.fleet.snapshots import Snapshots
 from glm5.rl.fleet.suspects import Suspects
-from glm5.rl.weights.checks import check_publication
 from glm5.text import Tokenizer
 from glm5.threads import in_thread
 
@@ -65,14 +65,14 @@ class SupervisedFleet:
         self._dropped: deque[Job] = deque()
         """Jobs whose streams were lost, perhaps to the garbage collector, which must take no lock."""
         self._facts: Facts | None = None
-        self._version = self._snapshot = -1
-        """The newest weights that all engines have; the newest that the executor has."""
+        self._version = -1
+        """The newest weights that all engines have."""
         self._moved = 0
         self._started = self._closed = False
         self._changed = threading.Condition(threading.RLock())
         """Guards all of the above."""
         self._launches = Launches(executor, self.config, self._changed)
-        self._publishing = threading.Lock()
+        self._snapshots, self._publishing = Snapshots(executor), threading.Lock()
 
     # ---- the source ---------------------------------------------------------------------------------------------
     @property
@@ -118,7 +118,7 @@ class SupervisedFleet:
 
     # ---- life ---------------------------------------------------------------------------------------------------
     async def start(self) -> None:
-        """Starts every engine; returns when each is ready or given up. Raises `FleetError` when none is ready."""
+        """See `Fleet.start`. Engines that failed while another is ready are tried on, and join when they are."""
         with self._changed:
             if self._started:
                 raise FleetError("This fleet was started before; make a new one.")
@@ -129,22 +129,19 @@ class SupervisedFleet:
         await in_thread(self._settled)
 
     async def publish(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
-        """See `Fleet.publish`. The tensors are copied before the first await."""
-        facts = self._known()
-        check_publication(version, state_dict, newest=max(self._snapshot, facts.version), shapes=facts.shapes)
-        self._executor.snapshot(version, state_dict)
-        with self._changed:
-            self._snapshot = version
+        """See `Fleet.publish`."""
+        await self._snapshots.write(version, state_dict, self._known())
         await in_thread(self._hand_out, version)
 
     async def hand_over(self, version: int, state_dict: Mapping[str, Tensor]) -> None:
         """See `Fleet.hand_over`."""
-        if self._executor.outlived and version > max(self._version, self._snapshot):
+        if self._executor.outlived and version > self._version:
             try:
-                await self.publish(version, state_dict)
+                if version > await self._snapshots.settled():
+                    await self._snapshots.write(version, state_dict, self._known())
+                await in_thread(self._hand_out, version)
             except (GLM5Error, OSError, asyncio.CancelledError) as error:
-                why = str(error) or "it was not waited for"
-                log.warning("The last weights, version %d, did not reach all servers: %s", version, why)
+                log.warning("Not all servers have the last weights, version %d: %s", version, str(error) or "Ctrl-C")
 
     async def close(self) -> None:
         """Ends all requests and engines."""
@@ -159,9 +156,9 @@ class SupervisedFleet:
             for seat in self._seats:
                 seat.member = None
             self._changed.notify_all()
-        ends: list[Callable[[], None]] = [partial(member.close, kill=False) for member in members]
-        await asyncio.gather(*(in_thread(end) for end in [self._launches.end, *ends]))
-        await in_thread(self._executor.close)
+        closing = [in_thread(member.close, kill=False) for member in members]
+        await asyncio.gather(in_thread(self._launches.end), *closing)
+        await self._snapshots.close()
         await in_thread(self._launches.wait)
 
     async def ready(self) -> bool:
@@ -206,7 +203,8 @@ class SupervisedFleet:
             free = self._suspects.judge(orphans)
             for job in orphans:
                 if job.hopeless(self.config):
-                    self._finish(job, FleetError(f"{job.moves} engines died under one request ({reason}); look at it."))
+                    why = f"{job.moves} engines died under one request ({reason}); look at it."
+                    self._finish(job, RequestFailed(why))
                 elif job in free:
                     self._place(job)
             self._try_next()
@@ -259,8 +257,8 @@ class SupervisedFleet:
         with self._changed:
             if self._closed:
                 raise FleetError("the fleet was closed")
-            if has < self._snapshot:
-                return self._snapshot
+            if has < self._snapshots.newest:
+                return self._snapshots.newest
             seat.member, seat.version, self._facts = member, has, self._facts or member.facts
             self._version = max(self._version, has)
             self._router.ring.add(seat.name)
@@ -287,12 +285,17 @@ class SupervisedFleet:
             self._changed.notify_all()
 
     def _settled(self) -> None:
-        """Waits until every seat is taken or given up; each try has its own time limit."""
+        """Waits until an engine is ready and each other one too, or has failed; or until all are given up."""
+        seats = self._seats
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or all(s.member or s.given_up for s in self._seats))
-            reasons = [seat.given_up for seat in self._seats if seat.given_up]
-            if len(reasons) == len(self._seats):
-                raise FleetError(f"No engine could be started: {reasons[-1]}")
+            self._changed.wait_for(
+                lambda: self._closed or self.failure or (any(s.member for s in seats) and all(s.tried for s in seats))
+            )
+            if self.failure is not None:
+                raise FleetError(f"No engine could be started: {self._seats[-1].given_up}")
+            for seat in () if self._closed else seats:
+                if not (seat.member or seat.given_up):
+                    log.warning("engine %s is not there yet and tried again: %s", seat.name, seat.failure)
 
     def _known(self) -> Facts:
         if self._facts is None:

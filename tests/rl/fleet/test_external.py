@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 
 import fleet_engines
 import httpx
 import pytest
+import torch
 from fleet_engines import PROMPTS, params_of, play, undisturbed
 from sglang_like import sglang_like
 from speaker import speaker_config, speaker_model, speaker_tokenizer
@@ -156,6 +158,62 @@ def test_a_server_that_is_not_there_at_the_start_is_given_up_after_the_outage(di
         with pytest.raises(FleetError, match=r"failed \(\d times\): the server at http://t does not answer"):
             async with running([backend], None, patient):
                 raise AssertionError
+
+    asyncio.run(story())
+
+
+def test_a_fleet_begins_without_a_server_that_is_not_there_and_takes_it_when_it_comes(directory, monkeypatch, caplog):
+    monkeypatch.setattr(external, "START_SECONDS", 0.05)
+    calm, there = sglang_like([]), []
+
+    async def late(request):
+        if not there:
+            raise httpx.ConnectError("no route")
+        return await calm.handle_async_request(request)
+
+    transports = [calm, httpx.MockTransport(late)]
+    backends = [Backend(f"http://{i}", directory, backend_api("sglang"), transport=t) for i, t in enumerate(transports)]
+
+    async def story():
+        async with running(backends, None, FleetConfig(outage_seconds=3600.0)) as fleet:
+            assert [engine.up for engine in fleet.stats().engines] == [True, False]
+            assert "engine 1 is not there yet and tried again: the server at http://1 does not answer" in caplog.text
+            assert len([d async for d in fleet.stream(PROMPTS[0], params_of(0, max_tokens=3))]) == 3
+            there.append(True)
+            async with asyncio.timeout(60):
+                while not all(engine.up for engine in fleet.stats().engines):
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(story())
+
+
+def test_rollouts_go_on_and_a_closing_fleet_waits_while_weights_are_written(directory, monkeypatch):
+    begun, go_on, closed = threading.Event(), threading.Event(), []
+
+    class Slow:
+        interrupts = False
+
+        def snapshot(self, version, tensors):
+            begun.set()
+            assert go_on.wait(60)
+            closed.append(list(tensors))  # whoever closed the fleet may not have changed them before
+
+    backend = Backend("http://s", directory, backend_api("sglang"), max_model_len=5000, transport=sglang_like([]))
+
+    async def story():
+        async with running([backend], Slow()) as fleet:
+            stream = fleet.stream(PROMPTS[0], params_of(0, max_tokens=4000))
+            publishing = asyncio.create_task(fleet.publish(3, {"a": torch.zeros(2)}))
+            while not begun.is_set():
+                await asyncio.sleep(0.01)
+            assert len([await anext(stream) for _ in range(20)]) == 20 and not publishing.done()
+            publishing.cancel()
+            closing = asyncio.create_task(fleet.close())
+            await asyncio.wait([closing], timeout=0.2)
+            assert not closing.done() and not closed
+            go_on.set()
+            await closing
+            assert closed == [["a"]] and fleet.version == 0
 
     asyncio.run(story())
 

@@ -1,0 +1,126 @@
+"""Requests that a server refuses while it takes others: they end, the server and all other requests go on."""
+
+import asyncio
+import json
+from dataclasses import replace
+
+import fleet_engines
+import httpx
+import pytest
+from fleet_engines import PROMPTS, params_of
+from sglang_like import sglang_like
+from speaker import speaker_model, speaker_tokenizer
+
+import glm5
+from glm5.envs import SingleTurn
+from glm5.errors import FleetError, RequestFailed
+from glm5.rl.admission import SchedulerConfig
+from glm5.rl.config import RLRunConfig
+from glm5.rl.executors import engine_servers
+from glm5.rl.fleet import FleetConfig, SupervisedFleet, external
+from glm5.rl.fleet.external import ServerExecutor
+from glm5.rl.orchestrator import train_rl
+from glm5.rl.rollout_config import RolloutConfig
+from glm5.serve.backend import Backend
+from glm5.serve.backend_api import backend_api
+from glm5.train import RunDirectory
+
+CONFIG = FleetConfig(start_seconds=5, silence_seconds=20, max_restarts=0, update_seconds=60)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    glm5.save_model(speaker_model(), path, speaker_tokenizer())
+    return path
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(external, "START_SECONDS", 0.3)
+
+
+class Refusing:
+    """A stand-in for SGLang that answers 500 to requests that `refused` says."""
+
+    def __init__(self, refused):
+        self.refused, self.said = refused, 0
+        self._calm = sglang_like([])
+
+    async def __call__(self, request):
+        if request.url.path == "/generate" and self.refused(json.loads(request.content)["input_ids"]):
+            self.said += 1
+            return httpx.Response(500, text="out of memory")
+        return await self._calm.handle_async_request(request)
+
+
+async def with_fleet(directory, server, story, config=CONFIG):
+    transport = httpx.MockTransport(server)
+    backend = Backend("http://s", directory, backend_api("sglang"), max_model_len=5000, transport=transport)
+    fleet = SupervisedFleet(ServerExecutor([backend]), 1, tokenizer=backend.tokenizer, config=config)
+    try:
+        await fleet.start()
+        await story(fleet)
+    finally:
+        await fleet.close()
+
+
+def test_a_request_that_is_always_refused_ends_alone(directory):
+    server = Refusing(lambda ids: ids[:4] == PROMPTS[0])
+
+    async def story(fleet):
+        other = fleet.stream(PROMPTS[1], params_of(1, max_tokens=4000), session_id="b")
+        before = [await anext(other)]
+        with pytest.raises(RequestFailed, match=r"http://s takes other requests, but of this one: .* 500: out of mem"):
+            await anext(fleet.stream(PROMPTS[0], params_of(0), session_id="a"))
+        assert len([*before, await anext(other)]) == 2 and server.said > 1
+        assert fleet.stats().moved == 0 == fleet.stats().engines[0].restarts and fleet.failure is None
+        other.close()
+
+    asyncio.run(with_fleet(directory, server, story))
+
+
+def test_a_request_that_is_refused_for_a_while_goes_on_after_its_tokens(directory):
+    refusals = [500, 500]
+
+    def now_and_then(ids):
+        return len(ids) > 1 and bool(refusals) and refusals.pop() == 500  # but for the request that could be no smaller
+
+    async def story(fleet):
+        deltas = [d async for d in fleet.stream(PROMPTS[0], params_of(0, max_tokens=5), session_id="a")]
+        assert [d.token_id for d in deltas] == [40 + len(PROMPTS[0]) + n for n in range(1, 6)] and not refusals
+        assert fleet.stats().engines[0].restarts == 0
+
+    asyncio.run(with_fleet(directory, Refusing(now_and_then), story, replace(CONFIG, outage_seconds=60.0)))
+
+
+def test_a_server_that_refuses_everything_is_left(directory):
+    async def story(fleet):
+        with pytest.raises(FleetError, match=r"No engine is left: .* 500: out of memory"):
+            await anext(fleet.stream(PROMPTS[0], params_of(0), session_id="a"))
+
+    asyncio.run(with_fleet(directory, Refusing(lambda ids: True), story))
+
+
+def test_a_run_goes_on_without_the_episodes_that_its_server_fails_at(directory, tmp_path):
+    config = RLRunConfig(
+        parent=directory, steps=2, rollout=RolloutConfig(max_tokens=6, outage_seconds=0.0),
+        scheduler=SchedulerConfig(groups_per_batch=2, group_size=4, max_running=8, max_attempts=1),
+    )  # fmt: skip
+    environment = SingleTurn(fleet_engines.Letters(), uniform_groups="keep")
+    tokenizer, refused = speaker_tokenizer(), []
+
+    def one_task(ids):
+        third = "3" in tokenizer.decode(ids)
+        refused.extend([ids] * third)
+        return third
+
+    make = engine_servers(
+        config, ["http://s"], tmp_path / "weights", tmp_path / "run", api="sglang",
+        transport=httpx.MockTransport(Refusing(one_task)),
+    )  # fmt: skip
+    assert train_rl(config, [environment], tmp_path / "run", make_fleet=make).finished and refused
+    run = RunDirectory.open(tmp_path / "run")
+    text = (run.path / "journal").read_text()
+    assert "engine: http://s takes other requests, but of this one: The backend answered 500: out of memory" in text
+    assert [line["step"] for line in run.read("metrics")] == [0, 1]
