@@ -24,6 +24,9 @@ from glm5.train.checks import check_choice, check_counts, check_numbers
 from glm5.train.watch import Watcher
 
 T = TypeVar("T")
+PACE = frozenset({"max_running", "concurrency"})
+"""Settings of how much is under way, which a resumed run may change: the machine may bear less than was thought. Like
+the clock, they change which samples come when and not how one is made. The deterministic mode keeps them."""
 
 
 @dataclass(frozen=True, kw_only=True)

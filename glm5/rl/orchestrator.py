@@ -10,13 +10,11 @@ it through a queue.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
 from glm5.envs import Environment
 from glm5.errors import RunError
@@ -27,6 +25,7 @@ from glm5.rl.episode_task import ended
 from glm5.rl.executors import MakeFleet, one_engine
 from glm5.rl.fleet import Fleet
 from glm5.rl.meter import Meter, Metered
+from glm5.rl.outgoing import GLANCE, Outgoing
 from glm5.rl.patience import Patience
 from glm5.rl.records import Batch, Metrics, Rollout, Ticket, Turn, aborted
 from glm5.rl.run_ends import check_end, finish_run, how_to_go_on, open_session, reopened, save_end, started_run
@@ -46,8 +45,6 @@ from glm5.train.watch import watchers
 
 Player = Callable[[Ticket], Awaitable[Rollout]]
 """Makes the rollout of a ticket where this program does not play it: from a session of an outside agent."""
-GLANCE = 0.2
-"""Seconds between two looks at the clock and at Ctrl-C."""
 
 
 def train_rl(
@@ -97,7 +94,8 @@ def train_rl(
             watch = Watch(view.show, snapshot_of(run), write)
             every = config.scheduler.publish_every
             mirror = None if publish_to is None else Mirror(publish_to, after=session.version, every=every)
-            run_loop = Orchestrator(session, fleet, watch, player, meter, mirror)
+            outgoing = Outgoing(session, fleet, mirror, stopped)
+            run_loop = Orchestrator(session, fleet, outgoing, watch, player, meter)
             asyncio.run(run_loop.run(stopped, partial(save_end, session, tokenizer)))
         finish_run(session, console)
     return run
@@ -107,13 +105,12 @@ class Orchestrator:
     """One run, from where its session stands to its last step."""
 
     def __init__(
-        self, session: Session, fleet: Fleet, watch: Watch, player: Player | None = None, meter: Meter | None = None,
-        mirror: Mirror | None = None,
+        self, session: Session, fleet: Fleet, outgoing: Outgoing, watch: Watch, player: Player | None = None,
+        meter: Meter | None = None,
     ) -> None:  # fmt: skip
         """player: None plays the session's environments. meter: of the tokens that others ask for."""
         self.session, self.fleet, self.watch, self.player = session, fleet, watch, player or self._episode
-        self.mirror = mirror
-        self.config = session.config
+        self.outgoing, self.config = outgoing, session.config
         self.meter = meter or Meter()
         self.patience = Patience(self.config, self.meter)
         self.source = Metered(fleet, self.meter)
@@ -122,25 +119,17 @@ class Orchestrator:
         """Rollouts at once since the last batch; sequences that engines had put back before it."""
         self._learning: asyncio.Task[None] | None = None
         self._in_learners_thread = OneThread()
-        self._unpublished: tuple[int, dict[str, Tensor]] | None = None
-        """Weights that the engines may not take yet."""
         self._news: asyncio.Queue[Rollout | Metrics | BaseException] = asyncio.Queue()
 
     async def run(self, stopped: Callable[[], bool], save: Callable[[], None]) -> None:
         """save: writes the model. Raises `RunInterrupted` after Ctrl-C, and RunError when nothing moves any more."""
-        session, self._stopped = self.session, stopped  # whether Ctrl-C came
+        session = self.session
         self.meter.lap()  # what was before is no part of the first step
         try:
-            begun = await self._awaited(self.fleet.start())
-            if begun and self.fleet.version < session.version:  # the engines began with the run's first weights
-                begun = await self._awaited(self.fleet.publish(session.version, session.learner.weights()))
-            if not begun:
+            if not await self.outgoing.start():
                 self._interrupted()
-            if session.scheduler.version < session.version:
-                self._cancel(session.published(session.version))
-            await self._mirrored()
-            for ticket in session.under_way():
-                self._begin(ticket)
+            session.limit(self._limited(session.scheduler.max_running))
+            self._begin_again(session.under_way())
             while session.version < self.config.steps:
                 stop, full, undecided = stopped(), session.vain.full, session.vain.undecided
                 await self._advance(learning=not stop, sampling=not stop and (undecided or not full))
@@ -150,31 +139,20 @@ class Orchestrator:
                     break
                 await self._take_news()
                 self.watch.glance(len(self.playing), self._ready(), lambda: self.fleet.stats().engines)
-            await self._mirrored(last=True)
+            await self.outgoing.mirrored(last=True)
             await self._in_learners_thread(session.checkpoint)
             try:
                 check_end(session)
                 await self._in_learners_thread(save)
             finally:  # behind the model, which is there whatever becomes of the servers
-                over = self.fleet.hand_over(session.version, session.learner.weights())
-                await (over if stopped() else self._awaited(over))  # a Ctrl-C of before meant the run, which is done
+                await self.outgoing.hand_over()
         finally:
             await self._end()
-
-    async def _awaited(self, engines: Coroutine[Any, Any, None]) -> bool:
-        """Waits for the engines, which may take long, but no longer than until Ctrl-C, which gives False."""
-        waiting = asyncio.create_task(engines)
-        while not (await asyncio.wait([waiting], timeout=GLANCE))[0]:
-            if self._stopped():
-                waiting.cancel()
-                return False
-        await waiting
-        return True
 
     async def _advance(self, *, learning: bool, sampling: bool) -> None:
         """Everything that can be done now, and is still wanted, is begun."""
         session = self.session
-        await self._publish_if_allowed()
+        self._cancel(await self.outgoing.publish())
         if self._learning is None and learning:
             if session.batch is None:
                 _, cancelled = session.next_batch()
@@ -206,19 +184,32 @@ class Orchestrator:
                 self._cancel(self.session.finished([item]))
                 if item.outcome in ("env_failure", "timeout"):
                     self.watch.failed(self.session.failure)
-                self.watch.note(self.session.vain.starving())
+                self.watch.note(self.session.vain.starving(self.session.failure))
             else:
                 await self._learnt(item)
 
     # ---- rollouts -------------------------------------------------------------------------------------------------
-    def _begin(self, ticket: Ticket) -> None:
-        self.playing[ticket.id] = asyncio.create_task(self._play(ticket))
+    def _limited(self, before: int) -> int:
+        """Rollouts at once, of a run that had so many before and may have been resumed with others."""
+        adapted = self.config.concurrency
+        return self.config.scheduler.max_running if adapted is None else min(before, adapted.most)
+
+    def _begin_again(self, tickets: Sequence[Ticket]) -> None:
+        """Those that were under way. Where more were than may be now, each of the rest waits for one before it."""
+        most = self.session.scheduler.max_running
+        for number, ticket in enumerate(tickets):
+            self._begin(ticket, self.playing[tickets[number - most].id] if number >= most else None)
+
+    def _begin(self, ticket: Ticket, behind: asyncio.Task[None] | None = None) -> None:
+        self.playing[ticket.id] = asyncio.create_task(self._play(ticket, behind))
         self._most = max(self._most, len(self.playing))
 
-    async def _play(self, ticket: Ticket) -> None:
+    async def _play(self, ticket: Ticket, behind: asyncio.Task[None] | None) -> None:
         """One rollout, from what is known of it on; its end is news."""
         news: Rollout | BaseException
         try:
+            if behind is not None:
+                await asyncio.wait([behind])
             news = await self.player(ticket)
         except asyncio.CancelledError:
             news = aborted(ticket)
@@ -267,13 +258,7 @@ class Orchestrator:
         """A step is done: metrics, weights to the engines, a checkpoint now and then."""
         session, self._learning = self.session, None
         metrics = session.learnt(values)
-        version = session.version
-        await self._mirrored()
-        self._unpublished = (version, session.learner.weights())
-        if version < self.config.steps:
-            await self._publish_if_allowed()
-            if self._unpublished is not None:  # the next step changes the tensors
-                self._unpublished = (version, {n: t.detach().clone() for n, t in self._unpublished[1].items()})
+        self._cancel(await self.outgoing.made())
         lap = self.meter.lap()
         most, self._most = self._most, len(self.playing)
         speed = {"step": metrics["step"], **lap, "running": most, "queue": self._ready()}
@@ -283,28 +268,12 @@ class Orchestrator:
             limit = session.scheduler.max_running
             session.limit(next_limit(self.config.concurrency, self.config.scheduler, limit, load))
         self.watch.learnt(metrics, speed)
-        if version % self.config.checkpoint_every == 0 and version < self.config.steps:
+        if session.version % self.config.checkpoint_every == 0 and session.version < self.config.steps:
             await self._in_learners_thread(session.checkpoint)
 
     def _ready(self) -> int:
         """Groups that wait to be learnt from."""
         return sum(bool(group.weights) for group in self.session.scheduler.groups.values())
-
-    async def _publish_if_allowed(self) -> None:
-        """Gives the engines the newest weights; in sync and one-step-off mode only between two samplings."""
-        if self._unpublished is None or not self.session.scheduler.swappable or self._stopped():
-            return
-        version, weights = self._unpublished
-        due = version - self.session.scheduler.version >= self.config.scheduler.publish_every
-        if due and await self._awaited(self.fleet.publish(version, weights)):  # or the run that goes on does it
-            self._unpublished = None
-            self._cancel(self.session.published(version))
-
-    async def _mirrored(self, *, last: bool = False) -> None:
-        """The newest version where others find it, as a plain model."""
-        version, mirror = self.session.version, self.mirror
-        if mirror is not None and version and mirror.wants(version, last=last or version == self.config.steps):
-            await mirror.write(version, self.session.learner.whole_model().state_dict())
 
     # ---- ends -----------------------------------------------------------------------------------------------------
     def _interrupted(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from glm5.checkpoint import load_model
 from glm5.errors import RunError
 from glm5.rl.aids import Aids, open_aids
-from glm5.rl.config import RLRunConfig
+from glm5.rl.config import PACE, RLRunConfig
 from glm5.rl.event_log import events_of
 from glm5.rl.events import BatchMade, Dropped, Finished, Requeued
 from glm5.rl.journal import read_journal
@@ -94,6 +94,6 @@ def check_same(config: RLRunConfig, run: RunDirectory) -> None:
         "inputs": {name: run.description["inputs"].get(name) for name in inputs},
         "parent": run.description["parent"],
     }
-    change = first_difference(without_paths(then), without_paths(now), free=OPERATIONAL | {"steps"})
+    change = first_difference(without_paths(then), without_paths(now), free=OPERATIONAL | PACE | {"steps"})
     if change is not None:
         raise RunChanged(run.path, change)

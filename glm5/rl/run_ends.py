@@ -17,7 +17,7 @@ from glm5.envs import Environment
 from glm5.errors import ConfigError, RunError
 from glm5.files import write_json
 from glm5.rl.aids import Aids, open_aids
-from glm5.rl.config import RLRunConfig
+from glm5.rl.config import PACE, RLRunConfig
 from glm5.rl.held_out import held_out_rewards
 from glm5.rl.learnt import Learnt, ended
 from glm5.rl.report import REPORT, RETENTION, write_rl_report
@@ -46,7 +46,7 @@ def started_run(
     """The run's directory, from which other processes are kept out inside the block.
 
     parent: the hash of the parent's model, if it was taken already: of large weights it takes minutes.
-    What a resumed run may change: `OPERATIONAL` settings and, at a constant rate, `steps`.
+    What a resumed run may change: `OPERATIONAL` settings, `PACE` unless deterministic, and `steps` at a constant rate.
     """
     names = [environment.name for environment in environments]
     config.aids.check_environments(names)
@@ -79,7 +79,7 @@ def started_run(
                 },
                 parent=parent,
                 resume=resume,
-                may_change=frozenset({"steps"} if constant else ()),
+                may_change=frozenset({"steps"} if constant else ()) | (frozenset() if deterministic else PACE),
             )
         except OSError as error:
             raise RunError(

@@ -45,6 +45,8 @@ class Vain:
         """Of these, by a number alone."""
         self._scored: dict[str, Reward] = {}
         """Of rollouts without a fate."""
+        self._told = (0, "")
+        """Groups that were told of last, with the newest failure of then."""
         self._before = 0
         """Samples in vain that do not count any more: what failed in an earlier sitting of the run may be mended."""
 
@@ -66,7 +68,7 @@ class Vain:
                 self.reasons.clear()
                 self.rewards.clear()
                 self._right.clear()
-                self._bare = self._before = 0
+                self._bare, self._before, self._told = 0, 0, (0, "")
             case BatchMade(_, selections):
                 for selection in selections:
                     for ticket in selection.tickets:
@@ -82,19 +84,26 @@ class Vain:
         """Whether it was too much."""
         return self.reasons.total() - self._before >= self.most
 
-    def starving(self) -> str:
+    def starving(self, failure: str) -> str:
         """What a person should know of a run that meets little to learn from; each time twice as much, else the same.
 
-        Empty for others.
+        Empty for others. failure: of the newest rollout that failed.
         """
         groups = (self.reasons.total() - self._before) // self.group_size
         if groups < STARVING:
             return ""
         told, reasons = 1 << (groups.bit_length() - 1), " and ".join(sorted(self.reasons))
+        if told != self._told[0]:
+            self._told = told, failure if self._failing else ""
+        newest = f"; the newest failure was in {self._told[1]}" if self._told[1] else ""
         return (
             f"nothing could be learnt from the last {told} groups ({reasons}); the run ends after "
-            f"{self.most // self.group_size}"
+            f"{self.most // self.group_size}{newest}"
         )
+
+    @property
+    def _failing(self) -> bool:
+        return self.reasons["env_failure"] + self.reasons["timeout"] > 0
 
     @property
     def undecided(self) -> bool:
@@ -136,7 +145,7 @@ class Vain:
         """
         counts = " and ".join(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))
         seen = f"; {self._seen()}" if self.rewards else ""
-        newest = f" The newest failure was in {failure}." if self.reasons["env_failure"] else ""
+        newest = f" The newest failure was in {failure}." if self._failing else ""
         cold = " Tokens are learnt from that were sampled with nothing cut off." if self.reasons[NO_TOKENS] else ""
         said = (
             f"Nothing could be learnt from the last {self.groups} groups: their samples were dropped ({counts}{seen}). "

@@ -25,8 +25,11 @@ from glm5.rl.aids import Aids
 from glm5.rl.aids_config import AidsConfig
 from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.config import RLRunConfig
+from glm5.rl.event_log import events_of
+from glm5.rl.events import Limited
 from glm5.rl.executors import engine_processes, engine_settings, one_engine, parent_engine
 from glm5.rl.held_out import HeldOut
+from glm5.rl.journal import read_journal
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.losses import IcePop
@@ -117,6 +120,41 @@ def test_a_deterministic_run_made_longer_is_the_long_run(parent, tmp_path):
     train_in_lockstep(dataclasses.replace(config, steps=2), [lockstep_runs.chat()], path)
     train_in_lockstep(config, [lockstep_runs.chat()], path, resume=True)
     assert lockstep_runs.fingerprint(path) == lockstep_runs.fingerprint(whole.path)
+
+
+class Counted(Chat):
+    """How many of its episodes were open at once, at most."""
+
+    most = 0
+
+    def meet(self, what):
+        self.most = max(self.most, self.opened - self.closed)
+
+
+def test_a_run_that_was_too_much_for_its_machine_goes_on_with_less_at_once(parent, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyError
+
+    path, wide, narrow = tmp_path / "run", Counted(reward=letters().reward), Counted(reward=letters().reward)
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", killed)
+        with pytest.raises(KeyError):
+            train_rl(config_of(parent), [wide], path)
+    assert 2 < wide.most <= 8
+    less = config_of(parent, scheduler={"max_running": 3}, concurrency=ConcurrencyConfig(least=1, most=2))
+    assert train_rl(less, [narrow], path, resume=True).finished and narrow.most == 2
+    more = config_of(parent, steps=3, scheduler={"max_running": 9})
+    assert train_rl(more, [wide], path, resume=True).finished
+    lines = read_journal(path / "journal")
+    limits = [event.max_running for line in lines for event in events_of(line) if isinstance(event, Limited)]
+    assert limits[0] == 2 and limits[-1] == 9
+    assert replay_step(less, path, 1).same
+
+
+def test_a_deterministic_run_keeps_how_much_is_under_way(parent, tmp_path):
+    run = train_in_lockstep(config_of(parent, steps=1), [letters()], tmp_path / "run")
+    with pytest.raises(RunError, match=r"another config.scheduler.max_running \(8, now 2\)"):
+        train_in_lockstep(config_of(parent, steps=2, scheduler={"max_running": 2}), [letters()], run.path, resume=True)
 
 
 def test_settings_that_came_after_a_run_began_are_no_difference_while_they_are_at_their_defaults(parent, tmp_path):

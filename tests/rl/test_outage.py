@@ -204,18 +204,35 @@ def test_patience_begins_behind_an_outage_that_is_borne(monkeypatch):
     up, down = (FleetStats((EngineState("0", there, 3, 1, 0, None),)) for there in (True, False))
 
     def after(seconds, stats=up):
-        clock[0] = meter.moved_at + seconds
-        return patience.outlasted(stats)
+        while clock[0] < meter.moved_at + seconds:
+            clock[0] += 1.0
+            waited = patience.outlasted(stats)
+        return waited
 
     assert after(9.0) is None and after(11.0) == 11.0
     meter.away()
     assert after(69.0) is None and after(71.0) == 71.0  # the whole outage, and then as long as ever
     meter.moved()
     assert after(11.0) == 11.0
-    assert after(11.0, down) is None and after(69.0) is None and after(71.0, down) == 71.0
+    assert after(12.0, down) is None and after(69.0) is None and after(71.0, down) == 71.0
     assert patience.outlasted(FleetStats(())) == 71.0  # nobody samples: nobody is away
     error = patience.exhausted(71.0, 5, down)
     assert "moved for 71 s: 0 rollouts wait for tokens, 5 are in their env" in str(error) and "0 is down" in str(error)
+
+
+def test_time_in_which_nobody_could_look_does_not_count(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    patience = Patience(RLRunConfig(parent=".", patience=10.0), Meter())
+
+    def after(seconds):
+        clock[0] += seconds
+        return patience.outlasted(FleetStats(()))
+
+    assert after(3600.0) is None  # a start, Ctrl-Z, a checkpoint
+    assert [after(4.0) for _ in range(3)] == [None, None, 12.0]
+    patience.meter.moved()
+    assert after(4.0) is None and after(3600.0) is None and after(4.0) is None and after(4.0) == 12.0
 
 
 def test_an_outage_longer_than_the_patience_is_borne(monkeypatch, tmp_path):

@@ -319,6 +319,23 @@ def test_one_group_that_teaches_begins_the_count_anew_and_so_does_a_resumption_o
         assert vain.full is full
 
 
+def test_a_run_that_starves_names_a_failure_and_says_the_same_until_there_is_twice_as_much():
+    vain = vain_after(*[WRONG] * 16, most=64)
+    vain.group_size = 1
+    assert (
+        vain.starving("course: no room")
+        == "nothing could be learnt from the last 16 groups (all wrong); the run ends after 64"
+    )
+    for sample in range(16):
+        vain.note(Dropped(Ticket("course", 50 + sample), "env_failure"))
+        told = vain.starving(f"course: no room on disk {sample}")
+    assert told == (
+        "nothing could be learnt from the last 32 groups (all wrong and env_failure); the run ends after 64; the "
+        "newest failure was in course: no room on disk 15"
+    )
+    assert vain.starving("course: another") == told
+
+
 def test_a_run_that_starves_is_seen_to(parent, tmp_path):
     console = Console(file=io.StringIO(), width=400)
     with pytest.raises(NothingLearnt):
