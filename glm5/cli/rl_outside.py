@@ -140,12 +140,12 @@ def train(flags: Flags, record: Record | None, arguments: Sequence[str]) -> int:
 def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
     """Rewards of what was learnt from, at the beginning and at the end, what was not, and where the model is."""
     lines = run.read("metrics")
-    rewards = [line["trained_reward"] for line in lines]
+    rewards = [line["trained_reward"] for line in lines if "trained_reward" in line]
     dropped = sum((Counter(line["dropped"]) for line in lines), Counter[str]())
     fifth = max(1, len(rewards) // 5)
     result = {
         "run": str(run.path),
-        "steps": len(rewards),
+        "steps": len(lines),
         "reward_first_fifth": sum(rewards[:fifth]) / fifth,
         "reward_last_fifth": sum(rewards[-fifth:]) / fifth,
         "trained": sum(line["trained"] for line in lines),
@@ -158,7 +158,7 @@ def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     console.print(
-        f"rl: {run.path}, {len(rewards)} steps, reward of what was learnt from: {result['reward_first_fifth']:.3f} in "
+        f"rl: {run.path}, {len(lines)} steps, reward of what was learnt from: {result['reward_first_fifth']:.3f} in "
         f"the first fifth, {result['reward_last_fifth']:.3f} in the last; {result['trained']} sessions with "
         f"{result['trained_tokens']:,} tokens were learnt from, dropped: "
         f"{reasons}",

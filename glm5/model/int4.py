@@ -33,6 +33,14 @@ def quantize_base(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in chosen)
 
 
+def unpack_base(model: nn.Module) -> None:
+    """The way back: the same rounded weights, whole and frozen, adapters kept. For decoding, where each step would make
+    all of them whole again."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Int4Linear | Int4Experts):
+            model.set_submodule(name, module.unpacked())
+
+
 class Int4Linear(Linear):
     """A `Linear` whose weight is packed; its adapter is that of the module that it replaces."""
 
@@ -49,6 +57,13 @@ class Int4Linear(Linear):
         weight = dequantize_int4(self.packed, self.scale, self.dtype)
         return weight if self.adapter is None else weight + self.adapter.delta()
 
+    def unpacked(self) -> Linear:
+        """The same with its weight whole."""
+        weight = dequantize_int4(self.packed, self.scale, self.dtype)
+        plain = Linear(0, 0, dtype=self.dtype, device=weight.device)
+        plain.weight, plain.adapter = nn.Parameter(weight, requires_grad=False), self.adapter
+        return plain
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, self.packed, self.scale, self.dtype)
         return y if self.adapter is None else y + self.adapter(x)
@@ -56,6 +71,11 @@ class Int4Linear(Linear):
 
 class Int4Experts(Experts):
     """`Experts` whose weights are packed."""
+
+    gate_up_packed: Tensor
+    gate_up_scale: Tensor
+    down_packed: Tensor
+    down_scale: Tensor
 
     def __init__(self, module: Experts) -> None:
         nn.Module.__init__(self)
@@ -70,6 +90,16 @@ class Int4Experts(Experts):
             weight = dequantize_int4(getattr(self, f"{part}packed"), getattr(self, f"{part}scale"), self.dtype)
             found.append(weight if adapter is None else weight + adapter.delta())
         return found[0], found[1]
+
+    def unpacked(self) -> Experts:
+        """The same with its weights whole."""
+        plain = Experts(0, 0, 0, dtype=self.dtype, device=self.down_scale.device)
+        plain.gate_up_proj, plain.down_proj = (
+            nn.Parameter(dequantize_int4(packed, scale, self.dtype), requires_grad=False)
+            for packed, scale in ((self.gate_up_packed, self.gate_up_scale), (self.down_packed, self.down_scale))
+        )
+        plain.gate_up_adapter, plain.down_adapter = self.gate_up_adapter, self.down_adapter
+        return plain
 
 
 def _store(module: nn.Module, part: str, weight: Tensor) -> None:

@@ -9,8 +9,10 @@ runs at full speed, also one far away that has never heard of adapters.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any, Literal
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from glm5.errors import ConfigError
 from glm5.model import GLM5, add_adapters
-from glm5.model.int4 import quantize_base
+from glm5.model.int4 import quantize_base, unpack_base
 from glm5.model.lora import DEFAULT_TARGETS
 from glm5.ops.experts import Experts
 from glm5.ops.linear import Linear
@@ -65,6 +67,16 @@ def adapt(model: GLM5, config: LoRA) -> list[str]:
     return names
 
 
+def check_targets(model: nn.Module, config: LoRA) -> None:
+    """Raises ConfigError for a pattern that names nothing of the model, which may be on the meta device."""
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear | Experts)]
+    for pattern in config.targets:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ConfigError(
+                f"lora.targets: no linear or expert weight is called {pattern!r}; one is {names[len(names) // 2]!r}."
+            )
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' own tensors, under their names in the model's state."""
     return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
@@ -94,6 +106,19 @@ def merged_model(model: GLM5) -> GLM5:
     plain = GLM5(model.config, dtype=model.lm_head.weight.dtype, device=model.lm_head.weight.device)
     plain.load_state_dict(weights)
     return plain.train(model.training)
+
+
+def engine_model(model: GLM5, config: LoRA) -> GLM5:
+    """What an engine begins with that is to take the adapters, or whole models, of the learner's `model`.
+
+    Over an INT4 base it has the rounded weights whole: an engine that made them whole at each token would stand still.
+    """
+    if config.sync == "merged":
+        return merged_model(model)
+    if config.base == "int4":
+        model = copy.deepcopy(model)
+        unpack_base(model)
+    return model
 
 
 @contextlib.contextmanager

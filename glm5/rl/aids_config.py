@@ -22,6 +22,8 @@ from glm5.evals.skills import SkillsConfig
 from glm5.train.checks import check_choice, check_counts
 from glm5.train.run_directory import directory_sha256, model_of
 
+MEASURED = ("heldout ", "retention world")
+"""How the names of inputs begin by which a run is measured: a resumed run may have others."""
 EVERY = "*"
 """Stands for every environment that has no teacher of its own."""
 

@@ -15,6 +15,8 @@ from glm5.rl.admission import SchedulerConfig
 from glm5.rl.advantages import AGAINST_GROUP
 from glm5.rl.aids_config import AidsConfig
 from glm5.rl.concurrency import ConcurrencyConfig
+from glm5.rl.critic import Critic
+from glm5.rl.distillation import Distillation
 from glm5.rl.held_out import HeldOut
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.losses import AnyLoss
@@ -79,7 +81,7 @@ class RLRunConfig:
             raise ConfigError("rollout.max_episode_tokens leaves no room for a prompt and an answer; raise it.")
 
     def check_learning(self, *, taught: bool, replayed: bool, drafting: bool) -> None:
-        """Raises ConfigError for a run that would learn nothing, and for a reference that holds nothing.
+        """Raises ConfigError for a run that would learn nothing, and for settings that would do nothing.
 
         taught, replayed: whether there are teachers, or batches of earlier stages. drafting: whether the parent has
         draft modules, which may learn alone.
@@ -90,6 +92,17 @@ class RLRunConfig:
                 "aids.reference is the model that learner.kl holds the policy to, and there is no learner.kl; give it "
                 "(--learner.kl on), or leave the reference out."
             )
+        for name, given, used, needs in (
+            ("critic", learner.critic != Critic(), kind == "gae", "the advantages gae (--learner.advantages gae)"),
+            ("distillation", learner.distillation != Distillation(), taught, "a teacher (--aids.teacher)"),
+            ("replay_weight", learner.replay_weight not in (0, 1), replayed, "data (--aids.replay.data)"),
+            ("fixed_length", learner.fixed_length != LearnerConfig.fixed_length,
+             learner.normalisation == "fixed-length", "that normalisation (--learner.normalisation fixed-length)"),
+        ):  # fmt: skip
+            if given and not used:
+                raise ConfigError(f"learner.{name} would do nothing without {needs}; give that too, or leave it out.")
+        if learner.lora is not None and learner.mtp == "joint":
+            raise ConfigError("With LoRA the MTP modules stay as they are; leave learner.mtp out.")
         others = taught or learner.kl is not None
         drafting = drafting and learner.mtp != "frozen" and learner.mtp_weight > 0 and learner.lora is None
         if kind == "none" and not (others or replayed or learner.entropy or learner.indexer_weight or drafting):

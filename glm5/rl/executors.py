@@ -15,7 +15,7 @@ from glm5.checkpoint import load_model
 from glm5.engine import Engine
 from glm5.errors import ConfigError
 from glm5.model import GLM5
-from glm5.rl.adapters import LoRA, adapt, merged_model
+from glm5.rl.adapters import LoRA, adapt, engine_model
 from glm5.rl.config import RLRunConfig
 from glm5.rl.fleet import Fleet, FleetConfig, InProcessFleet, ProcessExecutor, SupervisedFleet
 from glm5.rl.fleet.delivery import Polled, Reloaded
@@ -137,5 +137,5 @@ def parent_engine(parent: Path, lora: LoRA | None, **settings: Any) -> Engine:
     model = load_model(parent, dtype=torch.float32)
     if lora is not None:
         adapt(model, lora)
-        model = merged_model(model) if lora.sync == "merged" else model
+        model = engine_model(model, lora)
     return Engine(model, Tokenizer.from_pretrained(parent), **settings)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from glm5.errors import ConfigError, InputError, RunError
 from glm5.model import GLM5
 from glm5.optim import build_optimizers, clip_gradients, rate_at, set_rate
-from glm5.rl.adapters import adapt, adapter_tensors, merged_model, merged_weights, without_adapters
+from glm5.rl.adapters import adapt, adapter_tensors, engine_model, merged_model, merged_weights, without_adapters
 from glm5.rl.aids import Aids, check_vocabularies
 from glm5.rl.critic import ValueHead, estimates
 from glm5.rl.distillation import teacher_logprobs
@@ -78,7 +78,9 @@ class Learner:
         self.logprobs: TrainerLogprobs = {}
         """Of the newest batch, before it was learnt from."""
         self.head: ValueHead | None = None
-        self.optimizers = build_optimizers(model, model.config, config.optimizer)
+        self._of_policy = build_optimizers(model, model.config, config.optimizer)
+        self.optimizers = [*self._of_policy]
+        """These, and that of the critic."""
         if config.advantages == "gae":
             self.head = ValueHead(model.config.hidden_size)
             group = {"params": list(self.head.parameters()), "lr": config.critic.lr, "peak_lr": config.critic.lr}
@@ -141,8 +143,8 @@ class Learner:
         return lessons
 
     def reset_optimizer(self) -> None:
-        """Forgets the moments: the next update is as if it were the first."""
-        for optimizer in self.optimizers:
+        """Forgets the moments of the policy: its next update is as if it were the first. The critic keeps its own."""
+        for optimizer in self._of_policy:
             optimizer.state.clear()
 
     def _given(self, examples: Sequence[Example], *, several: bool) -> Given:
@@ -242,8 +244,7 @@ class Learner:
 
     def engine_model(self) -> GLM5:
         """The model that an engine copies at the start, so that it can take `weights` from then on."""
-        lora = self.config.lora
-        return self.whole_model() if lora is not None and lora.sync == "merged" else self.model
+        return self.model if self.config.lora is None else engine_model(self.model, self.config.lora)
 
     def whole_model(self) -> GLM5:
         """The policy as a plain model: the learner's own, or a new one that computes the same without adapters."""
@@ -292,7 +293,7 @@ def batch_metrics(batch: Batch, rollouts: Sequence[Rollout]) -> Metrics:
     rewards = [reward for group in batch.groups for reward in group.rewards]
     ages = [batch.version - version for rollout in rollouts for version in rollout.versions]
     return {
-        "reward": sum(rewards) / len(rewards) if rewards else 0.0,
+        **({"reward": sum(rewards) / len(rewards)} if rewards else {}),
         "rollouts": len(rollouts),
         "trained_tokens": len(ages),
         "staleness": sum(ages) / len(ages) if ages else 0.0,

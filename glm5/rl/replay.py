@@ -17,6 +17,7 @@ from glm5.rl.events import BatchMade, Dropped, Finished, Requeued
 from glm5.rl.journal import read_journal
 from glm5.rl.learner import Learner
 from glm5.rl.records import Batch, Metrics, Rollout
+from glm5.rl.run_ends import measures
 from glm5.rl.session import JOURNAL
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory
@@ -94,6 +95,7 @@ def check_same(config: RLRunConfig, run: RunDirectory) -> None:
         "inputs": {name: run.description["inputs"].get(name) for name in inputs},
         "parent": run.description["parent"],
     }
-    change = first_difference(without_paths(then), without_paths(now), free=OPERATIONAL | PACE | {"steps"})
+    free = OPERATIONAL | PACE | {"steps"} | measures(run.path, inputs)
+    change = first_difference(without_paths(then), without_paths(now), free=free)
     if change is not None:
         raise RunChanged(run.path, change)

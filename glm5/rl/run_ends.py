@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -16,7 +16,10 @@ from glm5.config import ModelConfig
 from glm5.envs import Environment
 from glm5.errors import ConfigError, RunError
 from glm5.files import write_json
+from glm5.model import GLM5
+from glm5.rl.adapters import check_targets
 from glm5.rl.aids import Aids, open_aids
+from glm5.rl.aids_config import MEASURED
 from glm5.rl.config import PACE, RLRunConfig
 from glm5.rl.held_out import held_out_rewards
 from glm5.rl.learnt import Learnt, ended
@@ -46,7 +49,8 @@ def started_run(
     """The run's directory, from which other processes are kept out inside the block.
 
     parent: the hash of the parent's model, if it was taken already: of large weights it takes minutes.
-    What a resumed run may change: `OPERATIONAL` settings, `PACE` unless deterministic, and `steps` at a constant rate.
+    What a resumed run may change: `OPERATIONAL` settings, what it is measured by, `PACE` unless deterministic, and
+    `steps` at a constant rate.
     """
     names = [environment.name for environment in environments]
     config.aids.check_environments(names)
@@ -59,9 +63,12 @@ def started_run(
             replayed=replay and config.learner.replay_weight > 0,
             drafting=model.num_nextn_predict_layers > 0,
         )
+        if config.learner.lora is not None:
+            check_targets(GLM5(model, device=torch.device("meta")), config.learner.lora)
     config.rollout.check_vocabulary(model.vocab_size)
     task_stream(environments, sources, config.rollout.seed)  # what it and they refuse leaves no directory behind
     constant = config.learner.schedule.shape == "constant"
+    free = frozenset({"steps"} if constant else ()) | (frozenset() if deterministic else PACE)
     inputs = {"environments": ", ".join(names), **config.aids.inputs()}
     parent = parent or directory_sha256(model_of(config.parent))
     with exclusive(run_directory):
@@ -79,7 +86,7 @@ def started_run(
                 },
                 parent=parent,
                 resume=resume,
-                may_change=frozenset({"steps"} if constant else ()) | (frozenset() if deterministic else PACE),
+                may_change=free | measures(run_directory, inputs),
             )
         except OSError as error:
             raise RunError(
@@ -117,6 +124,12 @@ def _if_known(run_directory: Path, inputs: dict[str, str]) -> dict[str, str]:
         return inputs
     recorded = RunDirectory.open(run_directory).description["inputs"]
     return {name: value for name, value in inputs.items() if name in recorded}
+
+
+def measures(run_directory: Path, inputs: Iterable[str]) -> frozenset[str]:
+    """The names of those inputs, and of the run's own, by which it is measured."""
+    recorded = RunDirectory.open(run_directory).description["inputs"] if (run_directory / "run.json").exists() else {}
+    return frozenset(name for name in (*inputs, *recorded) if name.startswith(MEASURED))
 
 
 def _check_steps(config: RLRunConfig, run: RunDirectory, *, constant: bool) -> None:

@@ -8,9 +8,11 @@ from learning import at_version, copies, engine_batch, moved
 from speaker import speaker_model, speaker_tokenizer
 
 from glm5.engine import Engine, SamplingParams
-from glm5.model.int4 import Int4Linear, quantize_base
+from glm5.engine.strict import packed_strict_logprobs
+from glm5.errors import ConfigError
+from glm5.model.int4 import Int4Experts, Int4Linear, quantize_base
 from glm5.ops.quant import dequantize_int4, quantize_int4
-from glm5.rl.adapters import LoRA, adapter_tensors, merged_weights, without_adapters
+from glm5.rl.adapters import LoRA, adapter_tensors, check_targets, merged_weights, without_adapters
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.reference import KL
 
@@ -80,3 +82,22 @@ def test_a_packed_weight_has_the_gradient_of_its_whole_form():
     assert torch.equal(ours.grad, theirs.grad)
     bits = 8 * sum(t.numel() * t.element_size() for t in module.state_dict().values()) / weight.numel()
     assert bits <= 4 + 16 / 24  # a scale for a last group of 24 inputs
+
+
+def test_an_engine_over_int4_holds_the_rounded_weights_whole(batch):
+    """It says the same to the bit, and does not unpack its weights at each token."""
+    learner = Learner(speaker_model(), LearnerConfig(lora=LoRA(targets=TARGETS, base="int4")))
+    learner.step(batch)
+    theirs = learner.engine_model()
+    assert not any(isinstance(module, Int4Linear | Int4Experts) for module in theirs.modules())
+    assert adapter_tensors(theirs).keys() == learner.weights().keys()
+    assert any(isinstance(module, Int4Experts) for module in learner.model.modules())
+    rows = [[*range(3, 40)], [5, 6, 7, 8]]
+    for ours_T, theirs_T in zip(*(packed_strict_logprobs(m, rows) for m in (learner.model, theirs)), strict=True):
+        assert torch.equal(ours_T, theirs_T)
+
+
+def test_each_pattern_of_the_targets_names_something():
+    check_targets(speaker_model(), LoRA(targets=TARGETS))
+    with pytest.raises(ConfigError, match=r"no linear or expert weight is called '\*\.expert'; one is 'model\.layers"):
+        check_targets(speaker_model(), LoRA(targets=("*.o_proj", "*.expert")))

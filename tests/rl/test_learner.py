@@ -169,6 +169,19 @@ def test_a_reset_optimiser_has_forgotten_everything(batch):
     assert any(not torch.equal(tensor, other[name]) for name, tensor in learner.weights().items())
 
 
+def test_a_critic_keeps_its_moments(batch):
+    """A reset forgets those of the policy: it is the engines' weights that changed, and no value."""
+    learner = Learner(speaker_model(), LearnerConfig(reset_optimizer=True, advantages="gae"))
+    learner.step(batch)
+    kept = {id(p) for optimizer in learner.optimizers for p in optimizer.state}
+    assert kept == {id(p) for p in learner.head.parameters()}
+
+
+def test_a_batch_of_nothing_has_no_reward():
+    values = Learner(speaker_model(), LearnerConfig()).step(Batch(0, 0, ()))
+    assert "reward" not in values and values["rollouts"] == 0
+
+
 def test_the_rate_follows_the_schedule_of_the_run_and_not_how_it_was_resumed(batch):
     def rate_behind(version):
         falling = LearnerConfig(schedule=Schedule(shape="linear", warmup_steps=1, final_fraction=0.1))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from glm5.errors import ConfigError, InputError
 from glm5.rl.adapters import LoRA
 from glm5.rl.aids import Aids
 from glm5.rl.aids_config import EVERY
+from glm5.rl.config import RLRunConfig
+from glm5.rl.critic import Critic
+from glm5.rl.distillation import Distillation
 from glm5.rl.drafting import draft_counts, draft_loss
 from glm5.rl.forward import fixed_logprobs, run
 from glm5.rl.learner import Learner, LearnerConfig
@@ -193,6 +198,21 @@ def test_indexers_learn_alike_with_drafts_and_without():
 def test_settings_under_which_a_loss_moves_nothing_are_refused(options, reason):
     with pytest.raises(ConfigError, match=reason):
         Learner(drafting_model(), LearnerConfig(**options))
+
+
+@pytest.mark.parametrize("options", [
+    {"critic": Critic(lr=1e-4)}, {"distillation": Distillation(coefficient=0.5)}, {"replay_weight": 0.5},
+    {"fixed_length": 64},
+])  # fmt: skip
+def test_a_new_run_refuses_settings_that_would_do_nothing(options):
+    config = RLRunConfig(parent=Path("parent"), learner=LearnerConfig(**options))
+    with pytest.raises(ConfigError, match=f"learner.{next(iter(options))} would do nothing without"):
+        config.check_learning(taught=False, replayed=False, drafting=False)
+    joint = replace(config, learner=LearnerConfig(lora=LoRA(), mtp="joint"))
+    with pytest.raises(ConfigError, match="With LoRA the MTP modules stay as they are"):
+        joint.check_learning(taught=False, replayed=False, drafting=True)
+    used = replace(config, learner=replace(config.learner, advantages="gae", normalisation="fixed-length"))
+    used.check_learning(taught=True, replayed=True, drafting=False)
 
 
 @pytest.mark.parametrize("options", [

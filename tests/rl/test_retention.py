@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from learning import engine_batch, rollout_of
+from lockstep_runs import chat
 from speaker import speaker_model, speaker_tokenizer
 
+import glm5
 from glm5.data import Loader, Source, build_corpus, tokenize_corpus
 from glm5.data.world import build_world
 from glm5.engine import SamplingParams
@@ -18,12 +20,15 @@ from glm5.evals.skills import SkillsConfig
 from glm5.optim import OptimizerConfig
 from glm5.rl.aids import Aids, open_aids
 from glm5.rl.aids_config import AidsConfig, Measured
+from glm5.rl.config import RLRunConfig
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.records import Batch, Group, Lesson
 from glm5.rl.reference import KL
 from glm5.rl.retention import Retention, bits_per_byte, forgetting, skills
+from glm5.rl.run_ends import started_run
 from glm5.train.evaluate import evaluate_bits_per_byte
 from glm5.train.losses import language_loss
+from glm5.train.recorded import RunChanged
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +88,18 @@ def test_forgetting_is_how_much_worse_the_end_is():
 def test_nothing_to_measure_is_refused():
     with pytest.raises(ConfigError, match="something to measure"):
         Retention(())
+
+
+def test_a_resumed_run_may_be_measured_by_others(heldout, tmp_path):
+    glm5.save_model(speaker_model(), tmp_path / "parent", speaker_tokenizer())
+    plain, run = RLRunConfig(parent=tmp_path / "parent"), tmp_path / "run"
+    measured = dataclasses.replace(plain, aids=AidsConfig(retention=Measured(heldout=(heldout.directory,))))
+    for config, known in ((plain, False), (measured, True), (plain, False)):
+        with started_run(config, [chat()], run, resume=True) as found:
+            assert ("heldout heldout" in found.description["inputs"]) == known
+    other = dataclasses.replace(measured, aids=AidsConfig(reference=tmp_path / "parent"))
+    with pytest.raises(RunChanged, match="reference"), started_run(other, [chat()], run, resume=True):
+        pass
 
 
 def taught(heldout, steps=80):

@@ -25,10 +25,10 @@ class CISPO:
         check_clip("CISPO", self.epsilon_low, self.epsilon_high)
 
     def __call__(self, tokens: PolicyTokens) -> PolicyLossResult:
-        """See `PolicyLoss`. Diagnostics: share of tokens whose weight is clipped."""
+        """See `PolicyLoss`. Diagnostics: share of tokens whose weight is held at a bound; they keep a gradient."""
         ratio_N = (tokens.logprobs_N.detach() - tokens.sampled_logprobs_N).exp()
         weight_N = ratio_N.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
         return PolicyLossResult(
             total=-(tokens.weights_N * weight_N * tokens.advantages_N * tokens.logprobs_N).sum(),
-            diagnostics={"clipped": weighted((weight_N != ratio_N).float(), tokens)},
+            diagnostics={"truncated": weighted((weight_N != ratio_N).float(), tokens)},
         )

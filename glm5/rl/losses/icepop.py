@@ -17,6 +17,7 @@ import torch
 
 from glm5.errors import ConfigError
 from glm5.rl.loss import PolicyLossResult, PolicyTokens, weighted
+from glm5.rl.losses.ppo import held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class IcePop:
             diagnostics={
                 "mismatch": weighted(mismatch_N, tokens),
                 "masked": weighted((~kept_N).float(), tokens),
-                "clipped": weighted((clipped_N != ratio_N).float(), tokens),
+                "clipped": weighted(
+                    held(ratio_N, tokens.advantages_N, self.epsilon_low, self.epsilon_high).float(), tokens
+                ),
             },
         )

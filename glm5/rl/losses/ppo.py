@@ -33,7 +33,7 @@ class PPO:
             raise ConfigError(f"against is {self.against!r}; use 'trainer' or 'sampler'.")
 
     def __call__(self, tokens: PolicyTokens) -> PolicyLossResult:
-        """See `PolicyLoss`. Diagnostics: share of tokens outside the bounds."""
+        """See `PolicyLoss`. Diagnostics: share of tokens without a gradient, outside the bounds."""
         base_N = tokens.old_logprobs_N if self.against == "trainer" else tokens.sampled_logprobs_N
         gain_N, clipped_N = clipped_gain(
             tokens.logprobs_N - base_N.detach(), tokens.advantages_N, self.epsilon_low, self.epsilon_high
@@ -44,15 +44,20 @@ class PPO:
 
 
 def clipped_gain(log_ratio_N: Tensor, advantages_N: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """min(r A, clip(r) A) and whether r is out of bounds.
+    """min(r A, clip(r) A) and where the clip takes the gradient: r is out of bounds on the side to which A pulls.
 
-    The gradient is 0 where the clipped side is the smaller one, and so where the ratio is infinite and A above 0.
+    So it is where the ratio is infinite and A above 0. On the other side the gradient is that of r A.
     """
     flat_N = torch.isposinf(log_ratio_N) & (advantages_N >= 0)  # min takes the bound; infinity would make 0 x inf
     ratio_N = torch.where(flat_N, 0.0, log_ratio_N).exp()
     clipped_N = torch.where(flat_N, 1 + high, ratio_N.clamp(1 - low, 1 + high))
     gain_N = torch.minimum(torch.where(flat_N, clipped_N, ratio_N) * advantages_N, clipped_N * advantages_N)
-    return gain_N, flat_N | (clipped_N.detach() != ratio_N.detach())
+    return gain_N, held(torch.where(flat_N, torch.inf, ratio_N), advantages_N, low, high)
+
+
+def held(ratio_N: Tensor, advantages_N: Tensor, low: float, high: float) -> Tensor:
+    """Where the clip leaves no gradient, bool [N]."""
+    return ((ratio_N > 1 + high) & (advantages_N > 0)) | ((ratio_N < 1 - low) & (advantages_N < 0))
 
 
 def check_clip(name: str, low: float, high: float) -> None:

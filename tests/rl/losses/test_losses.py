@@ -142,6 +142,18 @@ def test_the_gradient_of_ddis_is_that_of_the_masked_ratio_times_the_advantage():
     torch.testing.assert_close(ours_N.grad, theirs_N.grad)
 
 
+@pytest.mark.parametrize("loss", [
+    PPO(against="sampler"), PPO(), IcePop(beta=3), TIS(), DecoupledPPO(), OPSM(),
+    GSPO(epsilon_low=0.3, epsilon_high=0.3), DDIS(), CISPO(), DPPO(tau=0),
+])  # fmt: skip
+def test_what_is_masked_or_clipped_has_no_gradient_and_all_else_has(loss):
+    logprobs_N = torch.randn(40, generator=torch.Generator().manual_seed(4), dtype=torch.float64).requires_grad_()
+    found = loss(random_tokens(logprobs_N))
+    found.total.backward()
+    told = sum(float(found.diagnostics.get(name, 0.0)) for name in ("masked", "clipped"))
+    assert told == pytest.approx((logprobs_N.grad == 0).sum().item() / 40)
+
+
 def test_gspo_shares_one_ratio_within_a_sequence():
     logprobs_N = torch.randn(40, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
     tokens = random_tokens(logprobs_N)
