@@ -40,14 +40,14 @@ class Aids:
     rewards: Retention | None = None
     """The same of held-out tasks (`held_out.py`); a run makes it of the environments that it is given."""
 
+    def due(self, version: int | None) -> list[Retention]:
+        """What is to be measured of the version; None: everything."""
+        parts = [part for part in (self.retention, self.rewards) if part is not None]
+        return [part for part in parts if version is None or part.due(version)]
+
     def measured(self, model: GLM5, version: int | None) -> dict[str, float]:
-        """What is due at the version; None: everything."""
-        return {
-            name: value
-            for part in (self.retention, self.rewards)
-            if part is not None and (version is None or part.due(version))
-            for name, value in part.measure(model).items()
-        }
+        """The values of what is due."""
+        return {name: value for part in self.due(version) for name, value in part.measure(model).items()}
 
 
 def check_vocabularies(model: GLM5, aids: Aids) -> None:

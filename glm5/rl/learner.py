@@ -98,7 +98,7 @@ class Learner:
         config = self.config
         fraction = rate_at(config.schedule, self.version, self.steps)
         set_rate(self.optimizers, fraction)
-        kept = self.aids.measured(self.model, self.version)
+        kept = self.measured(self.version)
         sums: defaultdict[str, float] = defaultdict(float)
         lessons = self._lessons(batch)
         parts = [
@@ -249,6 +249,10 @@ class Learner:
     def whole_model(self) -> GLM5:
         """The policy as a plain model: the learner's own, or a new one that computes the same without adapters."""
         return self.model if self.config.lora is None else merged_model(self.model)
+
+    def measured(self, version: int | None) -> dict[str, float]:
+        """What is due at the version (None: everything), of the policy as a plain model, which engines run fast."""
+        return self.aids.measured(self.whole_model(), version) if self.aids.due(version) else {}
 
     @property
     def module(self) -> nn.Module:

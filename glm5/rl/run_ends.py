@@ -242,10 +242,9 @@ def finish_run(session: Session, console: Console | None = None) -> None:
     if session.version < session.config.steps:
         say(Learnt.of(session.vain, session.version, session.config.steps).sentence, console)
     try:
-        learner = session.learner
-        values = learner.aids.measured(learner.model, None)
+        values = session.learner.measured(None)
         if values:
-            write_json(session.run.path / RETENTION, {"version": learner.version, **values})
+            write_json(session.run.path / RETENTION, {"version": session.learner.version, **values})
         write_rl_report(session.run.path)
     except Exception:
         log.exception("The model is in %s, but the report could not be written.", session.run.model_directory)

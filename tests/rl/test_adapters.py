@@ -13,8 +13,10 @@ from glm5.errors import ConfigError
 from glm5.model.int4 import Int4Experts, Int4Linear, quantize_base
 from glm5.ops.quant import dequantize_int4, quantize_int4
 from glm5.rl.adapters import LoRA, adapter_tensors, check_targets, merged_weights, without_adapters
+from glm5.rl.aids import Aids
 from glm5.rl.learner import Learner, LearnerConfig
 from glm5.rl.reference import KL
+from glm5.rl.retention import Retention
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +103,14 @@ def test_each_pattern_of_the_targets_names_something():
     check_targets(speaker_model(), LoRA(targets=TARGETS))
     with pytest.raises(ConfigError, match=r"no linear or expert weight is called '\*\.expert'; one is 'model\.layers"):
         check_targets(speaker_model(), LoRA(targets=("*.o_proj", "*.expert")))
+
+
+def test_what_is_measured_holds_the_rounded_weights_whole_too():
+    """An engine over packed weights, as the skills suite has one, would unpack them at each token."""
+    seen = []
+    retention = Retention((lambda model: seen.append(model) or {"norm": model.lm_head.weight.norm().item()},), every=2)
+    learner = Learner(speaker_model(), LearnerConfig(lora=LoRA(base="int4")), aids=Aids(retention=retention))
+    assert (
+        learner.measured(1) == {} and learner.measured(2).keys() == {"retention/norm"} == learner.measured(None).keys()
+    )
+    assert len(seen) == 2 and all(model.state_dict().keys() == speaker_model().state_dict().keys() for model in seen)
