@@ -139,6 +139,12 @@ def recorded_scheduler(run: RunDirectory) -> SchedulerConfig:
     return _read(run, SchedulerConfig, _recorded(run).get("scheduler", {}))
 
 
+def recorded_concurrency(run: RunDirectory) -> ConcurrencyConfig | None:
+    """Of `recorded_config`, how it adapts the rollouts at once; None: it does not."""
+    values = _recorded(run).get("concurrency")
+    return None if values is None else _read(run, ConcurrencyConfig, values)
+
+
 def _recorded(run: RunDirectory) -> dict[str, Any]:
     stage = run.description.get("stage")
     if stage != "rl":

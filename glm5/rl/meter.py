@@ -46,10 +46,10 @@ class BusyTime:
 
 
 class Meter:
-    """Counts tokens, and the time in which requests are open or the learner is at work."""
+    """Counts tokens, and the time in which requests are open, the learner is at work or weights are on their way."""
 
     def __init__(self) -> None:
-        self.sampling, self.learning = BusyTime(), BusyTime()
+        self.sampling, self.learning, self.publishing = BusyTime(), BusyTime(), BusyTime()
         self.tokens = 0
         self.refused = 0
         """Tries at environments that were away."""
@@ -58,7 +58,7 @@ class Meter:
         self.somebody_away = False
         """Whether an environment's server or all engines were seen to be away since then."""
         self._last = time.perf_counter()
-        self._before = (0.0, 0.0, 0, 0)
+        self._before = (0.0, 0.0, 0.0, 0, 0)
         self._lock = threading.Lock()
 
     def moved(self) -> None:
@@ -77,16 +77,21 @@ class Meter:
         self.moved()
 
     def lap(self) -> dict[str, Any]:
-        """Shares and speed since the last lap."""
-        now, values = time.perf_counter(), (self.sampling.seconds, self.learning.seconds, self.tokens, self.refused)
+        """Shares and speed since the last lap. While weights are published the trainer is not idle: it cannot go on."""
+        now = time.perf_counter()
+        times = (self.sampling.seconds, self.learning.seconds, self.publishing.seconds)
+        values = (*times, self.tokens, self.refused)
         seconds = max(now - self._last, 1e-9)
-        sampling, learning, tokens, refused = (new - old for new, old in zip(values, self._before, strict=True))
+        sampling, learning, publishing, tokens, refused = (
+            new - old for new, old in zip(values, self._before, strict=True)
+        )
         self._last, self._before = now, values
         return {
             "seconds": round(seconds, 4),
             "learning_seconds": round(learning, 4),
+            "publishing_seconds": round(publishing, 4),
             "sampler_idle": round(max(0.0, 1 - sampling / seconds), 4),
-            "trainer_idle": round(max(0.0, 1 - learning / seconds), 4),
+            "trainer_idle": round(max(0.0, 1 - (learning + publishing) / seconds), 4),
             "tokens_per_second": round(tokens / seconds, 1),
             "requests": self.sampling.open,
             "refused": refused,

@@ -112,6 +112,7 @@ class Orchestrator:
         self.session, self.fleet, self.watch, self.player = session, fleet, watch, player or self._episode
         self.outgoing, self.config = outgoing, session.config
         self.meter = meter or Meter()
+        self.meter.publishing = outgoing.publishing
         self.patience = Patience(self.config, self.meter)
         self.source = Metered(fleet, self.meter)
         self.playing: dict[str, asyncio.Task[None]] = {}

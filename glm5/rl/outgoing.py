@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from glm5.rl.fleet import Fleet
+from glm5.rl.meter import BusyTime
 from glm5.rl.records import Ticket
 from glm5.rl.session import Session
 from glm5.rl.weights.mirror import Mirror
@@ -25,6 +26,7 @@ class Outgoing:
         self.session, self.fleet, self.mirror, self.stopped = session, fleet, mirror, stopped
         self._unpublished: tuple[int, dict[str, Tensor]] | None = None
         """Weights that the engines may not take yet."""
+        self.publishing = BusyTime()
 
     async def start(self) -> bool:
         """Brings up the engines, with the newest weights; False after Ctrl-C."""
@@ -58,8 +60,14 @@ class Outgoing:
             return []
         version, weights = self._unpublished
         due = version - session.scheduler.version >= session.config.scheduler.publish_every
-        if not (due and await self._awaited(self.fleet.publish(version, weights))):
+        if not due:
             return []
+        self.publishing.begin()
+        try:
+            if not await self._awaited(self.fleet.publish(version, weights)):
+                return []
+        finally:
+            self.publishing.end()
         self._unpublished = None
         return session.published(version)
 

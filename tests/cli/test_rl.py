@@ -116,12 +116,22 @@ def test_engines_in_processes_and_a_simulation_of_the_run(parent, tmp_path, caps
     assert "rollouts are too short a record to predict from" in heard.err and " ± " in heard.out
     assert main(["rl", "--simulate", "--like", str(run), "--bounds", "2", "--batches", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["warning"] and all(it["steps_per_hour_spread"] > 0 for it in found["simulations"])
-    scheduler, sources = settings_of(run)
+    assert "too short" in found["warnings"][0] and all(it["steps_per_hour_spread"] > 0 for it in found["simulations"])
+    told = settings_of(run)
+    scheduler, sources = told.scheduler, told.sources
+    assert told.engines == found["settings"]["engine"]["engines"] == 2
     assert (scheduler.groups_per_batch, scheduler.group_size) == (2, 2), "the run's own, not the defaults"
     assert [source.weight for source in sources] == [2.0, 1.0]
     assert [it["mode"] for it in found["simulations"]] == ["sync", "one-step-off", "async"]
     assert all(it["steps_per_hour"] > 0 for it in found["simulations"]) and found["run"]["steps_per_hour"] > 0
+    like = ["rl", "--simulate", "--like", str(run), "--bounds", "2", "--batches", "8", "--draws", "0", "--json"]
+    slow = ["--engine.points", "1", "0.5", "--train-seconds", "70", "--publish-seconds", "9", "--engine.engines", "1"]
+    assert main([*like, *slow]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["settings"]["engine"]["points"] == [[1, 0.5]] and told["settings"]["engine"]["engines"] == 1
+    assert all(it["steps_per_hour"] <= 3600 / 79 + 1 for it in told["simulations"]), "what is given is tried"
+    assert main([*like, "--tokens.median", "7"]) == 1
+    assert "--tokens is measured by --like" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -142,6 +152,11 @@ def test_a_place_that_takes_no_run_is_refused(parent, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(flags(parent, tmp_path / "file")) == 1
     assert "file cannot be made a run directory (File exists)" in capsys.readouterr().err
+
+
+def test_draws_that_tell_no_deviation_are_refused(capsys):
+    assert main(["rl", "--simulate", "--draws", "1"]) == 1
+    assert "--draws is 1; a deviation needs 2 or more" in capsys.readouterr().err
 
 
 def test_a_bound_below_0_is_refused(capsys):

@@ -190,7 +190,7 @@ def test_a_loss_whose_class_was_not_noted_is_no_guess(tmp_path, capsys):
     assert "does not note of which class its loss is: DDIS or CISPO has" in capsys.readouterr().err
     for said, kind in (("--learner.loss=ddis", DDIS), ("--learner.loss=CISPO:epsilon_low=0.2", CISPO)):
         assert Record.named(["--resume", "--out", str(tmp_path), said]).config.learner.loss == kind(**narrow)
-    assert settings_of(tmp_path)[0].group_size == 3, "a simulation has no loss"
+    assert settings_of(tmp_path).scheduler.group_size == 3, "a simulation has no loss"
     assert recorded_config(described({"parent": "p", "learner": {"loss": {}}})).learner.loss == Reinforce()
 
 

@@ -18,6 +18,7 @@ from glm5.rl.simulation import (
     EngineSpeed,
     LongTail,
     Measured,
+    MeasuredWorkload,
     SimulationConfig,
     comparison,
     machine,
@@ -29,7 +30,8 @@ from glm5.rl.simulation import (
     write_page,
 )
 from glm5.rl.simulation.spread import redrawn
-from glm5.rl.tasks import TaskSource
+from glm5.rl.simulation.workload import Play
+from glm5.rl.tasks import Pools, TaskSource
 
 
 def fixed(value):
@@ -148,11 +150,12 @@ def test_what_was_measured_is_predicted():
     measured = Measured.from_records(records)
     assert measured.train_seconds == pytest.approx(2) and measured.train_seconds_per_token == pytest.approx(0.001)
     assert measured.publish_seconds == 1.0 and measured.counts["rollout"] == 1200
-    assert measured.engine.points == ((1, 10.0), (8, 80.0))
+    assert measured.points == ((1, 10.0), (8, 80.0))
 
     base = SimulationConfig(scheduler=SchedulerConfig(groups_per_batch=4, group_size=4), batches=60, warmup=10)
     predicted = simulate(base.as_measured(measured))
-    known = simulate(replace(base, workloads={"tasks": truth}, engine=measured.engine, train_seconds=2.0,
+    engine = EngineSpeed(points=measured.points)
+    known = simulate(replace(base, workloads={"tasks": truth}, engine=engine, train_seconds=2.0,
                              train_seconds_per_token=0.001, publish_seconds=1.0))  # fmt: skip
     assert predicted.steps_per_hour == pytest.approx(known.steps_per_hour, rel=0.15)
     assert predicted.wasted == pytest.approx(known.wasted, abs=0.1)
@@ -226,6 +229,53 @@ def test_draws_that_teach_nothing_end_and_are_left_out(monkeypatch):
         spread_of(nothing, records, draws=2)
 
 
+def test_what_was_called_off_counts_as_longer_than_it_got():
+    """Of answers of 10 to 1,000 tokens those over 500 are cut at 505 but for one in ten: the mean stays."""
+    lengths = [10 * n for n in range(1, 101)] * 10
+    cut = [length > 500 and number % 10 > 0 for number, length in enumerate(sorted(lengths))]
+    rows = [
+        {"kind": "rollout", "environment": "e", "group": str(number % 250), "turn_tokens": [505 if off else length],
+         "tool_seconds": 0.0, "outcome": "aborted" if off else "ok", "reward": None if off else float(number % 2)}
+        for number, (length, off) in enumerate(zip(sorted(lengths), cut, strict=True))
+    ]  # fmt: skip
+    measured = Measured.from_records([*rows, {"kind": "train", "seconds": 1.0, "tokens": 1}])
+    plays = [play for group in measured.workloads["e"].groups for play in group]
+    assert len(plays) == 1000 and {play.outcome for play in plays} == {"ok"}
+    mean = sum(sum(play.tokens) for play in plays) / 1000
+    assert mean == pytest.approx(505, rel=0.05), "300 tokens without them"
+    with pytest.raises(InputError, match="no finished rollout"):
+        Measured.from_records([row for row in rows if row["outcome"] == "aborted"])
+
+
+def test_what_was_not_measured_or_is_given_stays_in_every_draw():
+    records = records_like(AssumedWorkload(tokens=fixed(100)), 16)
+    keep = TaskSource(environment="e", uniform_groups="keep")
+    given = {"train_seconds": 40.0, "train_seconds_per_token": 0.0}
+    base = config("async", batches=10, warmup=2, publish_seconds=20.0, engine=EngineSpeed(engines=3))
+    two = base.as_measured(Measured.from_records(records), sources=(keep,), **given)
+    assert two.publish_seconds == 20.0 and two.engine == EngineSpeed(points=((8, 80.0),), engines=3)
+    assert seconds_per_step(simulate(two)) == pytest.approx(60.0, rel=0.01)
+    spread = spread_of(two, records, draws=2, max_staleness=(4,), given=given).steps_per_hour
+    assert spread[-1] == pytest.approx(0.0, abs=1e-6), "the trainer decides, and its time is given"
+
+
+def test_more_sequences_than_the_engine_is_known_with_are_told_of():
+    assert simulate(config("sync")).beyond == 0.0
+    assert simulate(config("sync", engine=EngineSpeed(points=((4, 40.0),)))).beyond == 1.0
+
+
+def test_a_task_of_a_pool_is_as_hard_as_before():
+    """Some tasks are always solved, the others never."""
+    workload = {"tasks": MeasuredWorkload(tuple((Play((10,), (0.0,), "ok", reward),) * 4 for reward in (0.0, 1.0)))}
+    source = TaskSource(environment="tasks", pools=Pools(size=40))
+    machine_ = machine._Machine(config("sync", workloads=workload, sources=(source,)))
+    tickets = [Ticket("tasks", task, attempt) for task in range(8) for attempt in range(3)]
+    for ticket in tickets:
+        machine_._start(ticket)
+    rewards = [machine_.playing[ticket.id].play.reward for ticket in tickets]
+    assert set(rewards) == {0.0, 1.0} and all(len(set(rewards[n : n + 3])) == 1 for n in range(0, 24, 3))
+
+
 def test_a_short_record_is_warned_of():
     assert shortness(records_like(AssumedWorkload(), 32)) is None
     assert "8 steps and 124 rollouts" in shortness(records_like(AssumedWorkload(), 32)[4:])
@@ -260,6 +310,11 @@ def test_settings_that_cannot_be():
             config(**wrong)
     with pytest.raises(InputError, match="long tail"):
         LongTail(2, 1)
+    for wrong in (math.inf, math.nan):
+        with pytest.raises(InputError, match="long tail"):
+            LongTail(2, wrong)
+        with pytest.raises(InputError, match="tokens per second"):
+            EngineSpeed(points=((1, wrong),))
     with pytest.raises(InputError, match="rise"):
         EngineSpeed(points=((8, 1.0), (1, 2.0)))
     assert math.isclose(EngineSpeed(points=((2, 10.0), (4, 30.0))).tokens_per_second(3), 20.0)

@@ -12,20 +12,19 @@ Left out: prompts (part of the engine's measured speed), the engine's cache and 
 
 from glm5.rl.simulation.config import NothingTeaches, Simulation, SimulationConfig
 from glm5.rl.simulation.machine import simulate, sweep
-from glm5.rl.simulation.observe import records_of, settings_of
+from glm5.rl.simulation.measured import Measured, rollout_record
+from glm5.rl.simulation.observe import RunSettings, records_of, settings_of
 from glm5.rl.simulation.report import comparison, write_page
 from glm5.rl.simulation.spread import Spreads, shortness, spread_of
 from glm5.rl.simulation.workload import (
     AssumedWorkload,
     EngineSpeed,
     LongTail,
-    Measured,
     MeasuredWorkload,
-    rollout_record,
 )
 
 __all__ = [
-    "AssumedWorkload", "EngineSpeed", "LongTail", "Measured", "MeasuredWorkload", "NothingTeaches", "Simulation",
-    "SimulationConfig", "Spreads", "comparison", "records_of", "rollout_record", "settings_of", "shortness", "simulate",
-    "spread_of", "sweep", "write_page",
+    "AssumedWorkload", "EngineSpeed", "LongTail", "Measured", "MeasuredWorkload", "NothingTeaches", "RunSettings",
+    "Simulation", "SimulationConfig", "Spreads", "comparison", "records_of", "rollout_record", "settings_of",
+    "shortness", "simulate", "spread_of", "sweep", "write_page",
 ]  # fmt: skip

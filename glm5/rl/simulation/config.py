@@ -9,7 +9,8 @@ from typing import Any
 from glm5.errors import InputError
 from glm5.rl.admission import Mode, SchedulerConfig
 from glm5.rl.concurrency import ConcurrencyConfig
-from glm5.rl.simulation.workload import AssumedWorkload, EngineSpeed, Measured, Workload
+from glm5.rl.simulation.measured import Measured
+from glm5.rl.simulation.workload import AssumedWorkload, EngineSpeed, Workload
 from glm5.rl.tasks import TaskSource
 from glm5.train.checks import check_counts, check_numbers
 
@@ -55,15 +56,20 @@ class SimulationConfig:
                 raise InputError(f"There is no workload for the environment {source.environment}.")
 
     def as_measured(self, measured: Measured, **changes: Any) -> SimulationConfig:
-        """With workloads, speeds and times of a real run; its environments keep the sources they have here."""
+        """With workloads, speeds and times of a real run, as far as they are known, but for `changes`.
+
+        Its environments keep the sources they have here, and its engines their number and places.
+        """
         known = {source.environment: source for source in self.sources}
+        publish = self.publish_seconds if measured.publish_seconds is None else measured.publish_seconds
         values = {
             "sources": tuple(known.get(name) or TaskSource(environment=name) for name in measured.workloads),
             "workloads": measured.workloads,
-            "engine": measured.engine or self.engine,
+            "engine": replace(self.engine, points=measured.points or self.engine.points),
             "train_seconds": measured.train_seconds,
             "train_seconds_per_token": measured.train_seconds_per_token,
-            "publish_seconds": measured.publish_seconds,
+            "publish_seconds": publish,
+            "swap_seconds": min(self.swap_seconds, publish),
         }
         return replace(self, **{**values, **changes})
 
@@ -90,6 +96,8 @@ class Simulation:
     """Share of the time in which the engines had nothing to do or stood still for new weights."""
     sampler_use: float
     """Tokens made, relative to the most that the engines could have made."""
+    beyond: float
+    """Share of the tokens that were made by more sequences at once, by half, than the engine's speed is known of."""
     wasted: float
     """Share of the sampled tokens that were not learnt from, for whatever reason."""
     staleness: Mapping[int, int]

@@ -42,6 +42,11 @@ class VirtualEngines:
         n = len(self.active) / self.speed.engines
         return self.speed.tokens_per_second(n) * self.speed.engines
 
+    @property
+    def beyond(self) -> bool:
+        """Whether so many sequences run that the speed is a guess."""
+        return len(self.active) > 1.5 * self.speed.points[-1][0] * self.speed.engines
+
     def first(self) -> tuple[float, str] | None:
         """Tokens until the next is done, and which."""
         while self._order and self.active.get(self._order[0][1]) != self._order[0][0]:

@@ -39,11 +39,11 @@ def sweep(
     """sync, one-step-off, and async once for each staleness; all of them for each concurrency."""
     base, found = config.scheduler, []
     for running in max_running or (base.max_running,):
-        simple = replace(base, max_running=running, publish_every=1)
-        chosen = [replace(simple, mode="sync"), replace(simple, mode="one-step-off")]
+        every, simple = base.publish_every, replace(base, max_running=running, publish_every=1)
+        chosen = [replace(simple, mode="sync"), replace(simple, mode="one-step-off", publish_every=min(every, 2))]
         for bound in max_staleness or (base.max_staleness,):
-            every = min(base.publish_every, bound + 1)
-            chosen.append(replace(simple, mode="async", max_staleness=bound, publish_every=every))
+            oftener = min(every, bound + 1)
+            chosen.append(replace(simple, mode="async", max_staleness=bound, publish_every=oftener))
         found += [simulate(replace(config, scheduler=scheduler)) for scheduler in chosen]
     return found
 
@@ -69,6 +69,7 @@ class _Sums:
     training: float = 0.0
     sampling: float = 0.0
     sampled: float = 0.0
+    beyond: float = 0.0
     learnt: float = 0.0
     wasted: float = 0.0
     rollouts: int = 0
@@ -123,6 +124,7 @@ class _Machine:
             raise InputError("Nothing can move in the simulated run: no environment gives another task.")
         seconds = then - self.clock.now
         self.sums.sampled += speed * seconds
+        self.sums.beyond += speed * seconds if self.engines.beyond else 0.0
         self.sums.sampling += seconds if speed else 0.0
         busy = self.batch is not None or self.publishing
         self.sums.training += seconds if busy else 0.0
@@ -223,9 +225,11 @@ class _Machine:
     # Rollouts.
 
     def _start(self, ticket: Ticket) -> None:
-        key = f"{self.config.seed}/{ticket.group.id}"
-        chance = Random(f"{key}/{ticket.sample}")
-        play = self.config.workloads[ticket.environment].play(Random(key), chance, ticket.sample)
+        seed = self.config.seed
+        pooled = self.scheduler.tasks.sources[ticket.environment].pools is not None
+        task = f"{ticket.environment}/{ticket.task_index}" if pooled else ticket.group.id  # as hard as it was before
+        chance = Random(f"{seed}/{ticket.group.id}/{ticket.sample}")
+        play = self.config.workloads[ticket.environment].play(Random(f"{seed}/{task}"), chance, ticket.sample)
         self.playing[ticket.id] = _Playing(ticket, play)
         self.most_running = max(self.most_running, len(self.playing))
         self._generate(self.playing[ticket.id])
@@ -288,6 +292,7 @@ class _Machine:
             trainer_idle=max(0.0, 1 - sums.training / seconds),
             sampler_idle=max(0.0, 1 - sums.sampling / seconds),
             sampler_use=sums.sampled / seconds / peak,
+            beyond=sums.beyond / max(1.0, sums.sampled),
             wasted=sums.wasted / max(1.0, sums.wasted + sums.learnt),
             staleness=dict(sums.staleness),
             accounts=self.scheduler.accounts.metrics(),

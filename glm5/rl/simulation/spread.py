@@ -17,7 +17,7 @@ from typing import Any
 from glm5.errors import InputError
 from glm5.rl.simulation.config import NothingTeaches, SimulationConfig
 from glm5.rl.simulation.machine import sweep
-from glm5.rl.simulation.workload import Measured
+from glm5.rl.simulation.measured import Measured, NothingFinished
 
 LEAST_ROLLOUTS = 128
 """Of a record that is long enough: with fewer, one prediction in ten is off by a quarter and more, with as many by a
@@ -46,10 +46,12 @@ def spread_of(
     draws: int,
     max_staleness: Sequence[int] = (),
     max_running: Sequence[int] = (),
+    given: Mapping[str, Any] | None = None,
 ) -> Spreads:
     """That of the steps per hour of each simulation of such a `sweep`, over so many draws (at least 2).
 
     records: those that `config` is measured by; None: lengths and speeds are assumed, and only chance is drawn anew.
+    given: settings that do not follow from the records (the `changes` of `as_measured`).
     A draw that teaches nothing is left out and made again. Raises InputError when that leaves fewer than two.
     """
     found: list[list[float]] = []
@@ -57,11 +59,12 @@ def spread_of(
     while len(found) < draws and tried < MOST_TRIES * draws:
         tried += 1
         again = replace(config, seed=config.seed + tried)
-        if records is not None:
-            again = again.as_measured(Measured.from_records(redrawn(records, Random(again.seed))))
         try:
+            if records is not None:
+                measured = Measured.from_records(redrawn(records, Random(again.seed)))
+                again = again.as_measured(measured, **(given or {}))
             simulations = sweep(again, max_staleness=max_staleness, max_running=max_running)
-        except NothingTeaches:
+        except (NothingTeaches, NothingFinished):
             continue
         found.append([it.steps_per_hour for it in simulations])
     if len(found) < 2:
