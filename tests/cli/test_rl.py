@@ -116,7 +116,8 @@ def test_engines_in_processes_and_a_simulation_of_the_run(parent, tmp_path, caps
     assert "rollouts are too short a record to predict from" in heard.err and " ± " in heard.out
     assert main(["rl", "--simulate", "--like", str(run), "--bounds", "2", "--batches", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert "too short" in found["warnings"][0] and all(it["steps_per_hour_spread"] > 0 for it in found["simulations"])
+    assert any("too short" in warning for warning in found["warnings"])
+    assert all(it["steps_per_hour_spread"] > 0 for it in found["simulations"])
     told = settings_of(run)
     scheduler, sources = told.scheduler, told.sources
     assert told.engines == found["settings"]["engine"]["engines"] == 2
@@ -127,9 +128,9 @@ def test_engines_in_processes_and_a_simulation_of_the_run(parent, tmp_path, caps
     like = ["rl", "--simulate", "--like", str(run), "--bounds", "2", "--batches", "8", "--draws", "0", "--json"]
     slow = ["--engine.points", "1", "0.5", "--train-seconds", "70", "--publish-seconds", "9", "--engine.engines", "1"]
     assert main([*like, *slow]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["settings"]["engine"]["points"] == [[1, 0.5]] and told["settings"]["engine"]["engines"] == 1
-    assert all(it["steps_per_hour"] <= 3600 / 79 + 1 for it in told["simulations"]), "what is given is tried"
+    tried = json.loads(capsys.readouterr().out)
+    assert tried["settings"]["engine"]["points"] == [[1, 0.5]] and tried["settings"]["engine"]["engines"] == 1
+    assert tried["simulations"][-1]["steps_per_hour"] <= 3600 / 79 + 1, "what is given is tried"
     assert main([*like, "--tokens.median", "7"]) == 1
     assert "--tokens is measured by --like" in capsys.readouterr().err
 
