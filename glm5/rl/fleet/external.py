@@ -38,8 +38,9 @@ longer than a hiccup, shorter than one takes to be started anew, which must not 
 BUSY_SECONDS = 1.0
 """Before a server that answered 429 is asked again."""
 START_SECONDS = 10.0
-"""For which a server is asked whether it is there before that counts as a failure, and a request that it refuses at
-least, while it takes others, before it is given up."""
+"""For which a server is asked whether it is there before that counts as a failure."""
+REFUSED_SECONDS = 10.0
+"""For which a request that a server fails at, while it takes others, is tried there again."""
 
 
 class ServerMember:
@@ -181,8 +182,8 @@ class ServerMember:
             self._ended(order, FleetError(f"The answer of {self._backend.url} cannot be read ({error!r})."))
 
     async def _failed(self, order: Order, error: GLM5Error) -> None:
-        """A request came to no end. What is refused while others are taken is tried again, as long as an outage is
-        borne, and no other request is disturbed by it."""
+        """A request came to no end. What is refused while others are taken is tried again for a while, then elsewhere;
+        no other request is disturbed by it."""
         status = error.status if isinstance(error, ApiError) else 400
         if status == 504:  # its own deadline
             self._ended(order, None)
@@ -191,8 +192,7 @@ class ServerMember:
         elif isinstance(error, BackendAway) or not await self._takes_others(order):
             self._events.lost(self, str(error))
         else:
-            seconds = max(self._config.outage_seconds, START_SECONDS)
-            pause = next(self._pauses.setdefault(order.number, pauses(seconds)), None)
+            pause = next(self._pauses.setdefault(order.number, pauses(REFUSED_SECONDS)), None)
             if pause is None:
                 self._ended(order, RequestFailed(f"{self._backend.url} takes other requests, but of this one: {error}"))
             else:

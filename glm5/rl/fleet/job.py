@@ -70,6 +70,8 @@ class Job:
     """Engines that died under it in a row, each before it had got on."""
     moved_at: float = 0.0
     """When the first of these died."""
+    refused: set[str] = field(default_factory=set)
+    """Engines that failed at it while they took others."""
     begun_with: int = 0
     """Tokens that it had when its engine began it."""
     cached_tokens: int = 0

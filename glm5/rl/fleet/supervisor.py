@@ -92,15 +92,9 @@ class SupervisedFleet:
         return f"No engine is left: {given_up[-1]}" if len(given_up) == len(self._seats) else None
 
     def stream(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams | None = None,
-        *,
-        session_id: str | None = None,
-        priority: int = 0,
-        deadline: float | None = None,
-        said: Sequence[TokenDelta] = (),
-    ) -> FleetStream:
+        self, prompt_ids: Sequence[int], params: SamplingParams | None = None, *, session_id: str | None = None,
+        priority: int = 0, deadline: float | None = None, said: Sequence[TokenDelta] = (),
+    ) -> FleetStream:  # fmt: skip
         """As `Engine.stream`. A structure that cannot be used is refused by the first token, all else at once."""
         params = params or SamplingParams()
         check_queueing(session_id, priority, deadline)
@@ -140,6 +134,8 @@ class SupervisedFleet:
                 if version > await self._snapshots.settled():
                     await self._snapshots.write(version, state_dict, self._known())
                 await in_thread(self._hand_out, version)
+                if away := [seat.name for seat in self._seats if seat.version < version]:
+                    log.warning("Engines %s are away and lack the last weights, version %d.", ", ".join(away), version)
             except (GLM5Error, OSError, asyncio.CancelledError) as error:
                 log.warning("Not all servers have the last weights, version %d: %s", version, str(error) or "Ctrl-C")
 
@@ -181,11 +177,19 @@ class SupervisedFleet:
                     self._acquit(job)
 
     def ended(self, member: Member, number: int, error: BaseException | None) -> None:
-        """A job's end."""
+        """A job's end, but that one at which only this engine fails is tried by the others."""
         with self._changed:
             job = self._jobs.get(number)
-            if job is not None and job.member is member:
-                self._finish(job, error)
+            if job is None or job.member is not member:
+                return
+            if isinstance(error, RequestFailed):
+                log.warning("%s", error)
+                job.refused |= {seat.name for seat in self._seats if seat.member is member}
+                if any(seat.member is not None and seat.name not in job.refused for seat in self._seats):
+                    self._moved += 1
+                    self._place(job)
+                    return self._acquit(job)
+            self._finish(job, error)
 
     def lost(self, member: Member, reason: str) -> None:
         """Somebody died: the jobs go elsewhere, and the seat is filled again."""
@@ -213,18 +217,13 @@ class SupervisedFleet:
     def _place(self, job: Job) -> None:
         """Begins a job on the engine that its session belongs to, or lets it wait for one."""
         names = {seat.member: seat.name for seat in self._seats if seat.member is not None}
+        if not names and self.failure is not None:
+            return self._finish(job, FleetError(self.failure))
         if not names:
-            if self.failure is not None:
-                self._finish(job, FleetError(self.failure))
-            else:
-                self._waiting.append(job)
-            return
-        loads = dict.fromkeys(names.values(), 0)
-        for other in self._jobs.values():
-            if other.member in names:
-                loads[names[other.member]] += 1
-        name = self._router.choose(job.session_id, loads)
-        seat = self._seats[int(name)]
+            return self._waiting.append(job)
+        names = {member: name for member, name in names.items() if name not in job.refused} or names
+        loads = {name: sum(other.member is member for other in self._jobs.values()) for member, name in names.items()}
+        seat = self._seats[int(self._router.choose(job.session_id, loads))]
         assert seat.member is not None
         seat.requests += 1
         job.member = seat.member

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from dataclasses import replace
 
 import fleet_engines
 import httpx
@@ -37,7 +36,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(external, "START_SECONDS", 2.0)  # also for the start, on a busy machine
+    monkeypatch.setattr(external, "REFUSED_SECONDS", 0.5)
 
 
 class Refusing:
@@ -54,10 +53,15 @@ class Refusing:
         return await self._calm.handle_async_request(request)
 
 
-async def with_fleet(directory, server, story, config=CONFIG):
-    transport = httpx.MockTransport(server)
-    backend = Backend("http://s", directory, backend_api("sglang"), max_model_len=5000, transport=transport)
-    fleet = SupervisedFleet(ServerExecutor([backend]), 1, tokenizer=backend.tokenizer, config=config)
+async def with_fleet(directory, servers, story, config=CONFIG):
+    backends = [
+        Backend(
+            f"http://{name}", directory, backend_api("sglang"), max_model_len=5000, transport=httpx.MockTransport(of)
+        )
+        for name, of in servers.items()
+    ]
+    executor = ServerExecutor(backends)
+    fleet = SupervisedFleet(executor, len(backends), tokenizer=backends[0].tokenizer, config=config)
     try:
         await fleet.start()
         await story(fleet)
@@ -77,10 +81,10 @@ def test_a_request_that_is_always_refused_ends_alone(directory):
         assert fleet.stats().moved == 0 == fleet.stats().engines[0].restarts and fleet.failure is None
         other.close()
 
-    asyncio.run(with_fleet(directory, server, story))
+    asyncio.run(with_fleet(directory, {"s": server}, story))
 
 
-def test_a_request_that_is_refused_for_a_while_goes_on_after_its_tokens(directory):
+def test_a_request_that_is_refused_for_a_while_goes_on_after_its_tokens(directory, monkeypatch):
     refusals = [500, 500]
 
     def now_and_then(ids):
@@ -91,7 +95,8 @@ def test_a_request_that_is_refused_for_a_while_goes_on_after_its_tokens(director
         assert [d.token_id for d in deltas] == [40 + len(PROMPTS[0]) + n for n in range(1, 6)] and not refusals
         assert fleet.stats().engines[0].restarts == 0
 
-    asyncio.run(with_fleet(directory, Refusing(now_and_then), story, replace(CONFIG, outage_seconds=60.0)))
+    monkeypatch.setattr(external, "REFUSED_SECONDS", 60.0)
+    asyncio.run(with_fleet(directory, {"s": Refusing(now_and_then)}, story))
 
 
 def test_a_server_that_refuses_everything_is_left(directory):
@@ -99,13 +104,39 @@ def test_a_server_that_refuses_everything_is_left(directory):
         with pytest.raises(FleetError, match=r"No engine is left: .* 500: out of memory"):
             await anext(fleet.stream(PROMPTS[0], params_of(0), session_id="a"))
 
-    asyncio.run(with_fleet(directory, Refusing(lambda ids: True), story))
+    asyncio.run(with_fleet(directory, {"s": Refusing(lambda ids: True)}, story))
+
+
+def test_what_one_server_refuses_is_taken_by_another(directory, caplog):
+    narrow = Refusing(lambda ids: len(ids) > 1)  # has no memory for more
+
+    async def story(fleet):
+        deltas = [
+            d async for d in fleet.stream(PROMPTS[0], params_of(0, max_tokens=3))
+        ]  # the first has as little to do
+        assert [d.token_id for d in deltas] == [40 + len(PROMPTS[0]) + n for n in range(1, 4)]
+        assert narrow.said and fleet.stats().moved and all(engine.up for engine in fleet.stats().engines)
+        assert "http://narrow takes other requests, but of this one: The backend answered 500" in caplog.text
+
+    asyncio.run(with_fleet(directory, {"narrow": narrow, "wide": Refusing(lambda ids: False)}, story))
+
+
+def test_what_every_server_refuses_ends_alone(directory):
+    servers = {name: Refusing(lambda ids: ids[:4] == PROMPTS[0]) for name in "ab"}
+
+    async def story(fleet):
+        with pytest.raises(RequestFailed, match="takes other requests, but of this one"):
+            await anext(fleet.stream(PROMPTS[0], params_of(0), session_id="a"))
+        assert all(server.said for server in servers.values())
+        assert len([d async for d in fleet.stream(PROMPTS[1], params_of(1, max_tokens=2), session_id="a")]) == 2
+
+    asyncio.run(with_fleet(directory, servers, story))
 
 
 def test_a_run_goes_on_without_the_episodes_that_its_server_fails_at(directory, tmp_path):
     config = RLRunConfig(
         parent=directory, steps=2, rollout=RolloutConfig(max_tokens=6, outage_seconds=0.0),
-        scheduler=SchedulerConfig(groups_per_batch=2, group_size=4, max_running=8, max_attempts=1),
+        scheduler=SchedulerConfig(mode="sync", groups_per_batch=2, group_size=4, max_running=8, max_attempts=1),
     )  # fmt: skip
     environment = SingleTurn(fleet_engines.Letters(), uniform_groups="keep")
     tokenizer, refused = speaker_tokenizer(), []
