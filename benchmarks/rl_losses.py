@@ -91,7 +91,7 @@ def tokens_of(table_QPV: Tensor, old_QPV: Tensor, right_QP: Tensor, lag: int, ge
 
 
 def learn(loss: PolicyLoss, *, lag: int, rate: float, steps: int, seed: int, reset: bool) -> tuple[float, float]:
-    """The chance of a right answer at the end, and the mean share of tokens that were masked or clipped."""
+    """The chance of a right answer at the end, and the mean share of tokens that were masked, clipped or capped."""
     generator = torch.Generator().manual_seed(seed)
     right_QP = torch.randint(TOKENS, (QUESTIONS, POSITIONS), generator=generator)
     table_QPV = torch.zeros(QUESTIONS, POSITIONS, TOKENS)
@@ -108,7 +108,7 @@ def learn(loss: PolicyLoss, *, lag: int, rate: float, steps: int, seed: int, res
             torch.nn.utils.clip_grad_norm_([table_QPV], 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            held.append(sum(v.item() for k, v in result.diagnostics.items() if k in ("masked", "clipped", "truncated")))
+            held.append(sum(v.item() for k, v in result.diagnostics.items() if k in ("masked", "clipped", "capped")))
             if reset:
                 optimizer.state.clear()
         versions.append(table_QPV.detach().clone())

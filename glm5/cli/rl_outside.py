@@ -28,6 +28,7 @@ from glm5.envs.protocol import UniformGroups
 from glm5.errors import InputError
 from glm5.rl.config import RLRunConfig
 from glm5.rl.gateway import Address, train_from_gateway, train_from_records
+from glm5.rl.report import REPORT
 from glm5.rl.view.of_run import ROLLOUTS
 from glm5.serve import is_loopback
 from glm5.serve.auth import check_key
@@ -168,9 +169,11 @@ def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
 
 
 def tell_pages(run: RunDirectory, console: Console) -> None:
-    """What there is to look at, and how the model is used."""
+    """What there is to look at, and how the model is used. A page may be absent: its error is no error of the run."""
+    pages = {"report": run.path / REPORT, "rollouts": run.path / ROLLOUTS}
+    there = "; ".join(f"{name}: {page}" for name, page in pages.items() if page.exists())
     for line in (
-        f"report: {run.path / 'report.html'}; every rollout: {run.path / ROLLOUTS}",
+        *([there] if there else []),
         f"model: {run.model_directory}; `glm5 chat {run.path}` talks to it, `glm5 serve {run.path}` serves it",
     ):
         console.print(line, soft_wrap=True, markup=False, highlight=False)

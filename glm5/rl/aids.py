@@ -1,6 +1,6 @@
 """What a learner may have beside the model that it trains: other models, other data, and what it is measured by.
 
-None of it is state: a run that is resumed is given the same again.
+None of it is state: a run that is resumed is given the same again, or measures of other names.
 """
 
 from __future__ import annotations

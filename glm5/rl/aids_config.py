@@ -1,7 +1,8 @@
 """The learner's aids as settings: models and datasets by their paths, which a run opens when it begins or is resumed.
 
 They are part of `run.json`, with the hashes of what was there among its inputs, so a resumed run and the replay of a
-step have the same aids, or are refused. `glm5.rl.aids.open_aids` makes the objects.
+step learn with the same aids, or are refused; what a run is measured by may change (`run_ends.py`).
+`glm5.rl.aids.open_aids` makes the objects.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from glm5.evals.skills import SkillsConfig
 from glm5.train.checks import check_choice, check_counts
 from glm5.train.run_directory import directory_sha256, model_of
 
-MEASURED = ("heldout ", "retention world")
-"""How the names of inputs begin by which a run is measured: a resumed run may have others."""
+HELDOUT, WORLD = "heldout ", "retention world"
+MEASURED = (HELDOUT, WORLD)
+"""How the names of inputs begin by which a run is measured: a resumed run may have others, under other names."""
 EVERY = "*"
 """Stands for every environment that has no teacher of its own."""
 
@@ -131,8 +133,8 @@ class AidsConfig:
             found["reference"] = directory_sha256(model_of(self.reference))
         if self.replay.data:
             found["replay"] = open_mixture(self.replay.data).sha256
-        found |= {f"heldout {path.name}": open_dataset(path).sha256 for path in self.retention.heldout}
+        found |= {f"{HELDOUT}{path.name}": open_dataset(path).sha256 for path in self.retention.heldout}
         if self.retention.world is not None:
             open_world(self.retention.world)
-            found["retention world"] = world_sha256(self.retention.world)
+            found[WORLD] = world_sha256(self.retention.world)
         return found

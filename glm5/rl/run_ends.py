@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from glm5.files import write_json
 from glm5.model import GLM5
 from glm5.rl.adapters import check_targets
 from glm5.rl.aids import Aids, open_aids
-from glm5.rl.aids_config import MEASURED
+from glm5.rl.aids_config import HELDOUT, MEASURED, WORLD
 from glm5.rl.config import PACE, RLRunConfig
 from glm5.rl.held_out import held_out_rewards
 from glm5.rl.learnt import Learnt, ended
@@ -72,8 +72,12 @@ def started_run(
     inputs = {"environments": ", ".join(names), **config.aids.inputs()}
     parent = parent or directory_sha256(model_of(config.parent))
     with exclusive(run_directory):
+        over = False
         if resume and (run_directory / "run.json").exists():
-            _check_steps(config, RunDirectory.open(run_directory), constant=constant)
+            before = RunDirectory.open(run_directory)
+            _check_steps(config, before, constant=constant)
+            _check_measures(before, inputs)
+            over = before.finished and not _goes_on(before, config)
         try:
             run = RunDirectory.start(
                 run_directory,
@@ -87,6 +91,7 @@ def started_run(
                 parent=parent,
                 resume=resume,
                 may_change=free | measures(run_directory, inputs),
+                over=over,
             )
         except OSError as error:
             raise RunError(
@@ -132,6 +137,28 @@ def measures(run_directory: Path, inputs: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name in (*inputs, *recorded) if name.startswith(MEASURED))
 
 
+def _check_measures(run: RunDirectory, inputs: Mapping[str, str]) -> None:
+    """Raises RunError for what has the name of another thing by which the run was measured in any of its sessions."""
+    noted = [run.description["inputs"], *(session.get("settings", {}) for session in run.description["sessions"])]
+    for name in sorted(measures(run.path, inputs) & inputs.keys()):
+        if all(known.get(name, inputs[name]) == inputs[name] for known in noted):
+            continue
+        if name == WORLD:
+            raise RunError(
+                f"The world of {run.path}'s skills suite is another one than before, and the values would be compared; "
+                "give the one of before, or none."
+            )
+        raise RunError(
+            f"The held-out text {name.removeprefix(HELDOUT)!r} of {run.path} is another text than before, and the "
+            "values would be compared; give its directory another name."
+        )
+
+
+def _goes_on(run: RunDirectory, config: RLRunConfig) -> bool:
+    """Whether a run that is finished is to have more steps."""
+    return len(run.read("metrics")) < config.steps and not ended(run.path, config.steps)
+
+
 def _check_steps(config: RLRunConfig, run: RunDirectory, *, constant: bool) -> None:
     """Says why a run whose rate falls keeps its number of steps, and that steps are not taken back."""
     before = run.description["config"].get("steps")
@@ -157,7 +184,7 @@ def reopened(run: RunDirectory, config: RLRunConfig, console: Console | None = N
     """
     done = len(run.read("metrics"))
     learnt = Learnt.read(run.path)
-    if run.finished and done < config.steps and not ended(run.path, config.steps):
+    if run.finished and _goes_on(run, config):
         for page in (RETENTION, REPORT):  # they tell of the model that is put aside
             (run.path / page).unlink(missing_ok=True)
         run.reopen()

@@ -260,8 +260,9 @@ class Session:
     def learnt(self, values: Metrics) -> Metrics:
         """The learner has learnt from the batch: writes the line of metrics."""
         assert self.batch is not None
-        named = {f"trained_{name}" if name in ("reward", "surprise") else name: v for name, v in values.items()}
-        named["mean_staleness"] = named.pop("staleness")
+        others = {"mean_staleness" if name == "staleness" else name: value for name, value in values.items()}
+        # Of what came back and of what was learnt from, also where a loss names a figure as one of the others.
+        named = {f"trained_{name}" if name in self._figures else name: value for name, value in others.items()}
         metrics = {"step": self.batch.step, **named, **self._figures}
         if self.config.keep_logprobs:
             write_seen(self.run.path, self.batch.step, self.learner.logprobs)

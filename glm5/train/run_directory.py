@@ -69,15 +69,17 @@ class RunDirectory:
         parent: str | None = None,
         resume: bool = False,
         may_change: frozenset[str] = frozenset(),
+        over: bool = False,
     ) -> RunDirectory:
         """A new run, or the same one again when `resume`.
 
         config: the stage's dataclass. inputs: name -> SHA-256 of what the run reads. parent: SHA-256 of the model
         that it starts from. Raises RunError when the directory is taken, or when a resumed run was started
-        differently; `OPERATIONAL` settings and those of `may_change` may differ, each session notes its own. Whoever
+        differently; `OPERATIONAL` settings and those of `may_change` may differ, each session notes its own, but
+        not where the run is `over` and learns no more: what it holds stays what it was made with. Whoever
         trains calls this inside `exclusive(path)`: the settings of a run that another process trains stay as they are.
         """
-        on_first(lambda: cls._note(path, stage, config, inputs, parent, resume, OPERATIONAL | may_change))
+        on_first(lambda: cls._note(path, stage, config, inputs, parent, resume, OPERATIONAL | may_change, over))
         return cls.open(path)
 
     @classmethod
@@ -90,8 +92,9 @@ class RunDirectory:
         parent: str | None,
         resume: bool,
         free: frozenset[str],
+        over: bool,
     ) -> None:
-        """Writes `run.json`, or adds a session to it."""
+        """Writes `run.json`, or adds a session to it unless the run is over."""
         plan = {"stage": stage, "config": plain(config), "inputs": inputs, "parent": parent}
         session = {
             "version": importlib.metadata.version("glm5"),
@@ -111,6 +114,8 @@ class RunDirectory:
             change = first_difference(without_paths(before), without_paths(plan), free=free)
             if change is not None:
                 raise RunChanged(path, change)
+            if over:
+                return
             sessions, name = old.description["sessions"], old.description.get("id", name)
         for place in ("checkpoints", "samples"):
             make_directory(path / place, path)

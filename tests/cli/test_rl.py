@@ -98,8 +98,12 @@ def test_a_task_that_is_learnt_is_a_success(parent, tmp_path, capsys, monkeypatc
     assert main(["rl", "--resume", "--out", str(tmp_path / "run"), "--threads", "1"]) == 0
     heard = capsys.readouterr().out
     assert f"run is finished: {said} --steps with more" in heard
-    pages = re.search(r"report: (.*); every rollout: (.*)\nmodel: (.*); `glm5 chat", heard)
+    pages = re.search(r"report: (.*); rollouts: (.*)\nmodel: (.*); `glm5 chat", heard)
     assert pages is not None and all(Path(page).exists() for page in pages.groups()), "what is named is there"
+    (tmp_path / "run" / "rollouts.html").unlink()
+    assert main(["rl", "--resume", "--out", str(tmp_path / "run"), "--threads", "1"]) == 0
+    heard = capsys.readouterr().out
+    assert f"report: {pages[1]}\nmodel: " in heard and "rollouts:" not in heard
 
 
 def test_nothing_to_learn_from_is_refused(parent, tmp_path, capsys):

@@ -261,8 +261,8 @@ def test_replay_adds_the_language_loss_of_earlier_batches(batch, few):
 
 @pytest.mark.parametrize("options", [
     {}, {"advantages": "gae", "loss": PPO(), "updates": 2}, {"lora": LoRA(base="int4"), "kl": KL()},
-    {"reset_optimizer": True},
-], ids=["plain", "critic", "lora", "reset"])  # fmt: skip
+    {"reset_optimizer": True}, {"reset_optimizer": True, "advantages": "gae", "loss": PPO()},
+], ids=["plain", "critic", "lora", "reset", "reset beside a critic"])  # fmt: skip
 def test_a_resumed_learner_is_the_same_to_the_bit(tmp_path, options):
     batch = engine_batch(model=drafting_model())
     config = LearnerConfig(**options)

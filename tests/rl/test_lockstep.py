@@ -15,6 +15,8 @@ from glm5.errors import ConfigError
 from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.event_log import events_of
 from glm5.rl.journal import read_journal
+from glm5.rl.lockstep import train_in_lockstep
+from glm5.rl.losses import CISPO
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,29 @@ def test_a_run_killed_at_random_moments_is_the_same_run(whole, parent, tmp_path,
         died += lockstep_runs.killed(lockstep_runs.run, parent, path, min(kills - died, 10), seconds, seed=number)
         assert lockstep_runs.fingerprint(path) == expected
         number += 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Talkative(CISPO):
+    """Holds nearly all weights at a bound, and has a figure of its own by a name that the run has too."""
+
+    epsilon_low: float = 0.0
+    epsilon_high: float = 0.0
+
+    def __call__(self, tokens):
+        result = super().__call__(tokens)
+        told = {**result.diagnostics, "truncated": result.diagnostics["capped"]}
+        return dataclasses.replace(result, diagnostics=told)
+
+
+def test_figures_of_the_loss_stand_beside_those_of_what_came_back(parent, tmp_path):
+    config = lockstep_runs.config_of(parent, steps=2)
+    config = dataclasses.replace(config, learner=dataclasses.replace(config.learner, loss=Talkative()))
+    lines = train_in_lockstep(config, [lockstep_runs.chat()], tmp_path / "run").read("metrics")
+    for line in lines:
+        outcomes = line["outcomes"]
+        assert line["truncated"] == outcomes.get("truncated", 0) / sum(outcomes.values())
+        assert line["trained_truncated"] == line["capped"] and 0.5 < line["capped"] <= 1.001
 
 
 def test_modes_that_it_cannot_order_are_refused(parent, tmp_path):

@@ -16,13 +16,14 @@ from scripted import Chat, brief_model
 from speaker import speaker_model, speaker_tokenizer
 
 import glm5
+from glm5.data import Source, build_corpus, tokenize_corpus
 from glm5.envs import Arithmetic, SingleTurn, Sums
 from glm5.errors import ConfigError, RunError
 from glm5.optim import Schedule
 from glm5.rl.adapters import LoRA
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.aids import Aids
-from glm5.rl.aids_config import AidsConfig
+from glm5.rl.aids_config import AidsConfig, Measured
 from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import events_of
@@ -76,6 +77,19 @@ def test_a_finished_run_is_made_longer(parent, tmp_path):
         glm5.load_model(run.path / name, dtype=torch.float32).state_dict() for name in ("model-2", "model")
     )
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_finished_run_keeps_the_record_of_what_it_was_made_with(parent, tmp_path):
+    """Who asks for other measures of it and no more steps gets none, so they are not noted either."""
+    run = train_rl(config_of(parent, steps=1), [letters()], tmp_path / "run")
+    before = (run.path / "run.json").read_bytes()
+    texts = [(str(i), f"The answer to {i} is {i * 7 % 13}.") for i in range(20)]
+    source = Source("toy", "python", "CC0-1.0", lambda: iter(texts))
+    corpus = build_corpus(tmp_path / "corpus", [source], heldout_per_thousand=500)
+    data = tokenize_corpus(corpus, "heldout", speaker_tokenizer(), tmp_path / "data")
+    measured = AidsConfig(retention=Measured(heldout=(data.directory,)))
+    train_rl(config_of(parent, steps=1, aids=measured), [letters()], run.path, resume=True)
+    assert (run.path / "run.json").read_bytes() == before
 
 
 def test_a_run_is_reopened_at_the_same_step_more_than_once(parent, tmp_path, monkeypatch):

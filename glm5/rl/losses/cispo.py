@@ -30,5 +30,5 @@ class CISPO:
         weight_N = ratio_N.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
         return PolicyLossResult(
             total=-(tokens.weights_N * weight_N * tokens.advantages_N * tokens.logprobs_N).sum(),
-            diagnostics={"truncated": weighted((weight_N != ratio_N).float(), tokens)},
+            diagnostics={"capped": weighted((weight_N != ratio_N).float(), tokens)},
         )

@@ -43,7 +43,8 @@ class DecoupledPPO:
             raise ConfigError("DecoupledPPO takes beyond='mask' or 'truncate', proximal='recomputed' or 'log-linear'.")
 
     def __call__(self, tokens: PolicyTokens) -> PolicyLossResult:
-        """See `PolicyLoss`. Diagnostics: share of tokens beyond the cap, and outside the bounds."""
+        """See `PolicyLoss`. Diagnostics: share of tokens beyond the cap (masked, or capped as `beyond` says),
+        and outside the bounds."""
         proximal_N = tokens.old_logprobs_N.detach()
         if self.proximal == "log-linear":
             share_N = (tokens.ages_N / (tokens.ages_N + 1)).to(proximal_N.dtype)
@@ -58,7 +59,7 @@ class DecoupledPPO:
         return PolicyLossResult(
             total=-(tokens.weights_N * correction_N * gain_N).sum(),
             diagnostics={
-                "masked": weighted((~kept_N).float(), tokens),
+                "masked" if self.beyond == "mask" else "capped": weighted((~kept_N).float(), tokens),
                 "clipped": weighted(clipped_N.float(), tokens),
             },
         )

@@ -29,7 +29,7 @@ class TIS:
             raise ConfigError(f"cap is {self.cap}; TIS needs a number above 0, or infinity.")
 
     def __call__(self, tokens: PolicyTokens) -> PolicyLossResult:
-        """See `PolicyLoss`. Diagnostics: share of truncated tokens, and of those outside the clip's bounds."""
+        """See `PolicyLoss`. Diagnostics: share of tokens at the cap, and of those outside the clip's bounds."""
         weight_N = (tokens.old_logprobs_N - tokens.sampled_logprobs_N).exp().detach()
         gain_N, clipped_N = clipped_gain(
             tokens.logprobs_N - tokens.old_logprobs_N.detach(), tokens.advantages_N, self.epsilon_low, self.epsilon_high
@@ -37,7 +37,7 @@ class TIS:
         return PolicyLossResult(
             total=-(tokens.weights_N * weight_N.clamp(max=self.cap) * gain_N).sum(),
             diagnostics={
-                "truncated": weighted((weight_N > self.cap).float(), tokens),
+                "capped": weighted((weight_N > self.cap).float(), tokens),
                 "clipped": weighted(clipped_N.float(), tokens),
             },
         )

@@ -145,6 +145,7 @@ def test_the_gradient_of_ddis_is_that_of_the_masked_ratio_times_the_advantage():
 @pytest.mark.parametrize("loss", [
     PPO(against="sampler"), PPO(), IcePop(beta=3), TIS(), DecoupledPPO(), OPSM(),
     GSPO(epsilon_low=0.3, epsilon_high=0.3), DDIS(), CISPO(), DPPO(tau=0),
+    DecoupledPPO(cap=2.0, beyond="truncate"),
 ])  # fmt: skip
 def test_what_is_masked_or_clipped_has_no_gradient_and_all_else_has(loss):
     logprobs_N = torch.randn(40, generator=torch.Generator().manual_seed(4), dtype=torch.float64).requires_grad_()
@@ -152,6 +153,17 @@ def test_what_is_masked_or_clipped_has_no_gradient_and_all_else_has(loss):
     found.total.backward()
     told = sum(float(found.diagnostics.get(name, 0.0)) for name in ("masked", "clipped"))
     assert told == pytest.approx((logprobs_N.grad == 0).sum().item() / 40)
+
+
+@pytest.mark.parametrize("loss", [CISPO(), TIS(), DecoupledPPO(cap=2.0, beyond="truncate")])
+def test_what_is_capped_is_told_as_that(loss):
+    """The policy is that of before the batch, so that one ratio is all of them."""
+    logprobs_N = torch.zeros(40, dtype=torch.float64, requires_grad=True)
+    tokens = random_tokens(logprobs_N)
+    above_N = (logprobs_N.detach() - tokens.sampled_logprobs_N).exp() > 2
+    told = loss(tokens).diagnostics
+    assert 0 < above_N.sum() < 40 and float(told["capped"]) == pytest.approx(above_N.sum().item() / 40)
+    assert float(told.get("masked", 0.0)) == 0
 
 
 def test_gspo_shares_one_ratio_within_a_sequence():
