@@ -153,6 +153,8 @@ class Limited:
     """From now on at most so many rollouts run at once."""
 
     max_running: int
+    given: int | None = None
+    """What the settings said then; None: in the journal of an earlier version."""
     kind: Literal["limited"] = "limited"
 
 

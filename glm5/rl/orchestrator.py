@@ -10,6 +10,7 @@ it through a queue.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -116,6 +117,8 @@ class Orchestrator:
         self.patience = Patience(self.config, self.meter)
         self.source = Metered(fleet, self.meter)
         self.playing: dict[str, asyncio.Task[None]] = {}
+        self._again: deque[Ticket] = deque()
+        """Those of a resumed run that were under way, and have had no place yet."""
         self._most = self._preempted = 0
         """Rollouts at once since the last batch; sequences that engines had put back before it."""
         self._learning: asyncio.Task[None] | None = None
@@ -129,8 +132,8 @@ class Orchestrator:
         try:
             if not await self.outgoing.start():
                 self._interrupted()
-            session.limit(self._limited(session.scheduler.max_running))
-            self._begin_again(session.under_way())
+            session.limit(self._limit())
+            self._again.extend(session.under_way())
             while session.version < self.config.steps:
                 stop, full, undecided = stopped(), session.vain.full, session.vain.undecided
                 await self._advance(learning=not stop, sampling=not stop and (undecided or not full))
@@ -160,8 +163,12 @@ class Orchestrator:
                 self._cancel(cancelled)
             if session.batch is not None:
                 self._learning = asyncio.create_task(self._learn(session.batch))
-        for ticket in session.admit() if sampling else ():
-            self._begin(ticket)
+        if sampling:
+            while self._again and len(self.playing) < session.scheduler.max_running:
+                self._begin(self._again.popleft())
+            for ticket in session.admit():  # for these, too, those of before hold places
+                self._begin(ticket)
+        await asyncio.sleep(0)  # a task that is called off before its first line would tell nobody
 
     async def _take_news(self) -> None:
         """Waits for something to happen, and deals with all that has."""
@@ -190,27 +197,22 @@ class Orchestrator:
                 await self._learnt(item)
 
     # ---- rollouts -------------------------------------------------------------------------------------------------
-    def _limited(self, before: int) -> int:
-        """Rollouts at once, of a run that had so many before and may have been resumed with others."""
-        adapted = self.config.concurrency
-        return self.config.scheduler.max_running if adapted is None else min(before, adapted.most)
+    def _limit(self) -> int:
+        """Rollouts at once, to begin with: as many as the control had come to, unless the settings say another number
+        than they said then."""
+        scheduler, adapted, given = self.session.scheduler, self.config.concurrency, self.config.scheduler.max_running
+        if adapted is None:
+            return given
+        return min(scheduler.max_running if scheduler.given == given else given, adapted.most)
 
-    def _begin_again(self, tickets: Sequence[Ticket]) -> None:
-        """Those that were under way. Where more were than may be now, each of the rest waits for one before it."""
-        most = self.session.scheduler.max_running
-        for number, ticket in enumerate(tickets):
-            self._begin(ticket, self.playing[tickets[number - most].id] if number >= most else None)
-
-    def _begin(self, ticket: Ticket, behind: asyncio.Task[None] | None = None) -> None:
-        self.playing[ticket.id] = asyncio.create_task(self._play(ticket, behind))
+    def _begin(self, ticket: Ticket) -> None:
+        self.playing[ticket.id] = asyncio.create_task(self._play(ticket))
         self._most = max(self._most, len(self.playing))
 
-    async def _play(self, ticket: Ticket, behind: asyncio.Task[None] | None) -> None:
+    async def _play(self, ticket: Ticket) -> None:
         """One rollout, from what is known of it on; its end is news."""
         news: Rollout | BaseException
         try:
-            if behind is not None:
-                await asyncio.wait([behind])
             news = await self.player(ticket)
         except asyncio.CancelledError:
             news = aborted(ticket)
@@ -244,6 +246,9 @@ class Orchestrator:
         for ticket in tickets:
             if ticket.id in self.playing:
                 self.playing[ticket.id].cancel()
+            elif ticket in self._again:
+                self._again.remove(ticket)
+                self._news.put_nowait(aborted(ticket))
 
     # ---- learning -------------------------------------------------------------------------------------------------
     async def _learn(self, batch: Batch) -> None:

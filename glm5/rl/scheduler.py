@@ -124,8 +124,9 @@ class Scheduler(SchedulerState):
 
     def limit(self, max_running: int) -> None:
         """At most so many rollouts at once from now on; what runs already goes on."""
-        if max_running != self.max_running:
-            self._emit(Limited(max_running))
+        limited = Limited(max_running, self.config.max_running)
+        if limited != Limited(self.max_running, self.given):
+            self._emit(limited)
 
     def restarted(self) -> list[Ticket]:
         """To be called when the journal was applied: the rollouts that were under way and have to be played again."""

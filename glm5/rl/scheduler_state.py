@@ -101,7 +101,8 @@ class SchedulerState:
         """Of the next batch; also the version of the weights that will learn from it."""
         self.version = version
         """Of the weights that the engines hold."""
-        self.max_running = config.max_running
+        self.max_running = self.given = config.max_running
+        """Rollouts at once now, and what the settings said when that was decided."""
         self.groups: dict[str, OpenGroup] = {}
         """In the order in which they were begun."""
         self.running: dict[str, tuple[Ticket, int | None]] = {}
@@ -150,8 +151,8 @@ class SchedulerState:
                 self.step, self.begun_before = step + 1, self.begun
             case Published(version):
                 self.version = version
-            case Limited(max_running):
-                self.max_running = max_running
+            case Limited(max_running, given):
+                self.max_running, self.given = max_running, given or self.config.max_running
             case Restarted():
                 self.cancelled.clear()
 
@@ -196,7 +197,7 @@ class SchedulerState:
         return {
             "step": self.step,
             "version": self.version,
-            "max_running": self.max_running,
+            "max_running": [self.max_running, self.given],
             "begun": [self.begun, self.begun_before],
             "groups": [
                 {"ticket": _row(group.ticket), "number": group.number, "tries": group.tries, "started": group.started,
@@ -214,7 +215,8 @@ class SchedulerState:
     def restore(self, state: Mapping[str, Any], rollouts: Mapping[str, Rollout]) -> None:
         """Goes back to `state`, taken with the same settings. `rollouts`: by id, those that its groups name."""
         self.step, self.version = state["step"], state["version"]
-        self.max_running, (self.begun, self.begun_before) = state["max_running"], state["begun"]
+        self.max_running, self.given = state["max_running"]
+        self.begun, self.begun_before = state["begun"]
         self.groups = {}
         for saved in state["groups"]:
             ticket = Ticket(*saved["ticket"])
