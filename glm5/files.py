@@ -49,6 +49,13 @@ def write_json(path: Path, value: Any) -> None:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text, all or nothing, and makes its directory for the first one."""
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 @contextlib.contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
     """Gives an empty directory to fill; it takes `path`'s place when the block ends without an error.

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from glm5.data import Batch
 from glm5.errors import ConfigError, RunError
-from glm5.files import replacing
+from glm5.files import write_text
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, Schedule, build_optimizers, clip_gradients, rate_at, set_rate
 from glm5.optim.router_balance import update_router_bias
@@ -328,12 +328,6 @@ def metrics_of(step: int, found: Computed, rate: float) -> dict[str, Any]:
     values = {"loss": found.loss, **found.parts, **found.grad_norms}
     plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
     return {"step": step, "tokens": found.tokens, **plain, "rate": rate, **busiest_expert(found.loads)}
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a text file, all or nothing."""
-    with replacing(file) as beside:
-        beside.write(text.encode())
 
 
 def observe(stage: Stage, model: GLM5, file: Path) -> dict[str, float]:

@@ -117,8 +117,7 @@ class RunDirectory:
             if over:
                 return
             sessions, name = old.description["sessions"], old.description.get("id", name)
-        for place in ("checkpoints", "samples"):
-            make_directory(path / place, path)
+        make_directory(path / "checkpoints", path)
         if not sessions or sessions[-1] != session:
             sessions = [*sessions, session]
         write_json(path / "run.json", {"kind": "run", "id": name, **plan, "sessions": sessions})

@@ -152,7 +152,7 @@ def fingerprint(path: Path, config: AnyConfig) -> dict[str, str]:
     """name -> SHA-256 of all that a finished run holds and that does not tell the time."""
     run = RunDirectory.open(path)
     names = ["metrics.jsonl", "evaluation.json"]
-    names += sorted(f"{folder}/{file.name}" for folder in ("samples", "model") for file in (path / folder).iterdir())
+    names += sorted(f"{folder}/{file.name}" for folder in ("samples", "model") for file in (path / folder).glob("*"))
     found = {name: sha256_of(path / name) for name in names if (path / name).exists()}
     job = job_of(config)
     model = job.make_model()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from glm5.data import IGNORED, Batch, open_dataset
-from glm5.files import write_json
+from glm5.files import write_json, write_text
 from glm5.model import GLM5, initialize_
 from glm5.train import evaluate_bits_per_byte, sample_ids, write_report
 from glm5.train.evaluate import bigram_bits_per_byte, zlib_bits_per_byte
@@ -114,7 +114,7 @@ def test_the_report_is_one_page_without_outside_resources(tmp_path):
     for step in range(5):
         run.append("metrics", {"step": step, "tokens": 50, "loss": 9.0 - step, "lm": 8.0 - step})
         run.append("speed", {"step": step, "seconds": 1.0, "tokens_per_second": 100})
-    (run.path / "samples" / "step-1.txt").write_text("<script>alert('no')</script>")
+    write_text(run.path / "samples" / "step-1.txt", "<script>alert('no')</script>")
     page = write_report(run.path).read_text()
     links = Links()
     links.feed(page)

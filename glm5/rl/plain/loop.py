@@ -26,7 +26,7 @@ from glm5.checkpoint import load_model, save_model
 from glm5.engine import Engine
 from glm5.envs import Questions
 from glm5.errors import RunError
-from glm5.files import replacing
+from glm5.files import write_text
 from glm5.model import GLM5
 from glm5.optim import OptimizerConfig, build_optimizers
 from glm5.rl.loss import Normalisation
@@ -232,5 +232,4 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def _write_samples(path: Path, samples: Sequence[Sample], ledger: Ledger) -> None:
     """Every sample of a step with its fate, one JSON object a line."""
-    with replacing(path) as file:
-        file.write("".join(json.dumps(s.record(ledger.fate(s)), ensure_ascii=False) + "\n" for s in samples).encode())
+    write_text(path, "".join(json.dumps(s.record(ledger.fate(s)), ensure_ascii=False) + "\n" for s in samples))
