@@ -1,7 +1,7 @@
 """The learner's aids as settings: models and datasets by their paths, which a run opens when it begins or is resumed.
 
 They are part of `run.json`, with the hashes of what was there among its inputs, so a resumed run and the replay of a
-step learn with the same aids, or are refused; what a run is measured by may change (`run_ends.py`).
+step learn with the same aids, or are refused; what a run is measured by may change (`comparable.py`).
 `glm5.rl.aids.open_aids` makes the objects.
 """
 
@@ -23,8 +23,8 @@ from glm5.evals.skills import SkillsConfig
 from glm5.train.checks import check_choice, check_counts
 from glm5.train.run_directory import directory_sha256, model_of
 
-HELDOUT, WORLD = "heldout ", "retention world"
-MEASURED = (HELDOUT, WORLD)
+HELDOUT, WORLD, TASKS = "heldout ", "retention world", "held-out tasks of "
+MEASURED = (HELDOUT, WORLD, TASKS)
 """How the names of inputs begin by which a run is measured: a resumed run may have others, under other names."""
 EVERY = "*"
 """Stands for every environment that has no teacher of its own."""

@@ -68,7 +68,8 @@ def train_in_lockstep(
         )
     tokenizer = Tokenizer.from_pretrained(model_of(config.parent))
     started = started_run(
-        config, environments, run_directory, sources=sources, aids=aids, deterministic=True, resume=resume
+        config, environments, run_directory, sources=sources, aids=aids, held_out=held_out, deterministic=True,
+        resume=resume,
     )  # fmt: skip
     with started as run, disk_errors(run):
         if not reopened(run, config, console):

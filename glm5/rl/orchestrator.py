@@ -78,7 +78,9 @@ def train_rl(
     tokenizer = Tokenizer.from_pretrained(model_of(config.parent))
     if publish_to is not None and not resume:
         check_unused(publish_to)
-    started = started_run(config, environments, run_directory, sources=sources, aids=aids, parent=parent, resume=resume)
+    started = started_run(
+        config, environments, run_directory, sources=sources, aids=aids, held_out=held_out, parent=parent, resume=resume
+    )  # fmt: skip
     with started as run, disk_errors(run):
         if publish_to is not None:
             claim(publish_to, run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from glm5.files import write_json
 from glm5.model import GLM5
 from glm5.rl.adapters import check_targets
 from glm5.rl.aids import Aids, open_aids
-from glm5.rl.aids_config import HELDOUT, MEASURED, WORLD
+from glm5.rl.comparable import check_measures, measures, tasks_of
 from glm5.rl.config import PACE, RLRunConfig
 from glm5.rl.held_out import held_out_rewards
 from glm5.rl.learnt import Learnt, ended
@@ -42,6 +42,7 @@ def started_run(
     *,
     sources: Sequence[TaskSource] | None = None,
     aids: Aids | None = None,
+    held_out: Sequence[Environment] = (),
     deterministic: bool = False,
     parent: str | None = None,
     resume: bool,
@@ -69,14 +70,15 @@ def started_run(
     task_stream(environments, sources, config.rollout.seed)  # what it and they refuse leaves no directory behind
     constant = config.learner.schedule.shape == "constant"
     free = frozenset({"steps"} if constant else ()) | (frozenset() if deterministic else PACE)
-    inputs = {"environments": ", ".join(names), **config.aids.inputs()}
+    measured = tasks_of(held_out, config.held_out.tasks)
+    inputs = {"environments": ", ".join(names), **config.aids.inputs(), **measured}
     parent = parent or directory_sha256(model_of(config.parent))
     with exclusive(run_directory):
         over = False
         if resume and (run_directory / "run.json").exists():
             before = RunDirectory.open(run_directory)
             _check_steps(config, before, constant=constant)
-            _check_measures(before, inputs)
+            check_measures(before, config, inputs)
             over = before.finished and not _goes_on(before, config)
         try:
             run = RunDirectory.start(
@@ -129,29 +131,6 @@ def _if_known(run_directory: Path, inputs: dict[str, str]) -> dict[str, str]:
         return inputs
     recorded = RunDirectory.open(run_directory).description["inputs"]
     return {name: value for name, value in inputs.items() if name in recorded}
-
-
-def measures(run_directory: Path, inputs: Iterable[str]) -> frozenset[str]:
-    """The names of those inputs, and of the run's own, by which it is measured."""
-    recorded = RunDirectory.open(run_directory).description["inputs"] if (run_directory / "run.json").exists() else {}
-    return frozenset(name for name in (*inputs, *recorded) if name.startswith(MEASURED))
-
-
-def _check_measures(run: RunDirectory, inputs: Mapping[str, str]) -> None:
-    """Raises RunError for what has the name of another thing by which the run was measured in any of its sessions."""
-    noted = [run.description["inputs"], *(session.get("settings", {}) for session in run.description["sessions"])]
-    for name in sorted(measures(run.path, inputs) & inputs.keys()):
-        if all(known.get(name, inputs[name]) == inputs[name] for known in noted):
-            continue
-        if name == WORLD:
-            raise RunError(
-                f"The world of {run.path}'s skills suite is another one than before, and the values would be compared; "
-                "give the one of before, or none."
-            )
-        raise RunError(
-            f"The held-out text {name.removeprefix(HELDOUT)!r} of {run.path} is another text than before, and the "
-            "values would be compared; give its directory another name."
-        )
 
 
 def _goes_on(run: RunDirectory, config: RLRunConfig) -> bool:

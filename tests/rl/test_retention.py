@@ -7,15 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from held_texts import text_of
 from learning import engine_batch, rollout_of
 from lockstep_runs import chat
 from speaker import speaker_model, speaker_tokenizer
 
 import glm5
-from glm5.data import Loader, Source, build_corpus, tokenize_corpus
+from glm5.data import Loader
 from glm5.data.world import build_world
 from glm5.engine import SamplingParams
-from glm5.errors import ConfigError, RunError
+from glm5.errors import ConfigError
 from glm5.evals.skills import SkillsConfig
 from glm5.optim import OptimizerConfig
 from glm5.rl.aids import Aids, open_aids
@@ -34,14 +35,6 @@ from glm5.train.recorded import RunChanged
 @pytest.fixture(scope="module")
 def heldout(tmp_path_factory):
     return text_of(tmp_path_factory.mktemp("text"), "fox")
-
-
-def text_of(root, who):
-    texts = [(str(i), f"The answer to {i} is {i * 7 % 13}, said the {who}.") for i in range(40)]
-    corpus = build_corpus(
-        root / "corpus", [Source("toy", "python", "CC0-1.0", lambda: iter(texts))], heldout_per_thousand=200
-    )
-    return tokenize_corpus(corpus, "heldout", speaker_tokenizer(), root / "heldout")
 
 
 def test_values_join_the_metrics_and_the_model_stays_as_it_was(heldout):
@@ -103,33 +96,6 @@ def test_a_resumed_run_may_be_measured_by_others(heldout, tmp_path):
     other = dataclasses.replace(measured, aids=AidsConfig(reference=tmp_path / "parent"))
     with pytest.raises(RunChanged, match="reference"), started_run(other, [chat()], run, resume=True):
         pass
-
-
-def test_another_text_or_world_under_the_name_of_one_is_refused(heldout, tmp_path, monkeypatch):
-    """Their values would be compared, also where the run was not measured in between."""
-    glm5.save_model(speaker_model(), tmp_path / "parent", speaker_tokenizer())
-    run = tmp_path / "run"
-
-    def resumed(**measured):
-        aids = AidsConfig(retention=Measured(**measured))
-        with started_run(RLRunConfig(parent=tmp_path / "parent", aids=aids), [chat()], run, resume=True) as found:
-            return found.description
-
-    monkeypatch.setattr("glm5.rl.aids_config.open_world", lambda path: None)
-    monkeypatch.setattr("glm5.rl.aids_config.world_sha256", lambda path: path.name)
-    resumed(heldout=(heldout.directory,), world=Path("one"))
-    other = text_of(tmp_path, "hare").directory
-    assert other.name == heldout.directory.name
-    for _ in range(2):
-        before = (run / "run.json").read_bytes()
-        with pytest.raises(RunError, match=r"'heldout' of .* is another text than before.* its directory another name"):
-            resumed(heldout=(other,))
-        with pytest.raises(RunError, match=r"world of .* is another one than before"):
-            resumed(world=Path("two"))
-        assert (run / "run.json").read_bytes() == before
-        resumed()
-    named = other.rename(tmp_path / "hares")
-    assert {"heldout heldout", "heldout hares"} < resumed(heldout=(heldout.directory, named))["inputs"].keys()
 
 
 def taught(heldout, steps=80):
