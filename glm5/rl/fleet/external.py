@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -43,6 +43,33 @@ REFUSED_SECONDS = 10.0
 """For which a request that a server fails at, while it takes others, is tried there again."""
 
 
+@dataclass(eq=False)
+class Asked:
+    """A request of the server, and how far it has come."""
+
+    order: Order
+    """As the fleet gave it."""
+    until: float | None
+    """When it must have ended, by `time.monotonic`."""
+    said: list[TokenDelta]
+    """All tokens that it has."""
+    task: asyncio.Task[None] | None = None
+    """None while it waits for weights."""
+    pauses: Iterator[float] | None = None
+    """Before further tries, since it was refused first after its last token."""
+
+    @classmethod
+    def of(cls, order: Order) -> Asked:
+        """One that begins now."""
+        until = None if order.deadline is None else time.monotonic() + order.deadline
+        return cls(order, until, list(order.said))
+
+    def now(self) -> Order:
+        """What is left of it."""
+        left = None if self.until is None else max(self.until - time.monotonic(), 1e-3)
+        return replace(self.order, said=tuple(self.said), deadline=left)
+
+
 class ServerMember:
     """One server, served by an event loop in a thread of its own."""
 
@@ -50,13 +77,8 @@ class ServerMember:
         self.facts = Facts(0, Limits(backend.vocab_size, backend.max_model_len, 1 << 60, 0.0), None)
         self.version = 0
         self._backend, self._events, self._config, self._delivery = backend, events, config, delivery
-        self._orders: dict[int, Order] = {}
-        """What runs, with the tokens that it was begun with."""
-        self._said: dict[int, list[TokenDelta]] = {}
-        """All tokens that it has."""
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._pauses: dict[int, Iterator[float]] = {}
-        """Before further tries of those that it refuses, since they last got a token."""
+        self._asked: dict[int, Asked] = {}
+        """What runs, by the number of the order."""
         self._waiting = False
         """Whether requests wait until new weights are there."""
         self._heard = time.monotonic()
@@ -85,7 +107,7 @@ class ServerMember:
     # ---- Member -------------------------------------------------------------------------------------------------
     def begin(self, order: Order) -> None:
         """Starts a request."""
-        self._loop.call_soon_threadsafe(self._begin, order)
+        self._loop.call_soon_threadsafe(self._begin, Asked.of(order))
 
     def abort(self, number: int) -> None:
         """Ends a request."""
@@ -155,49 +177,46 @@ class ServerMember:
                 await self._ask(client)
                 await asyncio.sleep(ASK_SECONDS)
 
-    def _begin(self, order: Order) -> None:
-        self._orders[order.number] = order
-        self._said[order.number] = list(order.said)
+    def _begin(self, asked: Asked) -> None:
+        self._asked[asked.order.number] = asked
         if not self._waiting and not self._closing:
-            self._tasks[order.number] = self._loop.create_task(self._stream(order))
+            asked.task = self._loop.create_task(self._stream(asked))
 
     def _stop(self, number: int) -> None:
-        self._orders.pop(number, None)
-        self._said.pop(number, None)
-        self._pauses.pop(number, None)
-        task = self._tasks.pop(number, None)
-        if task is not None:
-            task.cancel()
+        asked = self._asked.pop(number, None)
+        if asked is not None and asked.task is not None:
+            asked.task.cancel()
 
-    async def _stream(self, order: Order) -> None:
+    async def _stream(self, asked: Asked) -> None:
         """One request. Trouble with the server is the server's, all else the request's."""
         try:
             try:
-                if not any(delta.finish_reason for delta in order.said):
-                    await self._tokens(order)
-                self._ended(order, None)
+                if not any(delta.finish_reason for delta in asked.said):
+                    await self._tokens(asked)
+                self._ended(asked, None)
             except GLM5Error as error:
-                await self._failed(order, error)
+                await self._failed(asked, error)
         except Exception as error:  # a mistake of ours: nobody may wait for it
-            self._ended(order, FleetError(f"The answer of {self._backend.url} cannot be read ({error!r})."))
+            self._ended(asked, FleetError(f"The answer of {self._backend.url} cannot be read ({error!r})."))
 
-    async def _failed(self, order: Order, error: GLM5Error) -> None:
+    async def _failed(self, asked: Asked, error: GLM5Error) -> None:
         """A request came to no end. What is refused while others are taken is tried again for a while, then elsewhere;
         no other request is disturbed by it."""
         status = error.status if isinstance(error, ApiError) else 400
         if status == 504:  # its own deadline
-            self._ended(order, None)
+            self._ended(asked, None)
         elif status < 500:
-            self._ended(order, error)
-        elif isinstance(error, BackendAway) or not await self._takes_others(order):
+            self._ended(asked, error)
+        elif isinstance(error, BackendAway) or not await self._takes_others(asked.order):
             self._events.lost(self, str(error))
         else:
-            pause = next(self._pauses.setdefault(order.number, pauses(REFUSED_SECONDS)), None)
+            asked.pauses = asked.pauses or pauses(REFUSED_SECONDS)
+            pause = next(asked.pauses, None)
             if pause is None:
-                self._ended(order, RequestFailed(f"{self._backend.url} takes other requests, but of this one: {error}"))
+                self._ended(asked, RequestFailed(f"{self._backend.url} takes other requests, but of this one: {error}"))
             else:
                 await asyncio.sleep(pause)
-                self._begin(replace(order, said=tuple(self._said[order.number])))
+                self._begin(asked)
 
     async def _takes_others(self, order: Order) -> bool:
         """Whether the server is well, and answers a request that could hardly be smaller."""
@@ -216,16 +235,16 @@ class ServerMember:
         except ApiError as error:
             return error.status < 500
 
-    async def _tokens(self, order: Order) -> None:
-        async with contextlib.aclosing(await self._taken(order)) as stream:
+    async def _tokens(self, asked: Asked) -> None:
+        async with contextlib.aclosing(await self._taken(asked)) as stream:
             async for delta in stream:
-                self._delivered(order.number, delta, stream.cached_tokens)
+                self._delivered(asked, delta, stream.cached_tokens)
 
-    async def _taken(self, order: Order) -> BackendStream:
+    async def _taken(self, asked: Asked) -> BackendStream:
         """The answer of the server, once it takes the request."""
         while True:
             try:
-                return await self._sent(order)
+                return await self._sent(asked.now())
             except ApiError as failure:
                 if failure.status != 429:
                     raise
@@ -240,20 +259,22 @@ class ServerMember:
         await stream.open()
         return stream
 
-    def _delivered(self, number: int, delta: TokenDelta, cached_tokens: int) -> None:
+    def _delivered(self, asked: Asked, delta: TokenDelta, cached_tokens: int) -> None:
         self._heard = time.monotonic()
         if self._delivery is not None and self._delivery.interrupts:
             delta = replace(delta, version=self.version)
-        self._said[number].append(delta)
-        self._pauses.pop(number, None)
-        self._events.delivered(self, [Delivery(number, [delta], cached_tokens, None)])
+        asked.said.append(delta)
+        asked.pauses = None
+        self._events.delivered(self, [Delivery(asked.order.number, [delta], cached_tokens, None)])
 
     async def _update(self, version: int) -> int:
         if self._delivery is None:
             raise FleetError("These servers keep their weights; give the executor a way to deliver new ones.")
         self._waiting = self._delivery.interrupts
-        for order in self._orders.values() if self._waiting else ():
-            self._tasks.pop(order.number).cancel()
+        for asked in self._asked.values() if self._waiting else ():
+            if asked.task is not None:
+                asked.task.cancel()
+                asked.task = None
         try:
             async with self._client(self._config.update_seconds) as client:
                 self.version = await self._delivery.arrive(client, version)
@@ -266,16 +287,13 @@ class ServerMember:
         """Begins the requests that have waited for weights, those that were interrupted after what they have said."""
         self._heard, self._unwell = time.monotonic(), None
         self._waiting = False  # last: `trouble` looks from another thread
-        for number, order in list(self._orders.items()):
-            if number not in self._tasks:
-                self._begin(replace(order, said=tuple(self._said[number])))
+        for asked in list(self._asked.values()):
+            if asked.task is None:
+                self._begin(asked)
 
-    def _ended(self, order: Order, error: BaseException | None) -> None:
-        self._orders.pop(order.number, None)
-        self._said.pop(order.number, None)
-        self._pauses.pop(order.number, None)
-        self._tasks.pop(order.number, None)
-        self._events.ended(self, order.number, error)
+    def _ended(self, asked: Asked, error: BaseException | None) -> None:
+        self._asked.pop(asked.order.number, None)
+        self._events.ended(self, asked.order.number, error)
 
     async def _end(self) -> None:
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

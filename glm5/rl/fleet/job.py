@@ -70,12 +70,17 @@ class Job:
     """Engines that died under it in a row, each before it had got on."""
     moved_at: float = 0.0
     """When the first of these died."""
-    refused: set[str] = field(default_factory=set)
-    """Engines that failed at it while they took others."""
+    refused: dict[Member, Exception] = field(default_factory=dict)
+    """Engines that failed at it while they took others, since it got its last token, and how."""
     begun_with: int = 0
     """Tokens that it had when its engine began it."""
     cached_tokens: int = 0
     prompt_logprobs: tuple[PromptLogprob, ...] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """That an engine reads to begin it."""
+        return len(self.prompt_ids) + len(self.said)
 
     def order(self) -> Order:
         """What the next engine is asked for."""
@@ -106,6 +111,7 @@ class Job:
             self.cached_tokens = self.cached_tokens or delivery.cached_tokens
             if self.prompt_logprobs is None and delivery.prompt_logprobs is not None:
                 self.prompt_logprobs = tuple(delivery.prompt_logprobs)
+            self.refused.clear()
             self.said += delivery.deltas
             self.mailbox.put(delivery.deltas)
 

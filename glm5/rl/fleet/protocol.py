@@ -42,7 +42,7 @@ class FleetStats:
 
     engines: tuple[EngineState, ...]
     moved: int = 0
-    """Requests that went on elsewhere because their engine had died."""
+    """Requests that went on elsewhere because their engine had died, or failed at them."""
 
     @property
     def sampled_tokens(self) -> int:

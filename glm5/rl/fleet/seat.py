@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 
 from glm5.rl.fleet.config import FleetConfig
 from glm5.rl.fleet.member import Member
@@ -12,6 +13,8 @@ from glm5.rl.outage import jittered
 
 FIRST_DELAY, DOUBLINGS = 0.05, 7
 """Seconds before an engine is started again at most, and how often they double with each failure after the first."""
+REFUSALS, AVOIDED_SECONDS = 3, 300.0
+"""Requests in a row that an engine fails at while it takes others, and for how long such go elsewhere first then."""
 
 
 @dataclass(eq=False)
@@ -30,6 +33,10 @@ class Seat:
     """The newest reason of one."""
     given_up: str | None = None
     """Why it stays empty."""
+    refused: deque[int] = field(default_factory=partial(deque, maxlen=REFUSALS))
+    """Tokens of the requests that its engine failed at while it took others, since it took one as large."""
+    refused_at: float = 0.0
+    """When it did so last."""
 
     def state(self) -> EngineState:
         """What a person wants to know."""
@@ -40,6 +47,21 @@ class Seat:
     def tried(self) -> bool:
         """Whether an engine is there, or was or would have been, but for a failure."""
         return self.member is not None or bool(self.failure)
+
+    def fails_at(self, tokens: int, now: float) -> None:
+        """Its engine failed at a request of so many tokens, and takes others."""
+        self.refused.append(tokens)
+        self.refused_at = now
+
+    def takes(self, tokens: int) -> None:
+        """Its engine has taken a request of so many tokens."""
+        for smaller in [refused for refused in self.refused if refused <= tokens]:
+            self.refused.remove(smaller)
+
+    def bears(self, tokens: int, now: float) -> bool:
+        """Whether its engine is as good as any other for a request of so many tokens, as far as is known."""
+        many, lately = len(self.refused) == REFUSALS, now - self.refused_at < AVOIDED_SECONDS
+        return not (many and lately and tokens >= min(self.refused))
 
     def failed(self, reason: str, now: float, config: FleetConfig, *, final: bool) -> float | None:
         """Counts a failure; the seconds until the next try, or None when the seat is given up (at once if `final`)."""

@@ -31,8 +31,8 @@ from glm5.rl.fleet.config import FleetConfig
 from glm5.rl.fleet.job import Delivery, FleetStream, Job
 from glm5.rl.fleet.launches import Launches
 from glm5.rl.fleet.member import Executor, Facts, Member
+from glm5.rl.fleet.places import Places
 from glm5.rl.fleet.protocol import FleetStats
-from glm5.rl.fleet.routing import Router
 from glm5.rl.fleet.seat import Seat
 from glm5.rl.fleet.snapshots import Snapshots
 from glm5.rl.fleet.suspects import Suspects
@@ -56,10 +56,10 @@ class SupervisedFleet:
         self.tokenizer, self.config = tokenizer, config or FleetConfig()
         self._executor = executor
         self._seats = [Seat(str(number)) for number in range(size)]
-        self._router = Router()
+        self._places = Places(self._seats)
         self._jobs: dict[int, Job] = {}
         self._waiting: list[Job] = []
-        """Jobs without an engine, because none is there at the moment."""
+        """Jobs without an engine, because none that may take them is there at the moment."""
         self._suspects = Suspects()
         self._numbers = itertools.count(1)
         self._dropped: deque[Job] = deque()
@@ -173,6 +173,8 @@ class SupervisedFleet:
             for delivery in deliveries:
                 job = self._jobs.get(delivery.number)
                 if job is not None and job.member is member:
+                    if len(job.said) == job.begun_with:
+                        self._places.taken(job)
                     job.take(delivery)
                     self._acquit(job)
 
@@ -182,24 +184,21 @@ class SupervisedFleet:
             job = self._jobs.get(number)
             if job is None or job.member is not member:
                 return
-            if isinstance(error, RequestFailed):
-                log.warning("%s", error)
-                job.refused |= {seat.name for seat in self._seats if seat.member is member}
-                if any(seat.member is not None and seat.name not in job.refused for seat in self._seats):
-                    self._moved += 1
-                    self._place(job)
-                    return self._acquit(job)
-            self._finish(job, error)
+            if not isinstance(error, RequestFailed):
+                return self._finish(job, error)
+            self._places.refused(job, member, error)
+            self._place(job)
+            self._moved += number in self._jobs
+            self._acquit(job)
 
     def lost(self, member: Member, reason: str) -> None:
         """Somebody died: the jobs go elsewhere, and the seat is filled again."""
         with self._changed:
-            seat = next((seat for seat in self._seats if seat.member is member), None)
+            seat = self._places.seat_of(member)
             if seat is None or self._closed:
                 return
             log.warning("engine %s is replaced: %s", seat.name, reason)
-            seat.member = None
-            self._router.ring.remove(seat.name)
+            self._places.empty(seat)
             threading.Thread(target=partial(member.close, kill=True), daemon=True).start()
             orphans = [job for job in self._jobs.values() if job.member is member]
             self.failed(seat, reason, final=False)
@@ -216,18 +215,18 @@ class SupervisedFleet:
     # ---- jobs (all under the lock) ------------------------------------------------------------------------------
     def _place(self, job: Job) -> None:
         """Begins a job on the engine that its session belongs to, or lets it wait for one."""
-        names = {seat.member: seat.name for seat in self._seats if seat.member is not None}
-        if not names and self.failure is not None:
-            return self._finish(job, FleetError(self.failure))
-        if not names:
-            return self._waiting.append(job)
-        names = {member: name for member, name in names.items() if name not in job.refused} or names
-        loads = {name: sum(other.member is member for other in self._jobs.values()) for member, name in names.items()}
-        seat = self._seats[int(self._router.choose(job.session_id, loads))]
-        assert seat.member is not None
-        seat.requests += 1
-        job.member = seat.member
-        seat.member.begin(job.order())
+        error = self._places.last_refusal(job) if self.failure is None else FleetError(self.failure)
+        if error is not None:
+            self._finish(job, error)
+        elif not self._places.begin(job, self._jobs.values()):
+            self._waiting.append(job)
+
+    def _place_waiting(self) -> None:
+        """Places the jobs that wait, after the engines have changed."""
+        waiting, self._waiting = self._waiting, []
+        for job in waiting:
+            if job.number in self._jobs:
+                self._place(job)
 
     def _try_next(self) -> None:
         """Places the next suspect when none is being tried; one that cannot be placed any more makes room at once."""
@@ -258,13 +257,10 @@ class SupervisedFleet:
                 raise FleetError("the fleet was closed")
             if has < self._snapshots.newest:
                 return self._snapshots.newest
-            seat.member, seat.version, self._facts = member, has, self._facts or member.facts
+            self._places.fill(seat, member)
+            seat.version, self._facts = has, self._facts or member.facts
             self._version = max(self._version, has)
-            self._router.ring.add(seat.name)
-            waiting, self._waiting = self._waiting, []
-            for job in waiting:
-                if job.number in self._jobs:
-                    self._place(job)
+            self._place_waiting()
             self._changed.notify_all()
             return None
 
@@ -281,6 +277,7 @@ class SupervisedFleet:
             if self.failure is not None:
                 for job in list(self._jobs.values()):
                     self._finish(job, FleetError(self.failure))
+            self._place_waiting()
             self._changed.notify_all()
 
     def _settled(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import fleet_engines
 import httpx
@@ -16,7 +17,7 @@ from glm5.errors import FleetError, RequestFailed
 from glm5.rl.admission import SchedulerConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.executors import engine_servers
-from glm5.rl.fleet import FleetConfig, SupervisedFleet, external
+from glm5.rl.fleet import FleetConfig, SupervisedFleet, external, seat
 from glm5.rl.fleet.external import ServerExecutor
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.rollout_config import RolloutConfig
@@ -131,6 +132,89 @@ def test_what_every_server_refuses_ends_alone(directory):
         assert len([d async for d in fleet.stream(PROMPTS[1], params_of(1, max_tokens=2), session_id="a")]) == 2
 
     asyncio.run(with_fleet(directory, servers, story))
+
+
+async def length(fleet, ids, **options):
+    return len([d async for d in fleet.stream(ids, params_of(0, max_tokens=2), **options)])
+
+
+def test_a_server_that_bears_tiny_requests_only_is_tried_last_after_some(directory, monkeypatch, caplog):
+    monkeypatch.setattr(external, "REFUSED_SECONDS", 0.01)
+    narrow = Refusing(lambda ids: len(ids) > 2)  # of two with as little to do it is the first
+
+    async def story(fleet):
+        for number in range(seat.REFUSALS):
+            before = narrow.said
+            assert await length(fleet, PROMPTS[number]) == 2 and narrow.said > before
+        said, moved, (first, _) = narrow.said, fleet.stats().moved, fleet.stats().engines
+        assert await length(fleet, PROMPTS[0]) == await length(fleet, PROMPTS[1], session_id="a") == 2
+        assert (narrow.said, moved) == (said, seat.REFUSALS) and fleet.stats().moved == moved
+        assert await length(fleet, [7, 9]) == 2  # is as welcome there as before
+        assert fleet.stats().engines[0].requests == first.requests + 1 and narrow.said == said
+        assert caplog.text.count("engine 0 takes small requests only; those of 4 tokens and more are tried else") == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(seat, "AVOIDED_SECONDS", 0.0)
+            assert await length(fleet, PROMPTS[0]) == 2 and narrow.said > said  # no longer
+            narrow.refused = lambda ids: False
+            assert await length(fleet, PROMPTS[0]) == 2
+        before = fleet.stats().engines[0].requests
+        assert await length(fleet, PROMPTS[0]) == 2 and fleet.stats().engines[0].requests == before + 1
+
+    asyncio.run(with_fleet(directory, {"narrow": narrow, "wide": Refusing(lambda ids: False)}, story))
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_what_one_server_refuses_waits_for_another_that_is_away(directory, monkeypatch, back):
+    for name, seconds in (("UNWELL_SECONDS", 0.05), ("REFUSED_SECONDS", 0.01)):
+        monkeypatch.setattr(external, name, seconds)
+    narrow, wide, away = Refusing(lambda ids: len(ids) > 1), Refusing(lambda ids: False), []
+
+    async def restarting(request):
+        if away:
+            raise httpx.ConnectError("it starts")
+        return await wide(request)
+
+    async def story(fleet):
+        away.append(True)
+        async with asyncio.timeout(60):
+            while all(engine.up for engine in fleet.stats().engines):
+                await asyncio.sleep(0.01)
+            asked = asyncio.create_task(length(fleet, PROMPTS[0]))
+            while not (fleet._waiting or asked.done()):
+                await asyncio.sleep(0.01)
+        assert narrow.said and not asked.done()
+        if back:
+            away.clear()
+            assert await asked == 2
+        else:
+            fleet.failed(fleet._seats[1], "it never came", final=True)
+            with pytest.raises(RequestFailed, match="http://narrow takes other requests, but of this one"):
+                await asked
+
+    patient = replace(CONFIG, max_restarts=9, outage_seconds=60.0)
+    asyncio.run(with_fleet(directory, {"narrow": narrow, "wide": restarting}, story, patient))
+
+
+def test_each_try_is_told_the_time_that_is_left(directory, monkeypatch):
+    monkeypatch.setattr(external, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(external, "REFUSED_SECONDS", 60.0)
+    answers, told, request, calm = [500, 429], [], Backend.request, sglang_like([])
+
+    def noted(self, prompt_ids, params, **options):
+        told.extend([options["deadline"]] * (len(prompt_ids) > 1))  # not of the request that could be no smaller
+        return request(self, prompt_ids, params, **options)
+
+    async def server(request):
+        whole = request.url.path == "/generate" and len(json.loads(request.content)["input_ids"]) > 1
+        return httpx.Response(answers.pop()) if whole and answers else await calm.handle_async_request(request)
+
+    monkeypatch.setattr(Backend, "request", noted)
+
+    async def story(fleet):
+        assert await length(fleet, PROMPTS[0], deadline=500.0) == 2 and not answers
+        assert len(told) == 3 and 500.0 >= told[0] > told[1] > told[2] > 0
+
+    asyncio.run(with_fleet(directory, {"s": server}, story))
 
 
 def test_a_run_goes_on_without_the_episodes_that_its_server_fails_at(directory, tmp_path):
