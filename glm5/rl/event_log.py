@@ -30,7 +30,7 @@ from glm5.rl.codec import (
 )
 from glm5.rl.events import EVENTS, Cancelled, Event, Finished
 from glm5.rl.journal import Journal, Record
-from glm5.rl.kept import last_tokens
+from glm5.rl.kept import KeptTurns, last_tokens
 from glm5.rl.records import Ticket, Turn
 from glm5.rl.runner import OPEN
 
@@ -72,13 +72,9 @@ class Unfinished:
         shared = 0 if first else shared_tokens(_said(self._turns.get(ticket.id, [])[:number]), turn.prompt_ids)
         return Piece(ticket, number, first, replace(turn, prompt_ids=() if first else turn.prompt_ids[shared:]), shared)
 
-    def turns(self, ticket: Ticket) -> tuple[Turn, ...]:
-        """Of a rollout, for whoever goes on with it."""
-        found: list[Turn] = []
-        for said in self._turns.get(ticket.id, ()):
-            before = found[-1].prompt_ids + found[-1].output_ids if found else ()
-            found.append(said.turn(before[: said.shared] + said.prompt_ids))
-        return tuple(found)
+    def turns(self, ticket: Ticket) -> KeptTurns:
+        """Of a rollout, as they are now, for whoever goes on with it."""
+        return KeptTurns((said.shared, said.turn()) for said in self._turns.get(ticket.id, ()))
 
     def first_version(self, ticket: Ticket) -> int | None:
         """The weights that made a rollout's first token; None before there is one."""
@@ -112,10 +108,10 @@ class _Said:
         self.experts.append(news.experts)
         self.finish_reason = news.finish_reason
 
-    def turn(self, prompt_ids: tuple[int, ...]) -> Turn:
-        """As it is now, with its whole prompt."""
+    def turn(self) -> Turn:
+        """As it is now, with the rest of its prompt."""
         parts = (tuple(self.output_ids), tuple(self.logprobs), tuple(self.versions))
-        return Turn(prompt_ids, *parts, self.finish_reason, experts=joined(self.experts))
+        return Turn(self.prompt_ids, *parts, self.finish_reason, experts=joined(self.experts))
 
 
 def _said(turns: Sequence[_Said]) -> tuple[int, ...]:

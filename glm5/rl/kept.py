@@ -7,7 +7,7 @@ number: 0.2 GB for 500 turns of 200 tokens.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 
@@ -18,8 +18,9 @@ from glm5.rl.records import Turn
 class KeptTurns:
     """Turns in the order in which they ended."""
 
-    def __init__(self) -> None:
-        self._turns: list[tuple[int, Turn]] = []
+    def __init__(self, turns: Iterable[tuple[int, Turn]] = ()) -> None:
+        """turns: as they are kept."""
+        self._turns = list(turns)
         """The leading tokens of each prompt that the turn before begins with, and the turn with the rest of them."""
 
     def __len__(self) -> int:
@@ -31,14 +32,13 @@ class KeptTurns:
         shared = shared_tokens(before, turn.prompt_ids)
         self._turns.append((shared, replace(turn, prompt_ids=turn.prompt_ids[shared:])))
 
-    def whole(self) -> tuple[Turn, ...]:
-        """All of them as they were."""
-        turns: list[Turn] = []
+    def __iter__(self) -> Iterator[Turn]:
+        """Each as it was, made when it is asked for."""
         before: tuple[int, ...] = ()
         for shared, kept in self._turns:
-            turns.append(replace(kept, prompt_ids=before[:shared] + kept.prompt_ids))
-            before = turns[-1].prompt_ids + kept.output_ids
-        return tuple(turns)
+            turn = replace(kept, prompt_ids=before[:shared] + kept.prompt_ids)
+            before = turn.prompt_ids + turn.output_ids
+            yield turn
 
 
 def last_tokens(backwards: Iterable[tuple[int, tuple[int, ...]]]) -> tuple[int, ...]:

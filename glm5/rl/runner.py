@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from glm5.engine import SamplingParams
 from glm5.engine.choices import joined
@@ -48,21 +48,21 @@ async def play(
     *,
     progress: Progress | None = None,
     away: Away | None = None,
-    resume_from: Sequence[Turn] = (),
+    resume_from: Iterable[Turn] = (),
     timed: bool = True,
 ) -> Rollout:
     """Makes the rollout of a ticket.
 
-    resume_from: turns as `progress` reported them, the last of which may be open. The environment is asked again from
-    the beginning and must answer the same; if it does not, the rollout starts anew. timed: whether the environment's
-    time limits count; without, the result depends on no clock. Cancelling the call ends the request and closes the
-    episode.
+    resume_from: turns as `progress` reported them, the last of which may be open; each is asked for when it is due. The
+    environment is asked again from the beginning and must answer the same; if it does not, the rollout starts anew.
+    timed: whether the environment's time limits count; without, the result depends on no clock. Cancelling the call
+    ends the request and closes the episode.
     """
     if source.tokenizer is None:
         raise InputError("Reinforcement learning needs a tokenizer; give a model directory that holds one.")
     tokenizer = source.tokenizer
 
-    def player(known: Sequence[Turn]) -> _Player:
+    def player(known: Iterable[Turn]) -> _Player:
         return _Player(ticket, environment, source, tokenizer, config, progress, away, known, timed)
 
     try:
@@ -91,12 +91,12 @@ class _Player:
         config: RolloutConfig,
         progress: Progress | None,
         away: Away | None,
-        resume_from: Sequence[Turn],
+        resume_from: Iterable[Turn],
         timed: bool,
     ) -> None:
         self.environment, self.away = environment, away
         self.ticket, self.source, self.tokenizer = ticket, source, tokenizer
-        self.config, self.progress, self.known, self.timed = config, progress, resume_from, timed
+        self.config, self.progress, self.known, self.timed = config, progress, iter(resume_from), timed
         limits = environment.limits
         self.most_turns = limits.turns
         self.seconds = config.episode_seconds if limits.seconds is None else limits.seconds
@@ -135,7 +135,7 @@ class _Player:
             reward, outcome, failure = None, "aborted", "the engine gave the request up"
         finally:
             await self.asking.close()
-        turns = self.turns.whole()
+        turns = tuple(self.turns)
         return Rollout(
             ticket=self.ticket,
             task=self.task,
@@ -199,11 +199,9 @@ class _Player:
     async def _sampled(self, prompt: tuple[int, ...]) -> Turn:
         """The next turn, from what is known of it on."""
         number, started = len(self.turns), time.perf_counter()
-        turn = Turn(prompt, (), (), (), OPEN)
-        if number < len(self.known):
-            turn = self.known[number]
-            if turn.prompt_ids != prompt:
-                raise _AnotherPath
+        turn = next(self.known, Turn(prompt, (), (), (), OPEN))
+        if turn.prompt_ids != prompt:
+            raise _AnotherPath
         if turn.finish_reason == OPEN:
             turn = await self._streamed(number, turn, started)
         self.turns.add(turn)
@@ -242,7 +240,7 @@ class _Player:
 
     def _unknown_from(self, begun: Turn) -> int:
         """The first token of a turn whose experts neither it nor a turn before it tells of."""
-        tree = EpisodeTree(self.turns.whole())
+        tree = EpisodeTree(tuple(self.turns))
         known = joined([tree.experts(tree.extended_by(begun.prompt_ids)), begun.experts])
         return 0 if known is None else known.end
 

@@ -155,7 +155,7 @@ def test_an_episode_goes_on_from_any_token_as_if_never_interrupted(engine, repla
     def note(ticket, number, first, turn):
         told.append((number, first, turn))
         known.add(known.news(ticket, number, first, turn))
-        reports.append(known.turns(ticket))
+        reports.append(tuple(known.turns(ticket)))
 
     for sample in range(50):  # until a random model ends its turns by itself, so that there are three
         reports.clear()

@@ -1,8 +1,11 @@
 """Episodes of many turns: what is kept of them grows with their tokens, not with the square of their turns."""
 
+import asyncio
+import gc
 import random
 
 from rollouts_made import rollout
+from scripted import Chat, ScriptedSource
 from thin_rollouts import scheduler
 
 from glm5.rl.admission import SchedulerConfig
@@ -10,6 +13,8 @@ from glm5.rl.event_log import Unfinished
 from glm5.rl.events import Finished
 from glm5.rl.kept import KeptTurns
 from glm5.rl.records import Ticket, Turn
+from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.runner import play
 from glm5.rl.window import Window
 
 
@@ -33,9 +38,9 @@ def test_kept_turns_come_back_whole():
         turns, kept = conversation(random.Random(seed), 12, forget=0.4), KeptTurns()
         for turn in turns:
             kept.add(turn)
-        assert kept.whole() == tuple(turns) and len(kept) == 12
+        assert list(kept) == list(kept) == turns and len(kept) == 12
         times = [(turn.seconds, turn.cached_tokens) for turn in turns]
-        assert [(turn.seconds, turn.cached_tokens) for turn in kept.whole()] == times
+        assert [(turn.seconds, turn.cached_tokens) for turn in kept] == times
 
 
 def test_turns_that_run_come_back_whole_from_their_pieces():
@@ -46,10 +51,10 @@ def test_turns_that_run_come_back_whole_from_their_pieces():
             piece = known.news(ticket, number, 0, turn)
             known.add(piece)
             again.add(piece)
-        assert known.turns(ticket) == again.turns(ticket) == tuple(turns)
+        assert list(known.turns(ticket)) == list(again.turns(ticket)) == turns
         begun = known.news(ticket, 5, 0, turns[5])  # anew from there
         known.add(begun)
-        assert known.turns(ticket) == tuple(turns[:6])
+        assert list(known.turns(ticket)) == turns[:6]
 
 
 def test_what_is_kept_grows_with_the_tokens():
@@ -60,6 +65,25 @@ def test_what_is_kept_grows_with_the_tokens():
     last = len(turns[-1].prompt_ids)
     assert sum(len(turn.prompt_ids) for _, turn in kept._turns) < last
     assert sum(len(said.prompt_ids) for said in known._turns[ticket.id]) < last
+
+
+def test_an_episode_that_goes_on_holds_no_more_than_its_tokens():
+    ticket, config, known, held = Ticket("chat", 0), RolloutConfig(thinking=True), Unfinished(), []
+
+    def reward(said):
+        gc.collect()
+        held.append(sum(len(it.prompt_ids) for it in gc.get_objects() if type(it) is Turn))
+        return 1.0
+
+    chat = Chat(*[{"role": "user", "content": "And?"}] * 39, reward=reward)
+    source = ScriptedSource(*["</think>4<|user|>"] * 40)
+    note = lambda *report: known.add(known.news(*report))
+    live = asyncio.run(play(ticket, chat, source, config, progress=note))
+    prompts, messages = [turn.prompt_ids for turn in live.turns], live.messages
+    del live
+    gone_on = asyncio.run(play(ticket, chat, ScriptedSource(), config, resume_from=known.turns(ticket)))
+    assert [turn.prompt_ids for turn in gone_on.turns] == prompts and gone_on.messages == messages
+    assert len(prompts) == 40 and max(held) < 4 * len(prompts[-1]) < sum(map(len, prompts)) / 4
 
 
 def test_groups_and_figures_hold_no_turns():
