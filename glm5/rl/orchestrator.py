@@ -59,6 +59,7 @@ def train_rl(
     held_out: Sequence[Environment] = (),
     publish_to: Path | None = None,
     player: Player | None = None,
+    running: Callable[[], int] | None = None,
     meter: Meter | None = None,
     parent: str | None = None,
     resume: bool = False,
@@ -71,7 +72,8 @@ def train_rl(
     default one in this process (`glm5.rl.executors` has others). aids: objects of your own in place of `config.aids`.
     held_out: environments whose reward is measured on the way (`config.held_out`) and never learnt from.
     publish_to: a directory that gets every version too, for `glm5 serve --weights-from`.
-    player: who plays the episodes, if not this program; then meter: what counts their tokens.
+    player: who plays the episodes, if not this program; then running: how many there are now, for tickets may wait for
+    somebody to begin; and meter: what counts their tokens.
     parent: the hash of the parent's model, if it is known (`directory_sha256`). Ctrl-C finishes the
     running step, saves and raises `RunInterrupted`; after a crash or kill nothing that was finished is sampled again.
     """
@@ -98,7 +100,7 @@ def train_rl(
             every = config.scheduler.publish_every
             mirror = None if publish_to is None else Mirror(publish_to, after=session.version, every=every)
             outgoing = Outgoing(session, fleet, mirror, stopped)
-            run_loop = Orchestrator(session, fleet, outgoing, watch, player, meter)
+            run_loop = Orchestrator(session, fleet, outgoing, watch, player, running, meter)
             asyncio.run(run_loop.run(stopped, partial(save_end, session, tokenizer)))
         finish_run(session, console)
     return run
@@ -109,9 +111,9 @@ class Orchestrator:
 
     def __init__(
         self, session: Session, fleet: Fleet, outgoing: Outgoing, watch: Watch, player: Player | None = None,
-        meter: Meter | None = None,
+        running: Callable[[], int] | None = None, meter: Meter | None = None,
     ) -> None:  # fmt: skip
-        """player: None plays the session's environments. meter: of the tokens that others ask for."""
+        """player: None plays the session's environments. The rest is as in `train_rl`."""
         self.session, self.fleet, self.watch, self.player = session, fleet, watch, player or self._episode
         self.outgoing, self.config = outgoing, session.config
         self.meter = meter or Meter()
@@ -121,6 +123,7 @@ class Orchestrator:
         self.playing: dict[str, asyncio.Task[None]] = {}
         self._again: deque[Ticket] = deque()
         """Those of a resumed run that were under way, and have had no place yet."""
+        self._running = running or (lambda: len(self.playing))
         self._most = self._preempted = 0
         """Rollouts at once since the last batch; sequences that engines had put back before it."""
         self._learning: asyncio.Task[None] | None = None
@@ -144,7 +147,8 @@ class Orchestrator:
                 if self._learning is None and full and not (undecided and self.playing):  # nothing is left to learn
                     break
                 await self._take_news()
-                self.watch.glance(len(self.playing), self._ready(), lambda: self.fleet.stats().engines)
+                self._most = max(self._most, self._running())
+                self.watch.glance(self._running(), self._ready(), lambda: self.fleet.stats().engines)
             await self.outgoing.mirrored(last=True)
             await self._in_learners_thread(session.checkpoint)
             try:
@@ -209,7 +213,7 @@ class Orchestrator:
 
     def _begin(self, ticket: Ticket) -> None:
         self.playing[ticket.id] = asyncio.create_task(self._play(ticket))
-        self._most = max(self._most, len(self.playing))
+        self._most = max(self._most, self._running())
 
     async def _play(self, ticket: Ticket) -> None:
         """One rollout, from what is known of it on; its end is news."""
@@ -268,7 +272,7 @@ class Orchestrator:
         metrics = session.learnt(values)
         self._cancel(await self.outgoing.made())
         lap = self.meter.lap()
-        most, self._most = self._most, len(self.playing)
+        most, self._most = self._most, self._running()
         speed = {"step": metrics["step"], **lap, "running": most, "queue": self._ready()}
         session.run.append("speed", speed)
         if self.config.concurrency is not None:

@@ -98,6 +98,7 @@ def train_from_gateway(
 
     def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
         sessions = Sessions(recorded, weights=f"trained from {parent}", limits=address.sessions, own_sampling=True)
+        rollouts.sessions = sessions
         try:
             return OpenFleet(engines(model, tokenizer, version), sessions, address, config.rollout.seed, meter, ready)
         except BaseException:
@@ -107,7 +108,8 @@ def train_from_gateway(
     rollouts = GatewayRollouts(FinishedSessions(recorded, size, had=sessions_had(run_directory / JOURNAL)))
     return train_rl(
         settings, [OutsideAgents(uniform_groups)], run_directory, make_fleet=make, aids=aids, held_out=held_out,
-        publish_to=publish_to, player=rollouts.play, meter=meter, parent=parent, resume=resume, console=console,
+        publish_to=publish_to, player=rollouts.play, running=rollouts.running, meter=meter, parent=parent,
+        resume=resume, console=console,
     )  # fmt: skip
 
 
@@ -149,8 +151,8 @@ def train_from_records(
     rollouts = GatewayRollouts(finished, groups)
     return train_rl(
         replace(settings, steps=min(config.steps, steps)), [agents], run_directory, aids=aids, held_out=held_out,
-        player=rollouts.play, make_fleet=lambda model, tokenizer, version: NoEngines(tokenizer, version),
-        parent=parent, resume=resume, console=console,
+        player=rollouts.play, running=rollouts.running, parent=parent, resume=resume, console=console,
+        make_fleet=lambda model, tokenizer, version: NoEngines(tokenizer, version),
     )  # fmt: skip
 
 

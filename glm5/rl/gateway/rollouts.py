@@ -21,6 +21,7 @@ from glm5.rl.event_log import events_of
 from glm5.rl.events import Finished
 from glm5.rl.gateway.reading import FinishedSessions, Ready
 from glm5.rl.gateway.session import ENVIRONMENT
+from glm5.rl.gateway.sessions import Sessions
 from glm5.rl.journal import read_journal
 from glm5.rl.records import Rollout, Ticket
 from glm5.threads import in_thread
@@ -35,6 +36,8 @@ class GatewayRollouts:
     def __init__(self, finished: FinishedSessions, ready: Sequence[Ready] = ()) -> None:
         """ready: groups that were read from it already."""
         self.finished = finished
+        self.sessions: Sessions | None = None
+        """Those that this program serves."""
         self._wanted: dict[str, tuple[Ticket, asyncio.Future[Rollout]]] = {}
         self._ready = list(ready)
         self._watching: asyncio.Task[None] | None = None
@@ -49,6 +52,10 @@ class GatewayRollouts:
             return await future
         finally:
             self._wanted.pop(ticket.id, None)
+
+    def running(self) -> int:
+        """Open sessions: tickets are places for them, taken when a group has closed."""
+        return 0 if self.sessions is None else len(self.sessions.going_on())
 
     async def _watch(self) -> None:
         """Fills tickets as long as somebody waits for one; what goes wrong is theirs to hear."""

@@ -128,6 +128,7 @@ def test_an_unchanged_agent_improves_while_it_is_used(parent, tmp_path, agent):
     speed = run.read("speed")
     busy = [line["tokens_per_second"] > 0 and line["sampler_idle"] < 1 for line in speed]
     assert sum(busy) > len(busy) // 2  # a step may be made of sessions that had all come to their end before it
+    assert 0 < max(line["running"] for line in speed) <= 8  # sessions, not the 72 places for them
     assert snapshot_of(run).tokens_per_second == speed[-1]["tokens_per_second"]
     assert run.finished and len(list((run.path / "sessions" / "finished").iterdir())) >= 12 * 8
 
@@ -178,7 +179,7 @@ def test_records_are_learnt_from_later_and_a_torn_run_ends_the_same_without_them
     assert read == [parent] and whole.description["parent"] == directory_sha256(parent)  # once: it may take minutes
     lines = whole.read("metrics")
     assert 3 <= len(lines) <= 6 and [line["max_staleness"] for line in lines] == list(range(len(lines)))
-    assert all(line["trained"] == 8 for line in lines)
+    assert all(line["trained"] == 8 for line in lines) and not any(line["running"] for line in whole.read("speed"))
     assert share_of_right(whole.model_directory) > share_of_right(parent) + 0.25
 
     step = Learner.step
