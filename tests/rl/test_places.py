@@ -14,13 +14,15 @@ from glm5.rl.concurrency import ConcurrencyConfig
 from glm5.rl.config import RLRunConfig
 from glm5.rl.event_log import events_of
 from glm5.rl.events import Limited
-from glm5.rl.gateway import train_from_records
+from glm5.rl.gateway import train_from_gateway, train_from_records
+from glm5.rl.gateway.learning import Address
 from glm5.rl.gateway.rollouts import OutsideAgents
 from glm5.rl.gateway.settings import outside
 from glm5.rl.journal import read_journal
 from glm5.rl.orchestrator import Orchestrator, train_rl
 from glm5.rl.outgoing import Outgoing
 from glm5.rl.records import Rollout, Turn
+from glm5.rl.rollout_config import RolloutConfig
 from glm5.rl.scheduler import Scheduler
 from glm5.rl.session import Session
 from glm5.rl.tasks import TaskSource, TaskStream
@@ -170,9 +172,15 @@ def test_a_resumed_run_of_outside_agents_has_its_places(parent, tmp_path):
     for changed, says in (
         (dataclasses.replace(config, concurrency=adapted), "leave concurrency out"),
         (config_of(parent, max_running=3), "scheduler.max_running is 3, .* always 20 here"),
+        (dataclasses.replace(config, rollout=RolloutConfig(step_seconds=9.0)), "rollout.step_seconds says how this"),
     ):
         with pytest.raises(ConfigError, match=says):
             resumed(changed)
+    borne = dataclasses.replace(config, rollout=RolloutConfig(outage_seconds=9.0), patience=9.0)
+    with pytest.raises(ConfigError, match="leave patience out"):  # and not the outage, which its servers follow
+        train_from_gateway(borne, path, Address(port=0), resume=True)
+    with pytest.raises(ConfigError, match=r"rollout\.outage_seconds says how this"):
+        resumed(borne)
     start(dataclasses.replace(settings, concurrency=adapted), True)  # as earlier versions let it
     for said in (config, dataclasses.replace(settings, concurrency=adapted)):
         with pytest.raises(InputError, match="no recorded sessions"):

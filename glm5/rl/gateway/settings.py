@@ -48,10 +48,10 @@ def check_followed(given: RLRunConfig, run_directory: Path, *, patience: float, 
             )
     if given.concurrency not in (None, None if run is None else recorded_concurrency(run)):
         raise ConfigError("There is a place for every session that the bound lets in; leave concurrency out.")
-    if run is not None:
-        return  # what else differs from what is written down is refused there
-    for name in (one.name for one in fields(RolloutConfig) if one.name != "seed" and not held_out):
-        if getattr(given.rollout, name) != getattr(usual.rollout, name):
+    played = {} if run is None else run.description["config"].get("rollout", {})
+    followed = {"seed", "outage_seconds"} if patience == FOREVER else {"seed"}  # of a gateway's servers
+    for name in (one.name for one in fields(RolloutConfig) if one.name not in followed and not held_out):
+        if getattr(given.rollout, name) not in (getattr(usual.rollout, name), played.get(name)):
             raise ConfigError(
                 f"rollout.{name} says how this program plays episodes, but outside agents play theirs themselves; "
                 "leave it out."
