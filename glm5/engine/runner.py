@@ -1,8 +1,8 @@
 """Forward passes over the paged cache: what one step of the engine computes.
 
 Sequences that add a few tokens (decoding, verification of drafts) go through the model together, flattened into one
-row; a longer run of tokens (a chunk of a prompt) is a pass of its own over its sequence. Small fp32 models on a CPU
-decode by their decoder (`model/decode.py`), straight over the pool.
+row; a longer run of tokens (a chunk of a prompt) is a pass of its own over its sequence. Of small fp32 models on a CPU
+what is not too long for it goes through their decoder (`model/decode.py`), straight over the pool, all of it together.
 
 Strict mode: every token is computed by the same instructions whatever else the step computes, and however a prompt was
 cut into chunks. The decoder does that for any number of rows, so it takes prompts and decoding alike; where there is
@@ -26,6 +26,7 @@ from glm5.errors import InputError
 from glm5.model import GLM5
 from glm5.model.checks import check_attention
 from glm5.model.decode import Decoder
+from glm5.model.fast_steps import FEW_ROWS
 from glm5.model.slots import Slots
 from glm5.ops import gpu
 from glm5.ops.decoding import Stored
@@ -118,11 +119,15 @@ class Runner:
                 return self._by_rows(decoder, chunks, collect)
             return [self._by_token(chunk, run, collect) for chunk, run in zip(chunks, runs, strict=True)]
         outputs: dict[int, Output] = {}
+        decoder, by_rows = self._fitting(self.model.decoder(1)), list[int]()
         for group, view in self._passes(runs):
-            own = [chunks[i] for i in group]
-            decoder = self._fitting(self.model.decoder(sum(runs[i].tokens for i in group)))
-            done = self._pass(own, view(), collect) if decoder is None else self._by_rows(decoder, own, collect)
-            outputs.update(zip(group, done, strict=True))
+            if decoder is not None and sum(runs[i].tokens for i in group) <= FEW_ROWS:
+                by_rows += group
+            else:
+                outputs.update(zip(group, self._pass([chunks[i] for i in group], view(), collect), strict=True))
+        if decoder is not None and by_rows:
+            done = self._by_rows(decoder, [chunks[i] for i in by_rows], collect)
+            outputs.update(zip(by_rows, done, strict=True))
         return [outputs[i] for i in range(len(chunks))]
 
     def _fitting(self, decoder: Decoder | None) -> Decoder | None:
@@ -232,12 +237,12 @@ class Runner:
             raise InputError("The cache has no room for the MTP modules' rows; make it with draft=True.")
         runs = [self._checked(len(chunk.next_ids), chunk.start, chunk.block_table) for chunk in chunks]
         outputs: dict[int, Output] = {}
-        first_module = step == 0 or len(self.model.mtp) == 1
+        decoder, by_rows = self._fitting(self.model.decoder(1)), list[int]()
+        if not (step == 0 or len(self.model.mtp) == 1) or not (decoder and decoder.can_draft(self.cache)):
+            decoder = None
         for group, view in self._passes(runs):
-            decoder = self._fitting(self.model.decoder(sum(runs[i].tokens for i in group)))
-            if first_module and decoder is not None and decoder.can_draft(self.cache):
-                drafts = self._drafts_by_rows(decoder, [chunks[i] for i in group])
-                outputs.update(zip(group, drafts, strict=True))
+            if decoder is not None and sum(runs[i].tokens for i in group) <= FEW_ROWS:
+                by_rows += group
                 continue
             states_BTD = torch.cat([chunks[i].states_TD for i in group]).unsqueeze(0)
             ids_BT = self._ids([token for i in group for token in chunks[i].next_ids])
@@ -250,6 +255,9 @@ class Runner:
             parts = logits.split(tokens) if keep == 0 else [logits]
             for i, state_TD, logits_TV in zip(group, state_BTD[0].split(tokens), parts, strict=True):
                 outputs[i] = Output(logits_TV[-1:], state_TD)
+        if decoder is not None and by_rows:
+            drafts = self._drafts_by_rows(decoder, [chunks[i] for i in by_rows])
+            outputs.update(zip(by_rows, drafts, strict=True))
         return [outputs[i] for i in range(len(chunks))]
 
     def _passes(self, runs: list[Run]) -> Iterator[tuple[list[int], Callable[[], BatchView | SequenceView]]]:

@@ -82,6 +82,22 @@ def test_a_step_mixes_prompts_and_decoding_and_keeps_the_logits_asked_for(decode
     assert runner.run([]) == []
 
 
+@needs_extension
+def test_short_runs_of_tokens_share_the_steps_of_the_decoder(monkeypatch):
+    """Prompts as they come in, beside decoding; a run that the modules compute faster stays theirs."""
+    model, sizes = tiny_model(1), []
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, ids, *rest: sizes.append(len(ids)) or step(self, ids, *rest))
+    runner = Runner(model, PagedCache(model.config, num_blocks=64, block_size=4))
+    rows = [IDS[0] + IDS[1], IDS[1][:40], IDS[2][:30], IDS[3][:1]]
+    sequences = scattered(rows, num_blocks=64, block_size=4)
+    outs = runner.run([s.next(len(s.ids), 1) for s in sequences])
+    assert sizes == [64, 7]  # 1 + 40 + 30, without the 100
+    for row, out in zip(rows, outs, strict=True):
+        with torch.no_grad():
+            close(out.logits_KV[-1], model(torch.tensor([row])).logits[0, -1])
+
+
 def test_a_forked_sequence_goes_on_by_itself(decoder):
     model = tiny_model(1)
     cache = PagedCache(model.config, num_blocks=64, block_size=8)

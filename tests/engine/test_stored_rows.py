@@ -114,10 +114,10 @@ def test_the_decoder_and_the_modules_agree_over_every_format(storage, attention,
     step = Decoder.step
     monkeypatch.setattr(Decoder, "step", lambda *arguments: steps.append(1) or step(*arguments))
     ours = decoded(model, storage, attention)
-    assert len(steps) == 23  # 3 chunks of a prompt, 20 tokens
+    assert len(steps) == 22  # the prompts' tokens in two blocks, then 20 tokens
     monkeypatch.setattr(glm5.GLM5, "decoder", lambda *_: None)
     wanted = decoded(model, storage, attention)
-    assert len(steps) == 23
+    assert len(steps) == 22
     for a, b in zip(ours, wanted, strict=True):
         assert (a - b).abs().median() < 1e-3 * b.std()
 
