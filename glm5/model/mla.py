@@ -101,10 +101,8 @@ class MLA(nn.Module):
         if run.cache is not None:
             run.cache.append_latents(self.layer, latents_BSC)
 
-        if self.indexer is not None and (
-            run.sparse or run.cache is not None or run.collect & {"indexer_kl", "indexer_recall"}
-        ):
-            self._index(x_BTD, c_q_BTC, run)
+        if self.indexer is not None:
+            self._index(x_BTD, c_q_BTC, latents_BSC.shape[1], run)
         selected_BTK = run.selected_BTK
         if run.cache is not None and run.cache.attend is not None:
             self._record(run, c.index_topk)
@@ -132,24 +130,26 @@ class MLA(nn.Module):
         return self.o_proj(o_BTHV.flatten(-2))
 
     # ---- selection ----------------------------------------------------------------------------------------------
-    def _index(self, x_BTD: Tensor, c_q_BTC: Tensor, run: Pass) -> None:
-        """Runs the indexer and chooses, for this layer and for those that share it."""
+    def _index(self, x_BTD: Tensor, c_q_BTC: Tensor, keys: int, run: Pass) -> None:
+        """Chooses for this layer and for those that share it; runs the indexer where anything depends on it."""
         assert self.indexer is not None
+        topk, collecting = self.config.index_topk, bool(run.collect & {"indexer_kl", "indexer_recall"})
+        run.full_layer = self.layer
+        run.selected_BTK = run.replay.positions.get(self.layer) if run.sparse else None
+        choosing = run.sparse and run.selected_BTK is None
+        if run.cache is None and not collecting and (not choosing or keys <= topk):
+            return
         with torch.set_grad_enabled("indexer_kl" in run.collect and torch.is_grad_enabled()):
             q_BTHI, k_BSI, w_BTH = self.indexer(x_BTD, c_q_BTC, run.indexer_rotation)
             k_BSI = run.rows.gather(k_BSI)
         if run.cache is not None:
             run.cache.append_keys(self.layer, k_BSI)
-        run.full_layer, run.selected_BTK = self.layer, None
-        if run.sparse:  # a selection has no gradient: the indexer learns from its KL loss alone
-            topk = self.config.index_topk
-            if self.layer in run.replay.positions:
-                run.selected_BTK = run.replay.positions[self.layer]
-            elif run.cache is not None:
+        if choosing:  # a selection has no gradient: the indexer learns from its KL loss alone
+            if run.cache is not None:
                 run.selected_BTK = run.cache.select(self.layer, q_BTHI, w_BTH, run.spans, topk)
             else:
                 run.selected_BTK = selection.choose(q_BTHI, k_BSI, w_BTH, run.spans, topk)
-        if run.collect & {"indexer_kl", "indexer_recall"}:
+        if collecting:
             run.index = q_BTHI, k_BSI if run.cache is None else run.cache.keys_of(self.layer), w_BTH
 
     def _record(self, run: Pass, keys: int) -> None:
