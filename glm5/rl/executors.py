@@ -28,6 +28,8 @@ from glm5.text import Tokenizer
 from glm5.train import RunDirectory
 from glm5.train.run_directory import model_of
 
+BLOCK = 16
+"""Tokens of a block of the engines' caches. The samples of a task share whole blocks of its prompt, which is short."""
 MakeFleet = Callable[[GLM5, Tokenizer, int], Fleet]
 """Engines for a model and its version. A fleet may begin with other weights of an earlier version: it gets these."""
 
@@ -129,7 +131,8 @@ def _build(config: RLRunConfig, engine: Mapping[str, Any]) -> Callable[[], Engin
 def engine_settings(config: RLRunConfig) -> dict[str, Any]:
     """Of `Engine`: attention as the learner's, and a place for every rollout that may run at once."""
     most = config.concurrency.most if config.concurrency is not None else 0
-    return {"attention": config.learner.attention, "max_num_seqs": max(config.scheduler.max_running, most)}
+    places = max(config.scheduler.max_running, most)
+    return {"attention": config.learner.attention, "max_num_seqs": places, "block_size": BLOCK}
 
 
 def parent_engine(parent: Path, lora: LoRA | None, **settings: Any) -> Engine:
