@@ -5,8 +5,8 @@
 
 Each case is a process of its own: a model of the nano preset's widths with the vocabulary of GLM-5 (154,880), one row
 of which `trained` tokens were sampled, one update without an optimiser step. "all at once" is the plain path: logits of
-all positions, of the draft module too, which learns beside the policy as it does by default. The peak is `VmHWM` less
-what the process held before the update; the gradients, of which the two matrices of the vocabulary are nearly all, are
+all these tokens, of the draft module too, which learns beside the policy as by default. The peak is `VmHWM` less what
+the process held before the update; the gradients, of which the two matrices of the vocabulary are nearly all, are
 taken off in the next column. Loss and gradient norm are compared with those of the plain path.
 """
 

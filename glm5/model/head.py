@@ -45,7 +45,8 @@ def by_pieces(
 ) -> list[R]:
     """`judge(logits_MV, targets_M)` of one piece of the tokens after the other; differentiable.
 
-    A piece has at most `most` logits, but at least one token; there is at least one piece, if an empty one.
+    A piece has at most `most` logits, but at least one token; there is at least one piece, if an empty one. A single
+    piece is kept for the backward pass; of several, each is made again there.
     """
 
     def piece(states_MD: Tensor, targets_M: Tensor) -> R:
@@ -56,6 +57,8 @@ def by_pieces(
             return judge(model.lm_head(states_MD), targets_M)
 
     size = max(most // model.config.vocab_size, 1)
+    if len(states_ND) <= size:
+        return [judge(model.lm_head(states_ND), targets_N)]
     return [
         checkpoint(piece, states_MD, targets_M, use_reentrant=False, preserve_rng_state=False)
         for states_MD, targets_M in zip(states_ND.split(size), targets_N.split(size), strict=True)

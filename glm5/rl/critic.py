@@ -84,7 +84,7 @@ def estimates(head: ValueHead, model: GLM5, examples: Sequence[Example], passes:
     """Values, advantages and returns under the head as it is."""
     values: PerExample = {}
     for rows in micro_batches(examples, passes):
-        values |= by_example(rows, values_of(head, run(model, rows, passes.attention, {"hidden", "states"}), rows))
+        values |= by_example(rows, values_of(head, run(model, rows, passes.attention, {"hidden"}), rows))
     advantages, returns = {}, {}
     for example in examples:
         key = id(example.trajectory)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glm5.errors import InputError
-from glm5.model import GLM5, ModelOutput, Replay, without_head
+from glm5.model import GLM5, ModelOutput, Replay
 from glm5.rl.head import said_of
 from glm5.rl.packing import Example, Passes, Rows, micro_batches
 
@@ -18,10 +18,10 @@ PerExample = dict[int, Tensor]
 
 
 def run(model: GLM5, rows: Rows, attention: str, collect: frozenset[str] | set[str] = frozenset()) -> ModelOutput:
-    """The forward pass, with the experts that the sampler chose where the rows carry them."""
+    """The forward pass without the head (`head.py`), by the experts that the sampler chose where rows carry them."""
     replay = None if rows.experts_BTLK is None else _replay(model, rows.experts_BTLK)
     output: ModelOutput = model(
-        rows.ids_BT, None, rows.segments_BT, attention=attention, collect=collect, replay=replay
+        rows.ids_BT, None, rows.segments_BT, attention=attention, collect={"states", *collect}, replay=replay
     )
     return output
 
@@ -47,8 +47,7 @@ def fixed_logprobs(model: GLM5, examples: Sequence[Example], passes: Passes, *, 
     for rows in micro_batches(examples, passes):
         if not replay:
             rows = replace(rows, experts_BTLK=None)
-        output = run(model, rows, passes.attention, without_head(model, rows.ids_BT, frozenset(), passes.logits))
-        said = said_of(model, output, rows.sampled, passes)
+        said = said_of(model, run(model, rows, passes.attention), rows.sampled, passes)
         found |= by_example(rows, said.logprobs_N)
     return found
 

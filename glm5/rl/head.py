@@ -1,8 +1,8 @@
 """What a model says of the tokens that are learnt from: their log-probabilities, in memory that knows a bound.
 
-Where the logits of a whole pass are more than `Passes.logits`, only those of the sampled tokens are made, a piece of
-them at a time (`glm5.model.head`). A pass with fewer is computed as the plain update (`plain/update.py`) does it, to
-the bit.
+Only the sampled tokens' logits are made, at most `Passes.logits` of them at a time (`glm5.model.head`): what stands in
+a prompt, in a tool's answer or in padding is not asked for. The plain update (`plain/update.py`) has the same, to the
+bit, wherever one piece is enough.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Said:
 def said_of(
     model: GLM5, output: ModelOutput, at: Places, passes: Passes, *, ahead: int = 0, entropy: bool = False
 ) -> Said:  # fmt: skip
-    """What the trunk (ahead = 0) or draft step `ahead - 1` says of the tokens at these places; differentiable."""
+    """What the trunk (ahead = 0) or draft step `ahead - 1` says of the tokens at these places; differentiable.
+
+    output: of a pass that collected "states".
+    """
 
     def judged(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         return _judged(logits_NV, targets_N, passes.temperature, entropy)
 
-    if not output.states:
-        logits_BTV = (output.logits, *output.mtp_logits)[ahead]
-        return Said(*judged(logits_BTV[at.rows_N, at.columns_N], at.targets_N))
     states_ND = output.states[ahead][at.rows_N, at.columns_N]
     logprobs, entropies = zip(*by_pieces(model, states_ND, at.targets_N, judged, passes.logits), strict=True)
     return Said(torch.cat(logprobs), torch.cat(entropies))

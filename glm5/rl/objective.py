@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glm5.model import GLM5, ModelOutput, without_head
+from glm5.model import GLM5, ModelOutput
 from glm5.rl.critic import Estimates, ValueHead, value_loss, values_of
 from glm5.rl.drafting import draft_counts, draft_loss
 from glm5.rl.forward import PerExample, by_example, gathered, run
@@ -86,7 +86,7 @@ def objective(
             ("mtp", drafting), ("hidden", head is not None), ("indexer_kl", config.indexer_weight > 0),
         ) if wanted
     )  # fmt: skip
-    output = run(model, rows, passes.attention, without_head(model, rows.ids_BT, collect, passes.logits))
+    output = run(model, rows, passes.attention, collect)
     said = said_of(model, output, rows.sampled, passes, entropy=config.entropy > 0)
     logprobs_N = said.logprobs_N
     tokens = policy_tokens(rows, logprobs_N, given, config)

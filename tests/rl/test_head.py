@@ -68,15 +68,18 @@ def test_only_tokens_that_are_learnt_from_meet_the_head(batch):
     assert sum(calls) == 4 * sampled  # every prompt is long enough for a draft of its first answer token
 
 
-def test_what_fits_is_made_at_once_to_the_bit(batch):
-    config = LearnerConfig(mtp="frozen")
-    positions = max(rows.ids_BT.numel() for rows in micro_batches(examples_from(batch), config.passes))
-    values, grads, _, calls = learnt(batch, config, positions * VOCABULARY)
-    plain_values, plain_grads, _, _ = learnt(batch, config)
-    assert calls == [positions] and values == plain_values
-    assert all(torch.equal(grads[name], grad) for name, grad in plain_grads.items())
-    _, _, _, calls = learnt(batch, config, positions * VOCABULARY - 1)
+def test_what_fits_is_one_piece_and_says_what_all_logits_say(batch):
+    config, sampled = LearnerConfig(mtp="frozen"), sum(rollout.num_sampled for rollout in batch.rollouts)
+    _, _, before, calls = learnt(batch, config, sampled * VOCABULARY)
+    assert calls == [sampled]
+    _, _, _, calls = learnt(batch, config, sampled * VOCABULARY - 1)
     assert len(calls) > 1
+    (rows,) = micro_batches(examples_from(batch), config.passes)
+    with torch.no_grad():
+        logits_BTV = drafting_model()(rows.ids_BT, attention=config.attention).logits
+    at = rows.sampled
+    logprobs_N = logits_BTV.log_softmax(-1)[at.rows_N, at.columns_N, at.targets_N]
+    torch.testing.assert_close(torch.cat(list(before.values())), logprobs_N, rtol=1e-5, atol=1e-6)
 
 
 def test_the_critic_needs_no_head(batch):

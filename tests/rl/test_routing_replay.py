@@ -144,7 +144,7 @@ def test_a_trainer_of_other_numerics_routes_as_the_sampler_did(numerics):
     assert mismatch[True] < mismatch[False]
 
     out = run(trainer, rows_of(trajectories[0]), "sparse")
-    out.logits.float().square().mean().backward()
+    trainer.lm_head(out.states[0]).square().mean().backward()
     for layer in trainer.model.layers[1:]:
         assert layer.mlp.gate.weight.grad.abs().sum() > 0
 
@@ -158,7 +158,7 @@ def test_where_both_choose_the_same_replay_changes_no_gradient():
         model.zero_grad()
         rows = rows_of(replace(trajectory, experts=experts))
         at = rows.sampled
-        logits_NV = run(model, rows, "sparse").logits[at.rows_N, at.columns_N]
+        logits_NV = model.lm_head(run(model, rows, "sparse").states[0][at.rows_N, at.columns_N])
         logits_NV.log_softmax(-1)[:, 7].sum().backward()
         gradients.append([layer.mlp.gate.weight.grad.clone() for layer in model.model.layers[1:]])
     for free, replayed in zip(*gradients, strict=True):

@@ -103,7 +103,8 @@ def sampled_logprobs(model: GLM5, samples: Sequence[Sample], attention: Literal[
     longest = max(map(len, rows))
     # Attention is causal, so padding on the right is seen by no token that counts.
     ids_BT = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    logits_BTV = model(ids_BT[:, :-1], attention=attention).logits
-    logprobs_BT = gathered_logprobs(logits_BTV, ids_BT[:, 1:])
-    pieces = [logprobs_BT[b, len(sample.prompt_ids) - 1 : len(rows[b]) - 1] for b, sample in enumerate(samples)]
-    return torch.cat(pieces)
+    (states_BTD,) = model(ids_BT[:, :-1], attention=attention, collect={"states"}).states
+    sampled = [slice(len(s.prompt_ids) - 1, len(row) - 1) for s, row in zip(samples, rows, strict=True)]
+    states_ND = torch.cat([states_BTD[b, part] for b, part in enumerate(sampled)])
+    targets_N = torch.cat([ids_BT[b, 1:][part] for b, part in enumerate(sampled)])
+    return gathered_logprobs(model.lm_head(states_ND), targets_N)
