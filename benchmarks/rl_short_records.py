@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 
 from glm5.rl.admission import SchedulerConfig
+from glm5.rl.records import Ticket
 from glm5.rl.simulation import AssumedWorkload, LongTail, Measured, SimulationConfig, simulate, spread_of
 from glm5.rl.tasks import TaskSource
 
@@ -51,10 +52,10 @@ def record(steps: int, config: SimulationConfig, options: Options, chance: Rando
     for _ in range(steps):
         seconds = chance.gauss(config.train_seconds, options.train_cv * config.train_seconds)
         found.append({"kind": "train", "seconds": max(0.1, seconds), "tokens": 1})
-        for _ in range(config.scheduler.groups_per_batch):
+        for index in range(config.scheduler.groups_per_batch):
             group = chance.random()
             for number in range(config.scheduler.group_size):
-                play = TRUTH.play(Random(group), Random(chance.random()), number)
+                play = TRUTH.play(Ticket("tasks", index, 0, number), Random(group), Random(chance.random()))
                 found.append({
                     "kind": "rollout", "environment": "tasks", "group": str(group), "turn_tokens": list(play.tokens),
                     "tool_seconds": 0.0, "outcome": play.outcome, "reward": play.reward,

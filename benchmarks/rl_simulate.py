@@ -1,18 +1,24 @@
 """The simulator of reinforcement learning against real runs: one is measured, the others are predicted from it.
 
-    python -m benchmarks.rl_simulate                             # about four minutes on one core
-    python -m benchmarks.rl_simulate --steps 60 --out docs/results/rl_simulate.md
+    python -m benchmarks.rl_simulate                             # about five minutes on one core
+    taskset -c 0 python -m benchmarks.rl_simulate --steps 60 --out simulated.md
 
 The bundled model answers sums, and the environment takes its time (log-uniform). The reward is the parity of the
-answer's length: about half of the answers have it, so groups are rarely uniform, and the rate is too small for anything
-to be learnt. What the run in sync mode was like, and a calibration of the engine (tokens per second at 1 to 32
+answer's length: about half of the groups have different ones and are learnt from, and the rate is too small for
+anything to be learnt. What the run in sync mode was like, and a calibration of the engine (tokens per second at 1 to 32
 sequences, with the prompts of the task), go into the simulator, which predicts all three modes. Trainer and engine
 share the cores of this process, which is part of what is predicted (`shared`, measured: what is left of a thread's
 speed while another one computes). Other load on the machine spoils it.
+
+Chance is told apart from the simulator's own mistakes. A run of 60 steps has few groups, and how many of them teach
+decides on its speed: `predicted` comes with the deviation that this alone makes, over records drawn anew and runs of as
+many steps. `same rollouts` has no such chance: each ticket plays in virtual time what it played in the run, which the
+seed decides while the weights stand still.
 """
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import sys
 import tempfile
@@ -21,6 +27,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 
 import torch
 import tyro
@@ -38,10 +45,12 @@ from glm5.rl.events import BatchMade, Finished
 from glm5.rl.journal import read_journal
 from glm5.rl.learner_config import LearnerConfig
 from glm5.rl.orchestrator import train_rl
-from glm5.rl.records import Rollout
+from glm5.rl.records import Rollout, Ticket
 from glm5.rl.rollout_config import RolloutConfig
+from glm5.rl.runner import play
 from glm5.rl.session import JOURNAL
-from glm5.rl.simulation import EngineSpeed, Measured, SimulationConfig, records_of, simulate
+from glm5.rl.simulation import EngineSpeed, Measured, Simulation, SimulationConfig, records_of, simulate, spread_of
+from glm5.rl.simulation.workload import Play
 from glm5.scoring import Grade
 from glm5.text import Tokenizer
 from glm5.train import RunDirectory
@@ -67,6 +76,10 @@ class Options:
     longest: float = 4.0
     """At most."""
     seed: int = 0
+    batches: int = 1000
+    """Of a prediction: so many that its own chance is small."""
+    draws: int = 16
+    """Records drawn anew for the deviation."""
     out: Path | None = None
 
 
@@ -93,12 +106,22 @@ class Figures:
     steps_per_hour: float
     trainer_idle: float
     sampler_idle: float
-    staleness: dict[int, int]
+    mean_staleness: float
 
-    def row(self) -> str:
-        """Cells of the table."""
-        mean = sum(age * n for age, n in self.staleness.items()) / max(1, sum(self.staleness.values()))
-        return f"{self.steps_per_hour:.0f} | {self.trainer_idle:.0%} | {self.sampler_idle:.0%} | {mean:.2f}"
+    @classmethod
+    def of(cls, it: Simulation) -> Figures:
+        """Those of a simulation."""
+        return cls(it.steps_per_hour, it.trainer_idle, it.sampler_idle, it.mean_staleness)
+
+    def row(self, measured: Figures, spread: float | None = None) -> str:
+        """Cells of the table. spread: of the steps per hour."""
+        ratio = f"{self.steps_per_hour / measured.steps_per_hour:.2f}"
+        if spread is not None:
+            ratio += f" ± {spread / measured.steps_per_hour:.2f}"
+        return (
+            f"{self.steps_per_hour:.0f} | {ratio} | {self.trainer_idle:.0%} | {self.sampler_idle:.0%} | "
+            f"{self.mean_staleness:.2f}"
+        )
 
 
 def settings(options: Options, mode: Mode) -> SchedulerConfig:
@@ -109,10 +132,15 @@ def settings(options: Options, mode: Mode) -> SchedulerConfig:
     )  # fmt: skip
 
 
+def rollout_config(options: Options) -> RolloutConfig:
+    """Of the rollouts, in the real run and in those that are made again."""
+    return RolloutConfig(seed=options.seed, max_tokens=16)
+
+
 def real(options: Options, mode: Mode, environment: Environment, out: Path) -> RunDirectory:
     """A run."""
     config = RLRunConfig(
-        parent=bundled_model(), steps=options.steps, rollout=RolloutConfig(seed=options.seed, max_tokens=16),
+        parent=bundled_model(), steps=options.steps, rollout=rollout_config(options),
         scheduler=settings(options, mode), learner=LearnerConfig(optimizer=STILL), checkpoint_every=options.steps,
     )  # fmt: skip
     return train_rl(config, [environment], out)
@@ -132,7 +160,34 @@ def figures(run: RunDirectory, warmup: int) -> Figures:
                 for selection in event.selections:
                     ages.update(rollouts[ticket.id].staleness(event.step) for ticket in selection.tickets)
     idle = [sum(lap[name] * lap["seconds"] for lap in laps) / seconds for name in ("trainer_idle", "sampler_idle")]
-    return Figures(3600 * len(laps) / seconds, idle[0], idle[1], ages)
+    mean = sum(age * n for age, n in ages.items()) / max(1, ages.total())
+    return Figures(3600 * len(laps) / seconds, idle[0], idle[1], mean)
+
+
+class SameRollouts:
+    """What each ticket of the run plays: made again without waiting, for weights that stand still."""
+
+    def __init__(self, options: Options, environment: Delayed) -> None:
+        self._engine = Engine(
+            load_model(bundled_model(), dtype=torch.float32), Tokenizer.from_pretrained(bundled_model())
+        )
+        self._environment = replace(environment, sleep=self._noted)
+        self._config = rollout_config(options)
+        self._waits: list[float] = []
+        self._known: dict[str, Play] = {}
+
+    async def _noted(self, seconds: float) -> None:
+        self._waits.append(seconds)
+
+    def play(self, ticket: Ticket, group: Random, sample: Random) -> Play:
+        """No chance is left."""
+        if ticket.id not in self._known:
+            self._waits.clear()
+            rollout = asyncio.run(play(ticket, self._environment, self._engine, self._config, timed=False))
+            assert rollout.reward is not None
+            tokens = tuple(len(turn.output_ids) for turn in rollout.turns)
+            self._known[ticket.id] = Play(tokens, tuple(self._waits), rollout.outcome, rollout.reward.value)
+        return self._known[ticket.id]
 
 
 def engine_speed(environment: Environment, tokens: int) -> tuple[EngineSpeed, float]:
@@ -191,24 +246,26 @@ def main(options: Options) -> None:
     """Measures, predicts, prints."""
     torch.set_num_threads(1)
     environment = Delayed(SingleTurn(Parity()), Latency(options.shortest, options.longest, options.seed))
+    same = {environment.name: SameRollouts(options, environment)}
     with tempfile.TemporaryDirectory() as work:
         runs = {mode: real(options, mode, environment, Path(work) / mode) for mode in MODES}
-        measured = Measured.from_records(records_of(runs["sync"].path))
+        records = list(records_of(runs["sync"].path))
+        measured = Measured.from_records(records)
         lengths = [sum(play.tokens) for group in measured.workloads[environment.name].groups for play in group]
         speed, swap = engine_speed(environment, max(1, round(statistics.fmean(lengths))))
-        shared = shared_speed()
+        given = {"engine": speed, "publish_seconds": swap, "swap_seconds": swap}
+        short = SimulationConfig(scheduler=settings(options, "async"), batches=options.steps, warmup=options.warmup,
+                                 shared=shared_speed(), seed=options.seed).as_measured(measured, **given)  # fmt: skip
+        spreads = spread_of(short, records, draws=options.draws, given=given)  # of the modes, in order
         rows = []
-        for mode in MODES:
-            config = SimulationConfig(scheduler=settings(options, mode), batches=200, warmup=20, shared=shared,
-                                      seed=options.seed)  # fmt: skip
-
-            it = simulate(replace(config.as_measured(measured), engine=speed, publish_seconds=swap, swap_seconds=swap))
-            predicted = Figures(it.steps_per_hour, it.trainer_idle, it.sampler_idle, dict(it.staleness))
+        for mode, spread in zip(MODES, spreads.steps_per_hour, strict=True):
+            config = replace(short, scheduler=settings(options, mode))
             found = figures(runs[mode], options.warmup)
-            rows += [f"| {mode} | measured | {found.row()} |", f"| | predicted | {predicted.row()} |"]
-            ratio = predicted.steps_per_hour / found.steps_per_hour
-            print(f"{mode}: predicted {ratio:.2f} of the measured steps per hour", flush=True)
-            rows.append(f"| | ratio | {ratio:.2f} | | | |")
+            predicted = Figures.of(simulate(replace(config, batches=options.batches)))
+            again = Figures.of(simulate(replace(config, workloads=same)))
+            print(f"{mode}: predicted {predicted.row(found, spread)}; same rollouts {again.row(found)}", flush=True)
+            rows += [f"| {mode} | measured | {found.row(found)} |", f"| | predicted | {predicted.row(found, spread)} |",
+                     f"| | same rollouts | {again.row(found)} |"]  # fmt: skip
     points = ", ".join(f"{n}: {rate:.0f}" for n, rate in speed.points)
     text = "\n".join([
         "# The simulator against real runs", "",
@@ -216,11 +273,11 @@ def main(options: Options) -> None:
         f"{options.groups} groups of {options.samples}, at most {options.max_running} rollouts at once, environment "
         f"{options.shortest:g} to {options.longest:g} s (log-uniform), bound {options.max_staleness} in async mode, "
         f"the first {options.warmup} of {options.steps} steps left out. Measured: answers of "
-        f"{statistics.fmean(lengths):.1f} tokens on average; a step takes {measured.train_seconds:.2f} s and "
+        f"{statistics.fmean(lengths):.1f} tokens on average; a step takes {1000 * measured.train_seconds:.0f} ms and "
         f"{1000 * measured.train_seconds_per_token:.2f} ms a token; new weights {swap:.3f} s; engine, tokens per "
-        f"second by sequences: {points}; speed while both work: {shared:.2f}.", "",
-        "| mode | | steps per hour | trainer idle | sampler idle | mean staleness |", "|---|---|---|---|---|---|",
-        *rows, ""])  # fmt: skip
+        f"second by sequences: {points}; speed while both work: {short.shared:.2f}.", "",
+        "| mode | | steps per hour | of the measured | trainer idle | sampler idle | mean staleness |",
+        "|---|---|---|---|---|---|---|", *rows, ""])  # fmt: skip
     print(text)
     if options.out:
         options.out.write_text(text, encoding="utf-8")

@@ -142,7 +142,7 @@ def test_what_was_measured_is_predicted():
     ]
     for group in range(300):
         for sample in range(4):
-            play = truth.play(Random(group), Random(f"{group}/{sample}"), sample)
+            play = truth.play(Ticket("e", group, 0, sample), Random(group), Random(f"{group}/{sample}"))
             records.append({
                 "kind": "rollout", "environment": "e", "group": str(group), "turn_tokens": list(play.tokens),
                 "tool_seconds": sum(play.tool_seconds), "outcome": play.outcome,
@@ -161,10 +161,39 @@ def test_what_was_measured_is_predicted():
     assert predicted.wasted == pytest.approx(known.wasted, abs=0.1)
 
 
+def test_steps_that_learnt_nothing_do_not_make_tokens_dearer():
+    """Half of the steps of a sync run had only uniform groups: asynchronous steps have twice the tokens of the rest."""
+    rollouts = [rollout_record(rollout(Ticket("e", n // 2, 0, n % 2), (4,) * 10, reward=n % 2)) for n in range(18)]
+    learnt = [{"kind": "train", "seconds": 4 + 0.1 * tokens, "tokens": tokens} for tokens in (18, 20, 22)]
+    nothing = {"kind": "train", "seconds": 0.0, "tokens": 0}
+    measured = Measured.from_records([*rollouts, *learnt, *[nothing] * 3])
+    assert (measured.train_seconds, measured.train_seconds_per_token) == pytest.approx((4.0, 0.1))
+    scheduler = SchedulerConfig(groups_per_batch=2, group_size=2, max_running=64, max_staleness=8)
+    engine = EngineSpeed(points=((1, 1e6),))
+    it = simulate(config(scheduler=scheduler).as_measured(measured, engine=engine, publish_seconds=0.0))
+    assert seconds_per_step(it) == pytest.approx(4 + 0.1 * 40, rel=1e-3) and it.trainer_idle < 1e-3
+    with pytest.raises(InputError, match="no train with tokens"):
+        Measured.from_records([*rollouts, nothing])
+
+
+class Known:
+    """Each ticket's play is given: that of task n waits n + 1 s."""
+
+    def play(self, ticket, group, sample):
+        return Play((1,), (ticket.task_index + 1.0,), "ok", float(ticket.sample % 2))
+
+
+def test_a_workload_may_know_what_each_ticket_plays():
+    scheduler = SchedulerConfig(mode="sync", groups_per_batch=1, group_size=2)
+    fast = EngineSpeed(points=((1, 1e9),))
+    it = simulate(config(scheduler=scheduler, workloads={"tasks": Known()}, engine=fast, batches=6, warmup=2))
+    assert seconds_per_step(it) == pytest.approx((3 + 4 + 5 + 6) / 4 + 4 + 1)
+
+
 def records_like(workload, groups, *, name="e", samples=4):
     """Of a run in which that was played, with a learning step for every four groups."""
     places = [(group, n) for group in range(groups) for n in range(samples)]
-    plays = [(group, workload.play(Random(group), Random(f"{group}/{n}"), n)) for group, n in places]
+    plays = [(g, workload.play(Ticket(name, g, 0, n), Random(g), Random(f"{g}/{n}"))) for g, n in places]
     rollouts = [
         {"kind": "rollout", "environment": name, "group": f"{name}/{group}", "turn_tokens": list(play.tokens),
          "tool_seconds": 0.0, "outcome": play.outcome, "reward": play.reward} for group, play in plays

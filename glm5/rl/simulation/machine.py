@@ -229,7 +229,7 @@ class _Machine:
         pooled = self.scheduler.tasks.sources[ticket.environment].pools is not None
         task = f"{ticket.environment}/{ticket.task_index}" if pooled else ticket.group.id  # as hard as it was before
         chance = Random(f"{seed}/{ticket.group.id}/{ticket.sample}")
-        play = self.config.workloads[ticket.environment].play(Random(f"{seed}/{task}"), chance, ticket.sample)
+        play = self.config.workloads[ticket.environment].play(ticket, Random(f"{seed}/{task}"), chance)
         self.playing[ticket.id] = _Playing(ticket, play)
         self.most_running = max(self.most_running, len(self.playing))
         self._generate(self.playing[ticket.id])

@@ -32,7 +32,7 @@ class Measured:
     `from_records` reads plain objects; `kind` says what each is, others are passed over:
         {"kind": "rollout", "environment": str, "group": str, "turn_tokens": [int], "turn_seconds": [float],
          "tool_seconds": float, "outcome": str, "reward": float | null}     # aborted: with its tokens until then
-        {"kind": "train", "seconds": float, "tokens": int}          # one learning step
+        {"kind": "train", "seconds": float, "tokens": int}          # a learning step; without tokens: of nothing
         {"kind": "publish", "seconds": float}                       # from trained to held by the engines
         {"kind": "engine", "running": int, "tokens_per_second": float}      # a look at one engine that was busy
         {"kind": "sampled", "tokens": int, "seconds": float, "turn_tokens": int, "turn_seconds": float}
@@ -53,15 +53,20 @@ class Measured:
 
     @classmethod
     def from_records(cls, records: Iterable[Record]) -> Measured:
-        """Raises NothingFinished when there is no finished rollout or no learning step among them."""
+        """Raises NothingFinished when there is no finished rollout or no step that learnt among them.
+
+        Steps without tokens cost nothing, in the simulator as in a run, and say nothing of those that learn: as points
+        of the line they would draw its start towards 0 and make every token dearer.
+        """
         found: defaultdict[str, list[Record]] = defaultdict(list)
         for record in records:
             found[record["kind"]].append(record)
         workloads = _workloads(found["rollout"])
-        for kind, some in (("finished rollout", workloads), ("train", found["train"])):
+        steps = [(record["tokens"], record["seconds"]) for record in found["train"] if record["tokens"]]
+        for kind, some in (("finished rollout", workloads), ("train with tokens", steps)):
             if not some:
-                raise NothingFinished(f"The records hold no {kind}; a run of at least one step is needed.")
-        fixed, per_token = _line([(r["tokens"], r["seconds"]) for r in found["train"]])
+                raise NothingFinished(f"The records hold no {kind}; a run is needed that learnt in at least one step.")
+        fixed, per_token = _line(steps)
         published = [record["seconds"] for record in found["publish"]]
         return cls(
             workloads=workloads,

@@ -8,7 +8,7 @@ from random import Random
 from typing import Protocol
 
 from glm5.errors import InputError
-from glm5.rl.records import Outcome
+from glm5.rl.records import Outcome, Ticket
 from glm5.train.checks import check_counts, check_numbers
 
 NORMAL_99 = 2.326347874040841
@@ -50,8 +50,8 @@ class Play:
 class Workload(Protocol):
     """Where plays come from."""
 
-    def play(self, group: Random, sample: Random, number: int) -> Play:
-        """Sample `number` of a task; `group` gives the same numbers to all samples of it."""
+    def play(self, ticket: Ticket, group: Random, sample: Random) -> Play:
+        """What is played for a ticket; `group` gives the same numbers to all samples of a task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class AssumedWorkload:
         if max(self.failing, self.success, self.spread) > 1 or self.spread == 1:
             raise InputError("failing, success and spread are shares; they must be below 1.")
 
-    def play(self, group: Random, sample: Random, number: int) -> Play:
+    def play(self, ticket: Ticket, group: Random, sample: Random) -> Play:
         """Task difficulty is Beta-distributed; tokens of turns and seconds of tools are drawn one by one."""
         ease = self.success
         if self.spread and 0 < self.success < 1:
@@ -95,10 +95,10 @@ class MeasuredWorkload:
 
     groups: tuple[tuple[Play, ...], ...]
 
-    def play(self, group: Random, sample: Random, number: int) -> Play:
+    def play(self, ticket: Ticket, group: Random, sample: Random) -> Play:
         """One that happened; the samples of a group are different ones as long as there are enough."""
         plays = group.choice(self.groups)
-        return group.sample(plays, len(plays))[number % len(plays)]
+        return group.sample(plays, len(plays))[ticket.sample % len(plays)]
 
 
 @dataclass(frozen=True, kw_only=True)
