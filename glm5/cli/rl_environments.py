@@ -13,12 +13,14 @@ Python callers pass objects instead (docs/environments.md).
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from glm5.cli.rl_own import KIND as OWN
 from glm5.cli.rl_own import OwnFile
@@ -41,6 +43,7 @@ from glm5.envs import (
 )
 from glm5.errors import InputError, did_you_mean
 
+Made = TypeVar("Made")
 Settings = Mapping[str, Any]
 CheckCode = Callable[[str, OwnFile], None]
 """Is told an environment of one's own, as the command line names it, and its file, before that is run."""
@@ -85,7 +88,7 @@ def named_environment(
     try:
         return Named(KINDS[kind](rest, world, split), float(weight), spec)
     except TypeError as error:
-        raise InputError(f"{spec}: {error}") from None
+        raise InputError(f"{spec} has a setting of the wrong kind: {error}.") from None
 
 
 def _is_weight(text: str) -> bool:
@@ -97,7 +100,7 @@ def _is_weight(text: str) -> bool:
 
 
 def settings(text: str) -> dict[str, Any]:
-    """`a=1,b=x,c=[1,[2,3]]` as a dictionary; values are JSON where they can be, else text."""
+    """`a=1,b=x,c=[1,[2,3]]` as a dictionary; values are JSON where they can be, or as Python writes them, else text."""
     found: dict[str, Any] = {}
     while text := text.lstrip(","):
         part = BETWEEN.split(text, maxsplit=1)[0]
@@ -116,18 +119,38 @@ def _value(text: str) -> tuple[Any, str]:
         if not behind or behind.startswith(","):
             return value, behind
     except ValueError:
-        pass  # no JSON, so text
+        pass  # no JSON
     word, *more = BETWEEN.split(text, maxsplit=1)
-    return word, "".join(more)
+    return _python(word), "".join(more)
+
+
+def _python(word: str) -> Any:
+    """`True`, `False`, `None` and lists with Python's quotes, all of which a setting would take for true as texts."""
+    try:
+        value = ast.literal_eval(word.strip())
+    except (ValueError, SyntaxError):
+        return word
+    return value if value is None or isinstance(value, bool | list) else word
+
+
+def _made(of: str, make: Callable[..., Made], given: Settings, *fixed: Any, **defaults: Any) -> Made:
+    """What `make` makes of the settings. Raises InputError for one that it does not have."""
+    known = list(inspect.signature(make).parameters)[len(fixed) :]
+    for name in given:
+        if name not in known:
+            raise InputError(f"{of} has no setting {name!r}.{did_you_mean(name, known)} It has: {', '.join(known)}.")
+    return make(*fixed, **{**defaults, **given})
 
 
 def _gym(rest: str, world: Path | None, split: Split) -> Environment:
     task, _, given = rest.partition(":")
+    if not task:
+        raise InputError("Which task of reasoning-gym? Write gym:TASK, such as gym:chain_sum.")
     return SingleTurn(ReasoningGym(task, settings(given), split=split))
 
 
 def _facts(rest: str, world: Path | None, split: Split) -> Environment:
-    return facts_environment(Facts(_world("facts", world), **{"phrasing": split, **settings(rest)}))
+    return facts_environment(_made("facts", Facts, settings(rest), _world("facts", world), phrasing=split))
 
 
 def _gymnasium(rest: str, world: Path | None, split: Split) -> Environment:
@@ -176,12 +199,12 @@ def _world(kind: str, world: Path | None) -> World:
 
 
 KINDS: dict[str, Callable[[str, Path | None, Split], Environment]] = {
-    "sums": lambda rest, world, split: SingleTurn(Sums(split=split, **settings(rest))),
-    "arithmetic": lambda rest, world, split: SingleTurn(Arithmetic(split=split, **settings(rest))),
+    "sums": lambda rest, world, split: SingleTurn(_made("sums", Sums, settings(rest), split=split)),
+    "arithmetic": lambda rest, world, split: SingleTurn(_made("arithmetic", Arithmetic, settings(rest), split=split)),
     "gym": _gym,
     "gymnasium": _gymnasium,
-    "calculator": lambda rest, world, split: calculator_environment(**{"split": split, **settings(rest)}),
-    "lookup": lambda rest, world, split: lookup_environment(_world("lookup", world), **settings(rest)),
+    "calculator": lambda rest, world, split: _made("calculator", calculator_environment, settings(rest), split=split),
+    "lookup": lambda rest, world, split: _made("lookup", lookup_environment, settings(rest), _world("lookup", world)),
     "facts": _facts,
     "openenv": _openenv,
     "verifiers": _verifiers,

@@ -15,6 +15,7 @@ import hashlib
 import random
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
@@ -45,6 +46,12 @@ class ReasoningGym:
         if name not in self.names():
             raise InputError(f"reasoning-gym has no task {name!r}.{did_you_mean(name, self.names())}")
         self.task_name, self.split, self.config = name, split, dict(config or {})
+        known = sorted({it.name for it in fields(_package().factory.DATASETS[name][1])} - {"seed", "size"})
+        for setting in sorted(self.config.keys() - known):
+            raise InputError(
+                f"reasoning-gym's {name} has no setting {setting!r}.{did_you_mean(setting, known)} It has: "
+                f"{', '.join(known)}."
+            )
         settings = ",".join(f"{key}={value}" for key, value in sorted(self.config.items()))
         self.name = f"reasoning-gym/{name}/{split}" + (f"/{settings}" if settings else "")
         # Scoring follows the task soon, and the samples of a group share it.

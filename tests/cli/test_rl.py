@@ -43,6 +43,9 @@ def test_an_environment_is_named_with_its_settings_and_its_share():
     assert settings('a=[[1,2],[3,4]],b={"x":[1,2],"y":"],"},c=[u,v],d=1-2,e=,,f="g,h"') == {
         "a": [[1, 2], [3, 4]], "b": {"x": [1, 2], "y": "],"}, "c": "[u,v]", "d": "1-2", "e": "", "f": "g,h",
     }  # fmt: skip
+    assert settings("a=False,b=True,c=None,d=['+', '-'],e=false,f=1_0,g=Falser,h=[+]") == {
+        "a": False, "b": True, "c": None, "d": ["+", "-"], "e": False, "f": "1_0", "g": "Falser", "h": "[+]",
+    }  # fmt: skip
     with pytest.raises(InputError, match="'oops' is no setting"):
         settings("a=[[1,2],[3,4]],oops,b=2")
     assert named_environment("openenv:http://127.0.0.1:8001").environment.name.endswith("8001")
@@ -55,7 +58,10 @@ def test_an_environment_is_named_with_its_settings_and_its_share():
         ("gym:chain_sun", "chain_sum"),
         ("sums@-1", "more than 0"),
         ("arithmetic:largest", "name=value"),
-        ("arithmetic:biggest=3", "biggest"),
+        ("arithmetic:biggest=3", "no setting 'biggest'.* It has: split, largest, operations"),
+        ("arithmetic:largst=3", "Did you mean 'largest'"),
+        ("sums:digits=few", "setting of the wrong kind"),
+        ("gym", "gym:chain_sum"),
         ("facts", "--world"),
         ("openenv:nowhere", "address"),
         ("openenv:http://u:hush@h:1", "user or password"),

@@ -84,8 +84,10 @@ def test_no_text_is_right_whatever_it_says():
 def test_wrong_names_and_settings_are_refused():
     with pytest.raises(InputError, match="Did you mean 'chain_sum'"):
         ReasoningGym("chain_sums")
-    with pytest.raises(InputError, match="refuses"):
+    with pytest.raises(InputError, match=r"no setting 'max_term'\. Did you mean 'max_terms'.* It has: allow_negation"):
         ReasoningGym("chain_sum", {"max_term": 3})
+    with pytest.raises(InputError, match="no setting 'seed'"):
+        ReasoningGym("chain_sum", {"seed": 3})
     with pytest.raises(InputError, match="refuses"):
         ReasoningGym("chain_sum", {"min_terms": 9, "max_terms": 3})
 
