@@ -162,18 +162,23 @@ def _by_environment(metrics: Lines) -> str:
     )  # fmt: skip
 
 
-def _held(metrics: Lines, run: RunDirectory) -> list[str]:
-    """What is measured on the way (`retention.py`, `held_out.py`), the last values those of the finished model."""
+def measured(run: RunDirectory, metrics: Lines) -> dict[str, Points]:
+    """What is measured on the way (`retention.py`, `held_out.py`), by name: the values of versions in their order, the
+    last those of the finished model."""
     last = json.loads((run.path / RETENTION).read_text()) if (run.path / RETENTION).exists() else {}
     finished = last.get("version") == len(metrics)  # not those of a model that has learnt on since
     lines = [*metrics, {**last, "step": last["version"]}] if finished else metrics
     names = sorted({name for line in lines for name in line if name.startswith(PREFIX)})
-    if not names:
+    return {name.removeprefix(PREFIX): _points(lines, name) for name in names}
+
+
+def _held(metrics: Lines, run: RunDirectory) -> list[str]:
+    """Charts and a table of what was measured."""
+    series = list(measured(run, metrics).items())
+    if not series:
         return []
-    rows, series = [], list[tuple[str, Points]]()
-    for name in names:
-        points, short = _points(lines, name), name.removeprefix(PREFIX)
-        series.append((short, points))
+    rows = []
+    for short, points in series:
         values = "".join(f"<td class=number>{value:.3f}</td>" for value in (points[0][1], points[-1][1]))
         rows.append(f"<tr><td>{html.escape(short)}</td>{values}</tr>")
     charts = [

@@ -150,5 +150,14 @@ def test_the_command_line_takes_the_other_split(parent, tmp_path, capsys):
         str(tmp_path / "run"), "--steps", "1", "--rollout.max-tokens", "4", "--scheduler.groups-per-batch", "1",
         "--scheduler.group-size", "2", "--uniform-groups", "keep", "--held-out.tasks", "2", "--threads", "1", "--json",
     ])  # fmt: skip
-    assert status == 0 and "steps" in capsys.readouterr().out
-    assert "retention/sums/heldout/2/reward" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    [first] = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = json.loads((tmp_path / "run" / "retention.json").read_text())
+    values = [of["retention/sums/heldout/2/reward"] for of in (first, last)]
+    assert status == 0 and json.loads(capsys.readouterr().out)["held_out"] == {
+        "sums/heldout/2/reward": [[0, values[0]], [1, values[1]]]
+    }
+    assert main(["rl", "--resume", "--out", str(tmp_path / "run"), "--threads", "1"]) == 0
+    assert (
+        "held out: sums/heldout/2/reward {:.3f} at version 0, {:.3f} at version 1".format(*values)
+        in capsys.readouterr().out
+    )
