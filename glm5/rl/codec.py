@@ -12,7 +12,7 @@ import dataclasses
 from base64 import b64decode, b64encode
 from bisect import bisect, insort
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,14 +39,14 @@ def ticket_from_json(value: Json) -> Ticket:
 class Alike:
     """Turns in the order of their tokens: the one that shares the most with a prompt is beside the prompt's place."""
 
-    def __init__(self) -> None:
-        self._turns: list[Turn] = []
+    def __init__(self, tokens: Callable[[int], tuple[int, ...]]) -> None:
+        """tokens: of a turn by its number, prompt and output."""
+        self._tokens = tokens
         self._ordered: list[int] = []
 
-    def add(self, turn: Turn) -> None:
+    def add(self) -> None:
         """The next one."""
-        self._turns.append(turn)
-        insort(self._ordered, len(self._turns) - 1, key=self._tokens)
+        insort(self._ordered, len(self._ordered), key=self._tokens)
 
     def most(self, prompt_ids: tuple[int, ...]) -> tuple[int, int]:
         """How many tokens the prompt begins with that a turn, prompt and output, begins with too; and that turn."""
@@ -54,15 +54,11 @@ class Alike:
         near = self._ordered[max(place - 1, 0) : place + 1]
         return max(((shared_tokens(self._tokens(n), prompt_ids), n) for n in near), default=(0, 0))
 
-    def _tokens(self, number: int) -> tuple[int, ...]:
-        turn = self._turns[number]
-        return turn.prompt_ids + turn.output_ids
-
 
 def turns_to_json(turns: Sequence[Turn]) -> Json:
     """One object for each turn; `like` is the number of the earlier turn that shares its first tokens."""
     found: list[Json] = []
-    earlier = Alike()
+    earlier = Alike(lambda number: turns[number].prompt_ids + turns[number].output_ids)
     for turn in turns:
         shared, like = earlier.most(turn.prompt_ids)
         found.append(
@@ -80,7 +76,7 @@ def turns_to_json(turns: Sequence[Turn]) -> Json:
         )
         if turn.experts is not None:
             found[-1]["experts"] = experts_to_json(turn.experts)
-        earlier.add(turn)
+        earlier.add()
     return found
 
 

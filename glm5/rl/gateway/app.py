@@ -124,7 +124,7 @@ def described(session: Session, under_way: int) -> dict[str, Any]:
         "task": session.task,
         "state": session.state,
         "reward": None if reward is None else {"value": reward.value, "reason": reward.reason},
-        "turns": len(session.turns),
+        "turns": session.num_turns,
         "sampled_tokens": session.sampled_tokens,
         "learnable_tokens": session.learnable_tokens,
         "under_way": under_way,
@@ -138,7 +138,7 @@ def note_of(session: Session, under_way: int) -> str:
     """How much of a session can be learnt from, in a sentence, and that there may be more to come."""
     requests = "1 request is" if under_way == 1 else f"{under_way} requests are"
     coming = f" {requests} under way; what is answered is part of the session, and counts too." if under_way else ""
-    if not session.turns:
+    if not session.num_turns:
         return f"No answer is recorded here{coming and ' yet'}; without one, its reward counts for nothing.{coming}"
     said = f"{session.learnable_tokens} of {session.sampled_tokens} tokens can be learnt from"
     if session.learnable_tokens:

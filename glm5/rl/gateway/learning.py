@@ -173,6 +173,7 @@ def batches_of(config: SchedulerConfig, agents: OutsideAgents, groups: Sequence[
             for rollout, ticket in zip(ready.rollouts, tickets, strict=False):
                 wanted.remove(ticket)
                 scheduler.finished(replace(rollout, ticket=ticket))
+            scheduler.take_events()  # which hold the rollouts
         elif scheduler.next_batch() is not None:
             scheduler.published(scheduler.step)
         else:

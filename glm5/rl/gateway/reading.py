@@ -43,9 +43,14 @@ class OtherWeights:
 class Ready:
     """Sessions that are to be learnt from together."""
 
-    rollouts: tuple[Rollout, ...]
+    sessions: tuple[tuple[Session, Ticket], ...]
     torn: Ticket | None = None
     """The group in which the run has others of theirs already: these are the rest of it."""
+
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        """Theirs, made each time: turns of long sessions are large, and there may be many sessions."""
+        return tuple(session.rollout(ticket) for session, ticket in self.sessions)
 
 
 @dataclass
@@ -72,7 +77,7 @@ class FinishedSessions:
         self._seen: set[str] = set()
         self._looked: int | None = None
         """When the directory had last changed at the last look, if that was long enough before it."""
-        self._waiting: dict[str, list[Rollout]] = {}
+        self._waiting: dict[str, list[tuple[Session, Ticket]]] = {}
         self._numbers: dict[str, int] = {}
         self._attempts: dict[str, int] = {}
         sizes = Counter(ticket.group for ticket in self.had.values())
@@ -156,7 +161,7 @@ class FinishedSessions:
         number = self._numbers.setdefault(name, len(self._numbers))
         members = self._waiting.setdefault(name, [])
         ticket = Ticket(ENVIRONMENT, number, self._attempts.setdefault(name, 0), len(members))
-        members.append(session.rollout(ticket))
+        members.append((session, ticket))
         torn = next(iter(self._torn[name]), None)
         if len(members) < (self.group_size if torn is None else self._missing[torn]):
             return None

@@ -90,7 +90,7 @@ def places_for(ready: Ready, tickets: Iterable[Ticket]) -> list[Ticket] | None:
         groups.setdefault(ticket.group, []).append(ticket)
     if ready.torn is not None:
         return sorted(groups.get(ready.torn, []))
-    return next((sorted(group) for group in groups.values() if len(group) == len(ready.rollouts)), None)
+    return next((sorted(group) for group in groups.values() if len(group) == len(ready.sessions)), None)
 
 
 def sessions_had(journal: Path) -> dict[str, Ticket]:

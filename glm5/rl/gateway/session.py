@@ -11,13 +11,14 @@ Which turns are learnt from: those that were sampled from the model's own distri
 answer that its client left, or the server gave up, influenced nothing that can be known, and tokens that a grammar, a
 temperature or a penalty chose are not the policy's. Such turns are recorded; in the prompts of others they are context.
 
-A turn is written as what it adds to the earlier one that shares the most tokens with its prompt: a client may drop
-thoughts, so that no prompt goes on from a whole turn, and the file grows with the conversation all the same.
+A turn is written, and kept, as what it adds to the earlier one that shares the most tokens with its prompt: a client
+may drop thoughts, so that no prompt goes on from a whole turn, and what is kept grows with the conversation all the
+same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +29,7 @@ from glm5.envs import Reward, Task
 from glm5.rl.codec import Alike, leading
 from glm5.rl.gateway.answers import Answers, Message
 from glm5.rl.journal import Record, read_journal
+from glm5.rl.kept import last_tokens
 from glm5.rl.records import Branch, Outcome, Rollout, Ticket, Turn
 from glm5.rl.tree import EpisodeTree
 from glm5.scoring import Grade
@@ -50,6 +52,16 @@ class RecordedTurn:
     answer: Message | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A turn without the tokens of its prompt that it shares with an earlier one."""
+
+    follows: int | None
+    """The number of that one."""
+    shared: int
+    recorded: RecordedTurn
+
+
 class Session:
     """What is known of a session; `apply` is the only thing that changes it."""
 
@@ -59,7 +71,6 @@ class Session:
         self.task: str | None = None
         self.weights = ""
         """Which weights the versions count from."""
-        self.turns: list[RecordedTurn] = []
         self.reward: Reward | None = None
         self.state: State = "open"
         self.reason = ""
@@ -69,7 +80,8 @@ class Session:
         self.answers = Answers()
         self.tokens = 0
         """All that were recorded: sampled ones, and those of prompts that were not there before."""
-        self._all, self._alike = EpisodeTree(), Alike()
+        self._kept: list[_Kept] = []
+        self._alike = Alike(self._tokens)
 
     def apply(self, event: Record) -> None:
         """Takes the next event."""
@@ -97,7 +109,7 @@ class Session:
         splice: whether the answer may stand in later prompts as it was sampled.
         """
         shared, like = self._alike.most(turn.prompt_ids)
-        kept = leading(self.turns[like].messages, messages) if shared else 0
+        kept = leading(self._kept[like].recorded.messages, messages) if shared else 0
         return {
             "kind": "turn", "follows": like if shared else None, "shared": shared, "prompt": turn.prompt_ids[shared:],
             "output": turn.output_ids, "logprobs": turn.logprobs,
@@ -107,10 +119,11 @@ class Session:
         }  # fmt: skip
 
     def _add(self, event: Record) -> None:
-        earlier = None if event["follows"] is None else self.turns[event["follows"]]
-        before = () if earlier is None else earlier.turn.prompt_ids + earlier.turn.output_ids
+        follows, shared = event["follows"], event.get("shared", 0)
+        if follows is not None and "shared" not in event:  # earlier versions: all of it
+            shared = len(self._tokens(follows))
         turn = Turn(
-            prompt_ids=(*before[: event.get("shared")], *event["prompt"]),  # earlier versions: all of it
+            prompt_ids=tuple(event["prompt"]),
             output_ids=tuple(event["output"]),
             logprobs=tuple(event["logprobs"]),
             versions=tuple(v for v, count in event["versions"] for _ in range(count)),
@@ -118,25 +131,51 @@ class Session:
             seconds=event["seconds"],
             cached_tokens=event["cached"],
         )
-        kept = () if earlier is None else earlier.messages[: event["kept"]]
+        kept = () if follows is None else self._kept[follows].recorded.messages[: event["kept"]]
         recorded = RecordedTurn(turn, event["learnt"], (*kept, *event["messages"]), event["answer"])
-        self.turns.append(recorded)
-        self._all.add(turn)
-        self._alike.add(turn)
+        self._kept.append(_Kept(follows, shared, recorded))
+        self._alike.add()
         self.tokens += len(event["prompt"]) + len(turn.output_ids)
         if event["splice"] and recorded.answer is not None:
-            self.answers.add(recorded.messages, recorded.answer, Written(turn.prompt_ids[-1], turn.output_ids))
+            opening = self._tokens(len(self._kept) - 1)[-len(turn.output_ids) - 1]
+            self.answers.add(recorded.messages, recorded.answer, Written(opening, turn.output_ids))
+
+    @property
+    def num_turns(self) -> int:
+        """So far."""
+        return len(self._kept)
+
+    @property
+    def turns(self) -> list[RecordedTurn]:
+        """All of them, with their whole prompts, made each time: they are large where there are many."""
+        whole: list[RecordedTurn] = []
+        for kept in self._kept:
+            rest, before = kept.recorded.turn, () if kept.follows is None else full(whole[kept.follows].turn)
+            turn = replace(rest, prompt_ids=before[: kept.shared] + rest.prompt_ids)
+            whole.append(replace(kept.recorded, turn=turn))
+        return whole
+
+    def _tokens(self, number: int) -> tuple[int, ...]:
+        """Prompt and output of a turn."""
+        return last_tokens(self._rests(number))
+
+    def _rests(self, number: int | None) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Of a turn and those before it that it shares tokens with: how many, and the rest."""
+        while number is not None:
+            kept = self._kept[number]
+            yield kept.shared, full(kept.recorded.turn)
+            number = kept.follows
 
     # ---- what is learnt from --------------------------------------------------------------------------------------
     @property
     def sampled_tokens(self) -> int:
         """Of all answers."""
-        return sum(len(recorded.turn.output_ids) for recorded in self.turns)
+        return sum(len(kept.recorded.turn.output_ids) for kept in self._kept)
 
     @property
     def learnable_tokens(self) -> int:
         """Of the answers that count in a loss."""
-        return sum(len(recorded.turn.output_ids) for recorded in self.turns if recorded.learnt)
+        return sum(len(kept.recorded.turn.output_ids) for kept in self._kept if kept.recorded.learnt)
 
     def rollout(self, ticket: Ticket) -> Rollout:
         """The closed session under the ticket of a place in a group.
@@ -144,14 +183,15 @@ class Session:
         Without a reward it is aborted, never 0, and so is one without an answer: its reward is nobody's. Where no token
         can be learnt from, the scheduler drops it.
         """
-        reward = self.reward if self.turns else None
+        whole = self.turns
+        reward = self.reward if whole else None
         failure = self.reason if self.reward is None else "no answer was recorded in it"
-        turns = tuple(recorded.turn for recorded in self.turns if recorded.learnt)
-        last = next((recorded for recorded in reversed(self.turns) if recorded.learnt), None)
+        turns = tuple(recorded.turn for recorded in whole if recorded.learnt)
+        last = next((recorded for recorded in reversed(whole) if recorded.learnt), None)
         cut = last is not None and last.turn.finish_reason == "length"
         ended: Outcome = "truncated" if cut else "ok"
         said = () if last is None else (*last.messages, *([last.answer] if last.answer else []))
-        first = self.turns[0].messages if self.turns else ()
+        first = whole[0].messages if whole else ()
         return Rollout(
             ticket=ticket,
             task=Task(self.id, first, "", self.task or self.group or ENVIRONMENT),
@@ -162,21 +202,28 @@ class Session:
             turns=turns,
             failure=failure if reward is None else "",
             seconds=self.touched_at - self.opened_at,
-            branches=self._branches(),
+            branches=branches_of(whole),
         )
 
-    def _branches(self) -> tuple[Branch, ...]:
-        """The conversation of each leaf, with the answers that its prompt holds as they were sampled."""
-        learnt = [place for place, recorded in enumerate(self.turns) if recorded.learnt]
-        numbers = {place: number for number, place in enumerate(learnt)}
-        found = []
-        for leaf in self._all.leaves:
-            last = self.turns[leaf]
-            said = (*last.messages, *([last.answer] if last.answer else []))
-            answers = {len(self.turns[place].messages): numbers.get(place) for place in self._all.chain(leaf)}
-            if said:
-                found.append(Branch(said, tuple(answers.get(place) for place in range(len(said)))))
-        return tuple(found)
+
+def full(turn: Turn) -> tuple[int, ...]:
+    """Its prompt and output."""
+    return turn.prompt_ids + turn.output_ids
+
+
+def branches_of(turns: Sequence[RecordedTurn]) -> tuple[Branch, ...]:
+    """The conversation of each leaf, with the answers that its prompt holds as they were sampled."""
+    learnt = [place for place, recorded in enumerate(turns) if recorded.learnt]
+    numbers = {place: number for number, place in enumerate(learnt)}
+    tree = EpisodeTree(recorded.turn for recorded in turns)
+    found = []
+    for leaf in tree.leaves:
+        last = turns[leaf]
+        said = (*last.messages, *([last.answer] if last.answer else []))
+        answers = {len(turns[place].messages): numbers.get(place) for place in tree.chain(leaf)}
+        if said:
+            found.append(Branch(said, tuple(answers.get(place) for place in range(len(said)))))
+    return tuple(found)
 
 
 def read_session(path: Path) -> Session:

@@ -1,6 +1,7 @@
 """Closed sessions fill the scheduler's tickets: whole groups, in order, each session once, also after a crash."""
 
 import asyncio
+import gc
 import os
 import time
 
@@ -62,6 +63,28 @@ def test_a_group_is_given_whole_and_in_the_order_of_becoming_complete(sessions, 
     assert all(rollout.ticket == ticket for ticket, rollout in done.items())
     close(sessions, "f", "i")
     assert [r.task.id for r in asyncio.run(played(rollouts, tickets(2))).values()] == ["e", "f"]
+
+
+def test_sessions_of_many_turns_hold_no_more_than_their_tokens_until_they_are_learnt_from(sessions):
+    there = lambda: {id(it): it for it in gc.get_objects() if type(it) is Turn}
+    before, prompt, turns = there(), (1, 2), []
+    held = lambda: sum(len(turn.prompt_ids) for place, turn in there().items() if place not in before)
+    for number in range(60):
+        turns.append(Turn(prompt, (5, 6), (-0.5, -0.5), (0, 0), "stop"))
+        prompt = (*prompt, 5, 6, 7, 8) if number % 10 else (*prompt[:-2], 9, 8)  # some drop a part
+    before |= there()
+    for name in "ab":
+        sessions.open(name, group="g")
+        for turn in turns:
+            sessions._write(name, sessions.find(name).turn_event(turn, learnt=True))
+    assert held() < 4 * len(prompt)
+    assert [recorded.turn for recorded in sessions.find("a").turns] == turns
+    for name in "ab":
+        sessions.reward(name, 1.0)
+    before |= there()
+    (ready,) = FinishedSessions(sessions.directory, 2).poll()
+    assert held() < 4 * len(prompt)
+    assert [rollout.turns for rollout in ready.rollouts] == [tuple(turns)] * 2
 
 
 def test_a_group_with_a_place_missing_is_not_filled(sessions, tmp_path):
