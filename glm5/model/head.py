@@ -2,9 +2,8 @@
 
 A vocabulary of 154,880 makes 620 kB of float32 logits a position, and a loss holds several tensors of their size. So
 where the logits of a whole pass are more than may be held at once, the model leaves its head to the caller of this file
-(`collect={"states"}`): it is applied to the tokens that count alone, a piece of them at a time, and once more in the
-backward pass instead of keeping what that needs (Chen et al. 2016, arXiv 1604.06174). A pass with fewer is computed as
-if this file were not there, to the bit.
+(`collect={"states"}`): it is applied to the tokens that count alone, a piece of them at a time, and, unless these are
+few, once more in the backward pass instead of keeping what that needs (Chen et al. 2016, arXiv 1604.06174).
 
 The head is called as the module that it is, so adapters, autocast, and a vocabulary that is cut over processes work as
 in the model. Left out: gradients that are made going forward (Liger, arXiv 2410.10989; `F.linear_cross_entropy`). They
@@ -41,12 +40,19 @@ def without_head(model: GLM5, ids_BT: Tensor, collect: frozenset[str] | set[str]
 
 
 def by_pieces(
-    model: GLM5, states_ND: Tensor, targets_N: Tensor, judge: Callable[[Tensor, Tensor], R], most: int
+    model: GLM5,
+    states_ND: Tensor,
+    targets_N: Tensor,
+    judge: Callable[[Tensor, Tensor], R],
+    most: int,
+    *,
+    heads: int = 1,
 ) -> list[R]:
     """`judge(logits_MV, targets_M)` of one piece of the tokens after the other; differentiable.
 
-    A piece has at most `most` logits, but at least one token; there is at least one piece, if an empty one. A single
-    piece is kept for the backward pass; of several, each is made again there.
+    A piece has at most `most` logits, but at least one token; there is at least one piece, if an empty one. heads: of
+    the pass, each with as many tokens: where all their logits are at most `most`, what this one made is kept for the
+    backward pass; else each piece is made again there.
     """
 
     def piece(states_MD: Tensor, targets_M: Tensor) -> R:
@@ -57,8 +63,8 @@ def by_pieces(
             return judge(model.lm_head(states_MD), targets_M)
 
     size = max(most // model.config.vocab_size, 1)
-    if len(states_ND) <= size:
-        return [judge(model.lm_head(states_ND), targets_N)]
+    if len(states_ND) * heads <= size:
+        return [piece(states_ND, targets_N)]
     return [
         checkpoint(piece, states_MD, targets_M, use_reentrant=False, preserve_rng_state=False)
         for states_MD, targets_M in zip(states_ND.split(size), targets_N.split(size), strict=True)

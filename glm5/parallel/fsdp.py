@@ -30,6 +30,8 @@ def shard(model: GLM5, mesh: Mesh, *, gather_dtype: torch.dtype | None = None) -
 
     gather_dtype: weights are cast to it before they are gathered (bf16 halves the traffic), gradients are summed in
     fp32; the router and the indexer's head weights stay in fp32. None gathers and computes in the weights' dtype.
+
+    All processes run passes of equal length: one whose row leaves no choice to the indexer does not gather its weights.
     """
     plan = mesh.plan
     if mesh.shards is None or mesh.experts is None or plan.data * plan.context == 1:

@@ -35,7 +35,7 @@ MakeFleet = Callable[[GLM5, Tokenizer, int], Fleet]
 
 
 def one_engine(config: RLRunConfig, **engine: Any) -> MakeFleet:
-    """One engine in this process. engine: settings of `Engine`."""
+    """One engine in this process. engine: settings of `Engine`; its blocks are of `BLOCK` tokens otherwise."""
 
     def make(model: GLM5, tokenizer: Tokenizer, version: int) -> Fleet:
         settings = {**engine_settings(config), **engine}

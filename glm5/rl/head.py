@@ -38,7 +38,9 @@ def said_of(
         return _judged(logits_NV, targets_N, passes.temperature, entropy)
 
     states_ND = output.states[ahead][at.rows_N, at.columns_N]
-    logprobs, entropies = zip(*by_pieces(model, states_ND, at.targets_N, judged, passes.logits), strict=True)
+    heads = len(output.states)
+    pieces = by_pieces(model, states_ND, at.targets_N, judged, passes.logits, heads=heads)
+    logprobs, entropies = zip(*pieces, strict=True)
     return Said(torch.cat(logprobs), torch.cat(entropies))
 
 

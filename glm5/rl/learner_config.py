@@ -66,8 +66,8 @@ class LearnerConfig:
     pass_tokens: int = 8192
     """Tokens of one forward pass at most, padding included; memory follows it. A longer row has a pass of its own."""
     logits_mib: int = 256
-    """MiB of logits that are held at once. A pass that has more of them makes only those of the tokens that are learnt
-    from, so many at a time, and again in its backward pass; the loss takes a few times this memory."""
+    """MiB of logits that are held at once. A pass whose tokens that are learnt from have more, drafts counted, makes so
+    many at a time, and again in its backward pass; the loss takes a few times this memory."""
     row_tokens: int | None = None
     """Pack trajectories into rows of so many tokens; None: one trajectory a row, padded to the longest."""
 

@@ -43,7 +43,7 @@ class Passes:
     row_tokens: int | None
     """Pack whole trajectories into rows of that many; None: one trajectory a row."""
     logits: int = LOGITS
-    """Held at once: of all positions of a pass where these are no more, else of as many sampled tokens (`head.py`)."""
+    """Held at once, of sampled tokens (`head.py`)."""
     temperature: float = 1.0
     """At which the policy samples: it is this distribution that is judged, also by a reference or a teacher."""
 

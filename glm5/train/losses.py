@@ -106,7 +106,8 @@ def token_loss(
     if not output.states:
         return next_token_loss((output.logits, *output.mtp_logits)[ahead], targets_BT, targets)
     learnt_BT = targets_BT != IGNORED
-    sums = by_pieces(model, output.states[ahead][learnt_BT], targets_BT[learnt_BT], nats, most)
+    states_ND, targets_N = output.states[ahead][learnt_BT], targets_BT[learnt_BT]
+    sums = by_pieces(model, states_ND, targets_N, nats, most, heads=len(output.states))
     return torch.stack(sums).sum() / targets.clamp(min=1)
 
 

@@ -73,6 +73,16 @@ def test_pieces_are_as_large_as_allowed():
     assert by_pieces(model, states_ND[:0], targets_N[:0], lambda logits_NV, _: len(logits_NV), 301) == [0]
 
 
+@pytest.mark.parametrize(("heads", "runs"), [(1, 1), (2, 2)])
+def test_logits_are_kept_only_where_those_of_all_heads_fit(heads, runs):
+    model, ran = GLM5(dataclasses.replace(ModelConfig.from_preset("nano"), vocab_size=301)), []
+    model.lm_head.register_forward_hook(lambda *_: ran.append(1))
+    states_ND, targets_N = torch.randn(10, 128, requires_grad=True), torch.zeros(10, dtype=torch.int64)
+    (loss,) = by_pieces(model, states_ND, targets_N, F.cross_entropy, 10 * 301, heads=heads)
+    loss.backward()
+    assert len(ran) == runs
+
+
 def test_the_head_is_left_out_where_all_logits_would_be_too_many():
     model, ids = GLM5(ModelConfig.from_preset("nano")), torch.zeros(2, 8, dtype=torch.int64)
     model.mtp_steps = 3

@@ -24,6 +24,7 @@ def test_the_indexer_runs_only_where_something_depends_on_it(monkeypatch):
         return len(ran)
 
     assert runs(few) == runs(IDS, attention="dense") == 0
+    assert runs(IDS[:, : model.config.index_topk + 1]) == layers
     assert (
         runs(IDS) == runs(few, collect={"indexer_kl"}) == runs(IDS, attention="dense", collect={"indexer_kl"}) == layers
     )

@@ -1,18 +1,26 @@
 """The samples of a group compute their prompt once, wherever they are sampled."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from scripted import Chat
 from speaker import speaker_model, speaker_tokenizer
 
 from glm5.engine import Engine
+from glm5.rl.config import RLRunConfig
+from glm5.rl.executors import engine_settings
 from glm5.rl.fleet import InProcessFleet
 from glm5.rl.records import Ticket
 from glm5.rl.rollout_config import RolloutConfig
 from glm5.rl.runner import play
 
 BLOCK, GROUP = 4, 8
+
+
+def test_engines_of_a_run_share_prompts_that_are_short():
+    settings = engine_settings(RLRunConfig(parent=Path("parent"), steps=1))
+    assert settings["block_size"] <= 16  # a question of a sentence is 20 to 40 tokens
 
 
 @pytest.mark.parametrize("engines", [1, 2])
