@@ -32,7 +32,7 @@ from rich.console import Console
 from glm5.cli import rl_outside, rl_simulate
 from glm5.cli.rl_engines import EngineOptions
 from glm5.cli.rl_environments import Named
-from glm5.cli.rl_outside import tell_pages
+from glm5.cli.rl_outside import held_out_ends, tell_held_out, tell_pages
 from glm5.cli.rl_record import Record, check_parent, code_of, environments, in_flags, noted, parse
 from glm5.cli.threads import use_threads
 from glm5.envs.protocol import UniformGroups
@@ -43,7 +43,6 @@ from glm5.rl.learnt import Learnt
 from glm5.rl.lockstep import train_in_lockstep
 from glm5.rl.orchestrator import train_rl
 from glm5.rl.replay import ReplayedStep, replay_step
-from glm5.rl.report import measured
 from glm5.rl.tasks import TaskSource
 from glm5.rl.view import watch_run
 from glm5.train import RunDirectory
@@ -224,7 +223,7 @@ def sources_of(environments: Sequence[Named], uniform_groups: UniformGroups | No
 
 def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
     """Rewards at the beginning and at the end, and of held-out tasks, where there are any, and where the report is."""
-    metrics, learnt = run.read("metrics"), Learnt.read(run.path)
+    metrics, held_out, learnt = run.read("metrics"), held_out_ends(run), Learnt.read(run.path)
     rewards = [line["reward"] for line in metrics if line["reward"] is not None]
     fifth = max(1, len(rewards) // 5)
     result: dict[str, Any] = {
@@ -233,7 +232,7 @@ def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
         "reward_first_fifth": mean(rewards[:fifth]),
         "reward_last_fifth": mean(rewards[-fifth:]),
         "max_staleness": max((line.get("max_staleness", 0) for line in metrics), default=0),
-        "held_out": {name: [points[0], points[-1]] for name, points in measured(run, metrics).items()},
+        "held_out": held_out,
         "learnt": learnt.sentence if learnt is not None and learnt.step == len(metrics) else None,
         "model": str(run.model_directory),
     }
@@ -247,10 +246,7 @@ def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
         first, last = result["reward_first_fifth"], result["reward_last_fifth"]
         said = f"reward {first:.3f} in the first fifth, {last:.3f} in the last; {said}"
     console.print(f"rl: {run.path}, {len(metrics)} steps, {said}", soft_wrap=True, markup=False)
-    for name, ends in result["held_out"].items():
-        if name.endswith("/reward"):
-            values = ", ".join(f"{value:.3f} at version {version}" for version, value in ends)
-            console.print(f"held out: {name} {values}", soft_wrap=True, markup=False)
+    tell_held_out(held_out, console)
     tell_pages(run, console)
 
 

@@ -8,6 +8,7 @@
     verifiers:my-taskset:level=3       an installed taskset of verifiers, with its settings
     python:mine.py:capitals            an environment of your own, or a function that makes it (`rl_own.py`)
 
+Values are JSON (`true`, `["+","-"]`) or text. Which split is asked is said by --env and --held-out-env.
 Python callers pass objects instead (docs/environments.md).
 """
 
@@ -17,7 +18,8 @@ import ast
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,11 +46,10 @@ from glm5.envs import (
 from glm5.errors import InputError, did_you_mean
 
 Made = TypeVar("Made")
-Settings = Mapping[str, Any]
 CheckCode = Callable[[str, OwnFile], None]
 """Is told an environment of one's own, as the command line names it, and its file, before that is run."""
-BETWEEN = re.compile(r",(?![^\[\]]*\])")
-"""Commas that are not in a list, where no list is in another."""
+SIGNS = re.compile(r"""(?<=[\[,\s])(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|.""", re.DOTALL)
+"""A text in quotes, where an item of a list begins, or one character."""
 SECRET = frozenset({"key", "apikey", "token", "secret", "password"})
 """Last words of the names of settings that are secrets: the run's record shows what the command line says."""
 
@@ -99,19 +100,25 @@ def _is_weight(text: str) -> bool:
     return True
 
 
-def settings(text: str) -> dict[str, Any]:
-    """`a=1,b=x,c=[1,[2,3]]` as a dictionary; values are JSON where they can be, or as Python writes them, else text."""
+def settings(text: str, read: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """`a=1,b=x,c=[1,[2,3]]` as a dictionary. Values are JSON where they can be, else what `read` makes of them.
+
+    read: left out, True, False, None and lists are read as Python writes them, and all else is text.
+    """
     found: dict[str, Any] = {}
     while text := text.lstrip(","):
-        part = BETWEEN.split(text, maxsplit=1)[0]
+        part = text[: _end(text)]
         if "=" not in part:
             raise InputError(f"{part!r} is no setting; write name=value, with commas between.")
         name, _, text = text.partition("=")
-        found[name], text = _value(text)
+        try:
+            found[name], text = _value(text, read or _python)
+        except (RecursionError, MemoryError):
+            raise InputError(f"The value of {name} is nested too deeply to be read; write a simpler one.") from None
     return found
 
 
-def _value(text: str) -> tuple[Any, str]:
+def _value(text: str, read: Callable[[str], Any]) -> tuple[Any, str]:
     """The value at the beginning of a text, and what is behind it."""
     try:
         value, end = json.JSONDecoder().raw_decode(text.strip())
@@ -120,42 +127,78 @@ def _value(text: str) -> tuple[Any, str]:
             return value, behind
     except ValueError:
         pass  # no JSON
-    word, *more = BETWEEN.split(text, maxsplit=1)
-    return _python(word), "".join(more)
+    end = _end(text)
+    return read(text[:end]), text[end:]
+
+
+def _end(text: str) -> int:
+    """Where the first setting of a text ends: at a comma that is in no list. A bracket that stays open begins none."""
+    depth = 0
+    for sign in SIGNS.finditer(text):
+        if sign[0] == "," and depth == 0:
+            return sign.start()
+        depth = max(0, depth + (sign[0] == "[") - (sign[0] == "]"))
+    comma = text.find(",")
+    return comma if depth and comma >= 0 else len(text)
 
 
 def _python(word: str) -> Any:
     """`True`, `False`, `None` and lists with Python's quotes, all of which a setting would take for true as texts."""
-    try:
-        value = ast.literal_eval(word.strip())
-    except (ValueError, SyntaxError):
+    stripped = word.strip()
+    if not stripped.startswith("[") and stripped not in ("True", "False", "None"):
         return word
-    return value if value is None or isinstance(value, bool | list) else word
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a backslash that means itself
+            value = ast.literal_eval(stripped)
+        json.dumps(value)
+    except (ValueError, SyntaxError, TypeError):  # TypeError: sets of lists, and what no setting can be, such as bytes
+        return word
+    return value
 
 
-def _made(of: str, make: Callable[..., Made], given: Settings, *fixed: Any, **defaults: Any) -> Made:
-    """What `make` makes of the settings. Raises InputError for one that it does not have."""
-    known = list(inspect.signature(make).parameters)[len(fixed) :]
+def _told_from_text(word: str) -> Any:
+    """The same for environments, whose names hold their settings. Raises InputError where text would have that name.
+
+    Earlier versions took it for text: a run that was begun with it would be given other tasks under the old name.
+    """
+    value = _python(word)
+    if value is not word and str(value) == word.strip():
+        raise InputError(
+            f"{word} may be a value or a text: write {json.dumps(value)} for the value, or {json.dumps(word)} for the "
+            "text, as which earlier versions read it (a run that they began goes on where --env says the text)."
+        )
+    return value
+
+
+def _made(of: str, make: Callable[..., Made], text: str, *fixed: Any, **ours: Any) -> Made:
+    """What `make` makes of settings. Raises InputError for one that it does not have.
+
+    fixed, ours: its first arguments, and those by their names, that are not the user's to set.
+    """
+    given = settings(text, _told_from_text)
+    known = [name for name in list(inspect.signature(make).parameters)[len(fixed) :] if name not in ours]
     for name in given:
         if name not in known:
-            raise InputError(f"{of} has no setting {name!r}.{did_you_mean(name, known)} It has: {', '.join(known)}.")
-    return make(*fixed, **{**defaults, **given})
+            has = f"It has: {', '.join(known)}." if known else "It has none."
+            raise InputError(f"{of} has no setting {name!r}.{did_you_mean(name, known)} {has}")
+    return make(*fixed, **ours, **given)
 
 
 def _gym(rest: str, world: Path | None, split: Split) -> Environment:
     task, _, given = rest.partition(":")
     if not task:
         raise InputError("Which task of reasoning-gym? Write gym:TASK, such as gym:chain_sum.")
-    return SingleTurn(ReasoningGym(task, settings(given), split=split))
+    return SingleTurn(ReasoningGym(task, settings(given, _told_from_text), split=split))
 
 
 def _facts(rest: str, world: Path | None, split: Split) -> Environment:
-    return facts_environment(_made("facts", Facts, settings(rest), _world("facts", world), phrasing=split))
+    return facts_environment(_made("facts", Facts, rest, _world("facts", world), phrasing=split))
 
 
 def _gymnasium(rest: str, world: Path | None, split: Split) -> Environment:
     name, _, given = rest.partition(":")
-    chosen = settings(given)
+    chosen = settings(given, _told_from_text)
     actions, turns = tuple(filter(None, str(chosen.pop("actions", "")).split("+"))), chosen.pop("turns", 32)
     return gymnasium_environment(name, chosen, actions=actions, turns=turns)
 
@@ -173,7 +216,7 @@ def _verifiers(rest: str, world: Path | None, split: Split) -> Environment:
 
 def _open_settings(of: str, given: str) -> dict[str, Any]:
     """The settings of somebody's own code, none of which is a secret."""
-    chosen = settings(given)
+    chosen = settings(given, _told_from_text)
     for setting in chosen:
         if setting.replace("-", "_").lower().rpartition("_")[2] in SECRET:
             raise InputError(
@@ -199,12 +242,12 @@ def _world(kind: str, world: Path | None) -> World:
 
 
 KINDS: dict[str, Callable[[str, Path | None, Split], Environment]] = {
-    "sums": lambda rest, world, split: SingleTurn(_made("sums", Sums, settings(rest), split=split)),
-    "arithmetic": lambda rest, world, split: SingleTurn(_made("arithmetic", Arithmetic, settings(rest), split=split)),
+    "sums": lambda rest, world, split: SingleTurn(_made("sums", Sums, rest, split=split)),
+    "arithmetic": lambda rest, world, split: SingleTurn(_made("arithmetic", Arithmetic, rest, split=split)),
     "gym": _gym,
     "gymnasium": _gymnasium,
-    "calculator": lambda rest, world, split: _made("calculator", calculator_environment, settings(rest), split=split),
-    "lookup": lambda rest, world, split: _made("lookup", lookup_environment, settings(rest), _world("lookup", world)),
+    "calculator": lambda rest, world, split: _made("calculator", calculator_environment, rest, split=split),
+    "lookup": lambda rest, world, split: _made("lookup", lookup_environment, rest, _world("lookup", world)),
     "facts": _facts,
     "openenv": _openenv,
     "verifiers": _verifiers,

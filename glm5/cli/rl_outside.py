@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +28,7 @@ from glm5.envs.protocol import UniformGroups
 from glm5.errors import InputError
 from glm5.rl.config import RLRunConfig
 from glm5.rl.gateway import Address, train_from_gateway, train_from_records
-from glm5.rl.report import REPORT
+from glm5.rl.report import REPORT, measured
 from glm5.rl.view.of_run import ROLLOUTS
 from glm5.serve import is_loopback
 from glm5.serve.auth import check_key
@@ -139,8 +139,8 @@ def train(flags: Flags, record: Record | None, arguments: Sequence[str]) -> int:
 
 
 def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
-    """Rewards of what was learnt from, at the beginning and at the end, what was not, and where the model is."""
-    lines = run.read("metrics")
+    """Rewards of what was learnt from and held out, at the beginning and at the end, and where the model is."""
+    lines, held_out = run.read("metrics"), held_out_ends(run)
     rewards = [line["trained_reward"] for line in lines if "trained_reward" in line]
     dropped = sum((Counter(line["dropped"]) for line in lines), Counter[str]())
     fifth = max(1, len(rewards) // 5)
@@ -152,6 +152,7 @@ def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
         "trained": sum(line["trained"] for line in lines),
         "trained_tokens": sum(line["trained_tokens"] for line in lines),
         "dropped": dict(sorted(dropped.items())),
+        "held_out": held_out,
         "model": str(run.model_directory),
     }
     if as_json:
@@ -165,7 +166,21 @@ def summarise(run: RunDirectory, console: Console, *, as_json: bool) -> None:
         f"{reasons}",
         soft_wrap=True,
     )
+    tell_held_out(held_out, console)
     tell_pages(run, console)
+
+
+def held_out_ends(run: RunDirectory) -> dict[str, list[tuple[float, float]]]:
+    """What was measured on the way, by name: first and last, each a version and its value."""
+    return {name: [points[0], points[-1]] for name, points in measured(run, run.read("metrics")).items()}
+
+
+def tell_held_out(ends: Mapping[str, Sequence[tuple[float, float]]], console: Console) -> None:
+    """Rewards of held-out tasks, where there are any."""
+    for name, points in ends.items():
+        if name.endswith("/reward"):
+            values = ", ".join(f"{value:.3f} at version {version}" for version, value in points)
+            console.print(f"held out: {name} {values}", soft_wrap=True, markup=False)
 
 
 def tell_pages(run: RunDirectory, console: Console) -> None:

@@ -46,9 +46,32 @@ def test_an_environment_is_named_with_its_settings_and_its_share():
     assert settings("a=False,b=True,c=None,d=['+', '-'],e=false,f=1_0,g=Falser,h=[+]") == {
         "a": False, "b": True, "c": None, "d": ["+", "-"], "e": False, "f": "1_0", "g": "Falser", "h": "[+]",
     }  # fmt: skip
+    assert settings("""a=[['a','b'],['c','d']],y=2,z=[[u,v],[w]],q=["]",'],',x's],r=a],s='b""") == {
+        "a": [["a", "b"], ["c", "d"]], "y": 2, "z": "[[u,v],[w]]", "q": """["]",'],',x's]""", "r": "a]", "s": "'b",
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"'-'. is no setting"):
+        settings("a=['+', '-'")
     with pytest.raises(InputError, match="'oops' is no setting"):
         settings("a=[[1,2],[3,4]],oops,b=2")
     assert named_environment("openenv:http://127.0.0.1:8001").environment.name.endswith("8001")
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_python_cannot_read_is_text_or_a_sentence():
+    minus = "-" * 5000 + "1"
+    for text in ("{{}}", "[{{}}]", minus, "[" * 300, r"'\d'", "[b'x']", "{'x':1}", "[1,{2}]"):
+        assert settings(f"a={text}") == {"a": text}
+    assert settings(r"a=['\d'],b=1") == {"a": [r"\d"], "b": 1}
+    for deep in ("[" * 100_000, f"[{minus}]"):
+        with pytest.raises(InputError, match="The value of a is nested too deeply"):
+            settings(f"b=1,a={deep}")
+
+
+def test_a_setting_has_the_name_that_it_had_as_text_only_where_it_is_text():
+    """A run that an earlier version began with allow_negation=False has the text, which is true, in its name."""
+    text, value = (named_environment(f"gym:chain_sum:allow_negation={it}").environment for it in ('"False"', "false"))
+    assert text.name == value.name, "so False without quotes may be either, and is refused below"
+    assert "['+','-']" not in named_environment("gym:basic_arithmetic:operators=['+','-']").environment.name
 
 
 @pytest.mark.parametrize(
@@ -58,7 +81,13 @@ def test_an_environment_is_named_with_its_settings_and_its_share():
         ("gym:chain_sun", "chain_sum"),
         ("sums@-1", "more than 0"),
         ("arithmetic:largest", "name=value"),
-        ("arithmetic:biggest=3", "no setting 'biggest'.* It has: split, largest, operations"),
+        ("arithmetic:biggest=3", "no setting 'biggest'.* It has: largest, operations[.]"),
+        ("sums:split=heldout", "no setting 'split'.* It has: digits"),
+        ("arithmetic:split=foo", "no setting 'split'"),
+        ("calculator:split=heldout", "calculator has no setting 'split'. It has none"),
+        ("gym:chain_sum:allow_negation=False", 'write false for the value, or "False" for the text'),
+        ("gym:basic_arithmetic:operators=['+', '-']", r'write \["\+", "-"\] for the value'),
+        ("gymnasium:FrozenLake-v1:is_slippery=False", "write false for the value"),
         ("arithmetic:largst=3", "Did you mean 'largest'"),
         ("sums:digits=few", "setting of the wrong kind"),
         ("gym", "gym:chain_sum"),

@@ -113,6 +113,16 @@ def test_agents_reach_the_gateway_and_the_run_ends_when_its_steps_are_done(paren
     assert ("retention/sums/heldout/2/reward" in line) == bool(more)
 
 
+def test_held_out_rewards_are_told_at_the_end(parent, records, tmp_path, capsys):
+    more = ["--from-records", records, "--held-out-env", "sums", "--held-out.tasks", "2"]
+    assert main(flags(parent, tmp_path / "run", *more)) == 0
+    ends = json.loads(capsys.readouterr().out)["held_out"]["sums/heldout/2/reward"]
+    assert [version for version, _ in ends] == [0, 1]
+    assert main(["rl", "--resume", "--out", str(tmp_path / "run"), "--threads", "1"]) == 0
+    (first, last), heard = (f"{value:.3f} at version {version}" for version, value in ends), capsys.readouterr().out
+    assert f"held out: sums/heldout/2/reward {first}, {last}" in heard
+
+
 def test_a_run_from_records_goes_on_and_is_replayed_by_its_directory_alone(parent, records, tmp_path, capsys):
     assert main(flags(parent, tmp_path / "run", "--from-records", records, "--steps", 1)) == 0
     capsys.readouterr()

@@ -1,5 +1,6 @@
 """What a run has measured under a name keeps its meaning when the run is resumed, and what may change does."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from glm5.rl.aids_config import AidsConfig, Measured
 from glm5.rl.config import RLRunConfig
 from glm5.rl.held_out import HeldOut
 from glm5.rl.run_ends import started_run
+from glm5.train import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +27,12 @@ def heldout(tmp_path_factory):
 
 @pytest.fixture
 def resumed(tmp_path, monkeypatch):
-    """Begins or resumes the run `tmp_path / "run"`, measured by this; gives its description."""
+    """Begins or resumes the run `tmp_path / "run"`, measures by this unless it is stopped before; its description."""
     monkeypatch.setattr("glm5.rl.aids_config.open_world", lambda path: None)
     monkeypatch.setattr("glm5.rl.aids_config.world_sha256", lambda path: path.name)
     glm5.save_model(speaker_model(), tmp_path / "parent", speaker_tokenizer())
 
-    def resume(*, tasks=64, every=10, held_out=(), **measured):
+    def resume(*, tasks=64, every=10, held_out=(), stopped=False, **measured):
         config = RLRunConfig(
             parent=tmp_path / "parent", aids=AidsConfig(retention=Measured(**measured)),
             held_out=HeldOut(tasks=tasks, every=every),
@@ -39,6 +41,11 @@ def resumed(tmp_path, monkeypatch):
         for environment, name in zip(named, held_out, strict=True):
             environment.name = name
         with started_run(config, [chat()], tmp_path / "run", held_out=named, resume=True) as run:
+            texts = [f"retention/{path.name}/bits_per_byte" for path in measured.get("heldout", ())]
+            skills = ["retention/sums, unseen numbers"] if "world" in measured else []
+            values = [*texts, *skills, *(f"retention/{name}/reward" for name in held_out)]
+            if not stopped:
+                run.append("metrics", {"step": len(run.read("metrics")), **dict.fromkeys(values, 0.5)})
             return run.description
 
     return resume
@@ -104,6 +111,67 @@ def test_a_run_that_noted_none_of_it_may_be_measured_by_anything(heldout, resume
     )
     write_json(tmp_path / "run" / "run.json", noted)
     assert len(resumed(heldout=(heldout.directory,), held_out=("kept",), documents=3, tasks=3)["sessions"]) == 2
+
+
+def test_what_the_last_session_had_always_passes(heldout, resumed, tmp_path):
+    """Earlier versions let a session read another number of documents."""
+    first = resumed(heldout=(heldout.directory,), documents=12)
+    second = json.loads(json.dumps(first))
+    for noted in (second["config"]["aids"]["retention"], second["sessions"][0]["settings"]["retention"]):
+        noted["documents"] = 50
+    second["sessions"] = first["sessions"] + second["sessions"]
+    write_json(tmp_path / "run" / "run.json", second)
+    resumed(heldout=(heldout.directory,), documents=50)
+    resumed(documents=3)
+    with pytest.raises(RunError, match="documents is 12, but was 50"):
+        resumed(heldout=(heldout.directory,), documents=12)
+    resumed(heldout=(heldout.directory,), documents=50)
+
+
+def test_a_setting_that_came_after_the_run_began_was_as_by_default(heldout, resumed, tmp_path):
+    noted = resumed(heldout=(heldout.directory,), world=Path("one"))
+    retention = [noted["config"]["aids"]["retention"], *(one["settings"]["retention"] for one in noted["sessions"])]
+    for one in retention:
+        del one["length"], one["skills"]["thinking_facts"]
+    write_json(tmp_path / "run" / "run.json", noted)
+    with pytest.raises(RunError, match=r"retention.length is 64, but was 256"):
+        resumed(heldout=(heldout.directory,), length=64)
+    with pytest.raises(RunError, match=r"skills.thinking_facts is True, but was False"):
+        resumed(world=Path("one"), skills=SkillsConfig(thinking_facts=True))
+    resumed(heldout=(heldout.directory,), world=Path("one"))
+
+
+def test_what_was_asked_for_and_not_measured_binds_nobody(heldout, resumed, tmp_path):
+    more = {"heldout": (heldout.directory,), "world": Path("one"), "held_out": ("kept",)}
+    resumed(**more, tasks=6400, documents=1, skills=SkillsConfig(sums=9), stopped=True)
+    resumed(**(more | {"world": Path("two")}), tasks=64, documents=5, stopped=True)
+    resumed(**more, tasks=4, documents=7)
+    for other in ({"tasks": 64}, {"documents": 5}, {"world": Path("two")}, {"skills": SkillsConfig(sums=9)}):
+        with pytest.raises(RunError, match="before, and the values would be compared"):
+            resumed(**({**more, "tasks": 4, "documents": 7} | other))
+    unscored = {"step": 1, "retention/away/unscored": 1.0}
+    resumed(held_out=("away",), tasks=3, stopped=True)
+    RunDirectory.open(tmp_path / "run").append("metrics", unscored)
+    with pytest.raises(RunError, match="by 4 tasks of away, but it was measured by 3 tasks"):
+        resumed(held_out=("away",), tasks=4)
+
+
+def test_what_was_measured_of_the_finished_model_alone_binds_too(resumed, tmp_path):
+    resumed()
+    resumed(held_out=("late",), tasks=4, stopped=True)
+    write_json(tmp_path / "run" / "retention.json", {"version": 1, "retention/late/reward": 0.5})
+    with pytest.raises(RunError, match="by 9 tasks of late"):
+        resumed(held_out=("late",), tasks=9)
+
+
+def test_tasks_of_which_different_numbers_were_played_are_not_measured_together(resumed):
+    resumed(held_out=("a",), tasks=4)
+    resumed(held_out=("b",), tasks=9)
+    for tasks in (4, 9):
+        with pytest.raises(RunError, match=r"measured by 4 tasks of a and 9 tasks of b before.* only .* of one number"):
+            resumed(held_out=("a", "b"), tasks=tasks)
+    resumed(held_out=("a", "new"), tasks=4)
+    resumed(held_out=("b",), tasks=9)
 
 
 def test_two_held_out_environments_of_one_name_are_refused(resumed, tmp_path):

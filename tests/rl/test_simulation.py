@@ -172,7 +172,7 @@ def test_steps_that_learnt_nothing_do_not_make_tokens_dearer():
     engine = EngineSpeed(points=((1, 1e6),))
     it = simulate(config(scheduler=scheduler).as_measured(measured, engine=engine, publish_seconds=0.0))
     assert seconds_per_step(it) == pytest.approx(4 + 0.1 * 40, rel=1e-3) and it.trainer_idle < 1e-3
-    with pytest.raises(InputError, match="no train with tokens"):
+    with pytest.raises(InputError, match="hold no step that learnt from tokens; give those of a run that has"):
         Measured.from_records([*rollouts, nothing])
 
 

@@ -63,9 +63,9 @@ class Measured:
             found[record["kind"]].append(record)
         workloads = _workloads(found["rollout"])
         steps = [(record["tokens"], record["seconds"]) for record in found["train"] if record["tokens"]]
-        for kind, some in (("finished rollout", workloads), ("train with tokens", steps)):
+        for kind, some in (("finished rollout", workloads), ("step that learnt from tokens", steps)):
             if not some:
-                raise NothingFinished(f"The records hold no {kind}; a run is needed that learnt in at least one step.")
+                raise NothingFinished(f"The records hold no {kind}; give those of a run that has learnt.")
         fixed, per_token = _line(steps)
         published = [record["seconds"] for record in found["publish"]]
         return cls(
