@@ -56,7 +56,7 @@ class Meter:
         self.moved_at = time.monotonic()
         """When something was seen to move."""
         self.somebody_away = False
-        """Whether an environment's server or all engines were seen to be away since then."""
+        """Whether an environment's server, or all engines that may take a request, were seen to be away since then."""
         self._last = time.perf_counter()
         self._before = (0.0, 0.0, 0.0, 0, 0)
         self._lock = threading.Lock()

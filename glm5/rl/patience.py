@@ -1,8 +1,8 @@
 """A run in which nothing moves says what it waits for, and stops.
 
-An outage that is borne (`rollout.outage_seconds`: an environment's server is asked again, or no engine is there) comes
-on top of the patience, so neither cuts the other short, whichever is larger. It ends by itself: the environment fails,
-or the fleet gives its engines up.
+An outage that is borne (`rollout.outage_seconds`: an environment's server is asked again, no engine is there, or none
+that may take what waits) comes on top of the patience, so neither cuts the other short, whichever is larger. It ends by
+itself: the environment fails, or the fleet gives its engines up.
 
 Nor does time count in which nobody looked: this program was stopped (Ctrl-Z, a debugger), or waited for engines to
 start, for new weights or for a checkpoint.
@@ -31,7 +31,7 @@ class Patience:
 
     def outlasted(self, stats: FleetStats) -> float | None:
         """Seconds since something moved, when they are too many. To be asked whenever nothing is heard."""
-        if stats.engines and not any(engine.up for engine in stats.engines):
+        if stats.waiting or (stats.engines and not any(engine.up for engine in stats.engines)):
             self.meter.somebody_away = True
         now, moved = time.monotonic(), self.meter.moved_at
         unseen = now - max(self._looked, moved)

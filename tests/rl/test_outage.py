@@ -215,6 +215,10 @@ def test_patience_begins_behind_an_outage_that_is_borne(monkeypatch):
     meter.moved()
     assert after(11.0) == 11.0
     assert after(12.0, down) is None and after(69.0) is None and after(71.0, down) == 71.0
+    half = tuple(EngineState(str(number), number == 0, 3, 1, 0, None) for number in range(2))
+    meter.moved()
+    assert after(11.0, FleetStats(half)) == 11.0  # what waits is at the engine that is there
+    assert after(12.0, FleetStats(half, waiting=1)) is None and after(71.0, FleetStats(half)) == 71.0
     assert patience.outlasted(FleetStats(())) == 71.0  # nobody samples: nobody is away
     error = patience.exhausted(71.0, 5, down)
     assert "moved for 71 s: 0 rollouts wait for tokens, 5 are in their env" in str(error) and "0 is down" in str(error)

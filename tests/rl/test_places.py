@@ -186,3 +186,12 @@ def test_a_resumed_run_of_outside_agents_has_its_places(parent, tmp_path):
         with pytest.raises(InputError, match="no recorded sessions"):
             resumed(said)
     assert outside(dataclasses.replace(config, concurrency=adapted), patience=1.0).concurrency is None
+
+
+@pytest.mark.parametrize("name", ["step_seconds", "episode_seconds"])
+def test_a_new_run_of_outside_agents_refuses_to_set_no_limit_to_what_it_does_not_play(parent, tmp_path, name):
+    config = RLRunConfig(parent=parent, rollout=RolloutConfig(**{name: None}))
+    with pytest.raises(ConfigError, match=rf"rollout\.{name} says how this"):
+        train_from_records(config, tmp_path / "nowhere", tmp_path / "run")
+    with pytest.raises(ConfigError, match=rf"rollout\.{name} says how this"):
+        train_from_gateway(config, tmp_path / "run", Address(port=0))

@@ -25,7 +25,7 @@ from glm5.engine.admission import Limits
 from glm5.errors import FleetError, GLM5Error, RequestFailed
 from glm5.rl.fleet.config import FleetConfig
 from glm5.rl.fleet.delivery import ASK_SECONDS, WeightDelivery
-from glm5.rl.fleet.job import Delivery, Order
+from glm5.rl.fleet.job import FEW, Delivery, Order
 from glm5.rl.fleet.member import Events, Facts
 from glm5.rl.outage import pauses
 from glm5.serve.backend import Backend, BackendAway, BackendStream
@@ -56,7 +56,9 @@ class Asked:
     task: asyncio.Task[None] | None = None
     """None while it waits for weights."""
     pauses: Iterator[float] | None = None
-    """Before further tries, since it was refused first after its last token."""
+    """Before further tries, since it was refused first after it had got on."""
+    refused_with: int = 0
+    """Tokens that it had then."""
 
     @classmethod
     def of(cls, order: Order) -> Asked:
@@ -210,7 +212,8 @@ class ServerMember:
         elif isinstance(error, BackendAway) or not await self._takes_others(asked.order):
             self._events.lost(self, str(error))
         else:
-            asked.pauses = asked.pauses or pauses(REFUSED_SECONDS)
+            if asked.pauses is None:
+                asked.pauses, asked.refused_with = pauses(REFUSED_SECONDS), len(asked.said)
             pause = next(asked.pauses, None)
             if pause is None:
                 self._ended(asked, RequestFailed(f"{self._backend.url} takes other requests, but of this one: {error}"))
@@ -264,7 +267,8 @@ class ServerMember:
         if self._delivery is not None and self._delivery.interrupts:
             delta = replace(delta, version=self.version)
         asked.said.append(delta)
-        asked.pauses = None
+        if len(asked.said) - asked.refused_with > FEW:
+            asked.pauses = None
         self._events.delivered(self, [Delivery(asked.order.number, [delta], cached_tokens, None)])
 
     async def _update(self, version: int) -> int:

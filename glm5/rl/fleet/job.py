@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PROGRESS = 64
 """Tokens from an engine after which its death is not counted together with earlier ones."""
+FEW = 8
+"""Tokens that are no sign yet that an engine takes a request: some give one each time before they fail at it."""
 UNBOUNDED = 1 << 40
 """A fleet's mailbox never pauses its request: a rollout is read as it is written."""
 
@@ -71,7 +73,7 @@ class Job:
     moved_at: float = 0.0
     """When the first of these died."""
     refused: dict[Member, Exception] = field(default_factory=dict)
-    """Engines that failed at it while they took others, since it got its last token, and how."""
+    """Engines that failed at it while they took others, and how, since it last got more than a few tokens from one."""
     begun_with: int = 0
     """Tokens that it had when its engine began it."""
     cached_tokens: int = 0
@@ -111,8 +113,9 @@ class Job:
             self.cached_tokens = self.cached_tokens or delivery.cached_tokens
             if self.prompt_logprobs is None and delivery.prompt_logprobs is not None:
                 self.prompt_logprobs = tuple(delivery.prompt_logprobs)
-            self.refused.clear()
             self.said += delivery.deltas
+            if len(self.said) - self.begun_with > FEW:
+                self.refused.clear()
             self.mailbox.put(delivery.deltas)
 
 

@@ -48,9 +48,17 @@ class Places:
                 return None
         return next(reversed(job.refused.values()), None)
 
+    def _open(self, job: Job) -> dict[str, Seat]:
+        """Whose engines are up and have not failed at the job."""
+        return {seat.name: seat for seat in self._seats if seat.member is not None and seat.member not in job.refused}
+
+    def must_wait(self, job: Job) -> bool:
+        """Whether all engines that may take the job are away."""
+        return not self._open(job) and self.last_refusal(job) is None
+
     def begin(self, job: Job, jobs: Iterable[Job]) -> bool:
         """Begins the job, beside all others, at the engine that is best for it; False while that is away."""
-        up = {seat.name: seat for seat in self._seats if seat.member is not None and seat.member not in job.refused}
+        up = self._open(job)
         if not up:
             return False
         now, running = time.monotonic(), Counter(other.member for other in jobs)

@@ -43,6 +43,8 @@ class FleetStats:
     engines: tuple[EngineState, ...]
     moved: int = 0
     """Requests that went on elsewhere because their engine had died, or failed at them."""
+    waiting: int = 0
+    """Requests that no engine has now, because those that may take them are away."""
 
     @property
     def sampled_tokens(self) -> int:

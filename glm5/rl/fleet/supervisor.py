@@ -164,7 +164,8 @@ class SupervisedFleet:
     def stats(self) -> FleetStats:
         """What each engine does."""
         with self._changed:
-            return FleetStats(tuple(seat.state() for seat in self._seats), self._moved)
+            waiting = sum(job.member is None and self._places.must_wait(job) for job in self._jobs.values())
+            return FleetStats(tuple(seat.state() for seat in self._seats), self._moved, waiting)
 
     # ---- what engines say ---------------------------------------------------------------------------------------
     def delivered(self, member: Member, deliveries: list[Delivery]) -> None:
@@ -227,11 +228,13 @@ class SupervisedFleet:
         for job in waiting:
             if job.number in self._jobs:
                 self._place(job)
+        self._try_next()
 
     def _try_next(self) -> None:
         """Places the next suspect when none is being tried; one that cannot be placed any more makes room at once."""
-        while (job := self._suspects.next(self._jobs)) is not None:
+        while (job := self._suspects.next(self._jobs, self._places.must_wait)) is not None:
             self._place(job)
+            self._suspects.placed(job)
 
     def _acquit(self, job: Job) -> None:
         if self._suspects.acquit(job):

@@ -51,7 +51,8 @@ def check_followed(given: RLRunConfig, run_directory: Path, *, patience: float, 
     played = {} if run is None else run.description["config"].get("rollout", {})
     followed = {"seed", "outage_seconds"} if patience == FOREVER else {"seed"}  # of a gateway's servers
     for name in (one.name for one in fields(RolloutConfig) if one.name not in followed and not held_out):
-        if getattr(given.rollout, name) not in (getattr(usual.rollout, name), played.get(name)):
+        default = getattr(usual.rollout, name)
+        if getattr(given.rollout, name) not in (default, played.get(name, default)):
             raise ConfigError(
                 f"rollout.{name} says how this program plays episodes, but outside agents play theirs themselves; "
                 "leave it out."

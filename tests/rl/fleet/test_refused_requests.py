@@ -182,7 +182,7 @@ def test_what_one_server_refuses_waits_for_another_that_is_away(directory, monke
             asked = asyncio.create_task(length(fleet, PROMPTS[0]))
             while not (fleet._waiting or asked.done()):
                 await asyncio.sleep(0.01)
-        assert narrow.said and not asked.done()
+        assert narrow.said and not asked.done() and fleet.stats().waiting == 1
         if back:
             away.clear()
             assert await asked == 2
@@ -193,6 +193,36 @@ def test_what_one_server_refuses_waits_for_another_that_is_away(directory, monke
 
     patient = replace(CONFIG, max_restarts=9, outage_seconds=60.0)
     asyncio.run(with_fleet(directory, {"narrow": narrow, "wide": restarting}, story, patient))
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_server_that_fails_after_each_token_is_left_and_not_asked_for_every_one(directory, monkeypatch, wide):
+    monkeypatch.setattr(external, "REFUSED_SECONDS", 0.01)
+    calm, asked = sglang_like([]), {"a": 0, "b": 0}
+
+    def server(name, fails):
+        async def one_token(request):
+            if request.url.path != "/generate" or json.loads(request.content)["sampling_params"]["max_new_tokens"] == 1:
+                return await calm.handle_async_request(request)  # also the request that could be no smaller
+            asked[name] += 1
+            answer = await calm.handle_async_request(request)
+            if not fails:
+                return answer
+            first = await anext(aiter(answer.stream))
+            return httpx.Response(200, headers=answer.headers, content=first + b'data: {"error": "no memory"}\n\n')
+
+        return one_token
+
+    async def story(fleet):
+        stream = fleet.stream(PROMPTS[0], params_of(0, max_tokens=12))
+        if wide:
+            assert len([d async for d in stream]) == 12
+        else:
+            with pytest.raises(RequestFailed, match=r"takes other requests, but of this one: .* no memory"):
+                [d async for d in stream]
+        assert 1 < asked["a"] < 8 and asked["b"]
+
+    asyncio.run(with_fleet(directory, {"a": server("a", True), "b": server("b", not wide)}, story))
 
 
 def test_each_try_is_told_the_time_that_is_left(directory, monkeypatch):
