@@ -317,7 +317,7 @@ def test_the_record_of_a_rollout():
     Measured.from_records([record, {"kind": "train", "seconds": 1.0, "tokens": 2}])
     failed = rollout_record(rollout(Ticket("e", 3), (), outcome="env_failure"))
     assert failed["reward"] is None
-    with pytest.raises(InputError, match="no train"):
+    with pytest.raises(InputError, match="no step that learnt"):
         Measured.from_records([failed])
 
 
