@@ -96,7 +96,7 @@ class Agents:
             messages.append({"role": "user", "content": question})
             body = {"model": "glm5", "messages": messages, "max_tokens": 5, **OFF}
             reply = self._asked(f"/s/{name}/v1/chat/completions", body)
-            if reply is None:
+            if reply is None or reply["choices"][0]["finish_reason"] == "abort":  # the run has come to its end
                 return
             answer = reply["choices"][0]["message"]
             messages.append({"role": "assistant", "content": answer["content"]})
